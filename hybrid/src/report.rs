@@ -1,0 +1,211 @@
+//! What one side knows of a migration when it is over, for `switchover bench` and `x-switchover-report`.
+//!
+//! Every instant is of the side's `CLOCK_MONOTONIC`, in nanoseconds. Instants of two sides compare only where
+//! [`SideReport::clock`] says that both read the same host's clock.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use hdrhistogram::Histogram;
+use hdrhistogram::serialization::{Deserializer, Serializer, V2Serializer};
+use serde::{Deserialize, Serialize};
+use switchover_wire::clock::HostClock;
+use thiserror::Error;
+
+use crate::status::MigrationStatus;
+
+/// Which side a report is of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Side {
+    /// Where the guest came from.
+    Source,
+    /// Where it went.
+    Destination,
+}
+
+/// A named stretch of time on one side. `end_ns` is absent for what was cut short.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PhaseSpan {
+    /// `setup`, `active`, `device`, `postcopy-active` and so on; `pause`, `save-state`, `load-state` inside them.
+    pub name: String,
+    /// Its first instant.
+    pub start_ns: u64,
+    /// Its last.
+    pub end_ns: Option<u64>,
+}
+
+/// The instants that figures are taken between. All of `CLOCK_MONOTONIC`, in nanoseconds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Instants {
+    /// Source: the last vCPU left the guest.
+    pub last_exit_ns: Option<u64>,
+    /// Source: just before the commit was submitted to the socket. Destination: when it had arrived.
+    pub commit_ns: Option<u64>,
+    /// Destination: just before the first vCPU entered the guest.
+    pub first_entry_ns: Option<u64>,
+    /// Destination: the last page was placed.
+    pub last_page_ns: Option<u64>,
+    /// Source: `Drained` arrived. Destination: its acknowledgement did.
+    pub drained_ns: Option<u64>,
+}
+
+/// Bytes that crossed one lane, headers included.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct LaneBytes {
+    /// "control lane 0" and so on.
+    pub lane: String,
+    /// Written to the socket by this side.
+    pub sent: u64,
+    /// Read from it by this side.
+    pub received: u64,
+}
+
+/// The destination's pages by how they came. They add up to all of RAM.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct PageClasses {
+    /// Known to be zero: no bytes crossed the wire.
+    pub zero: u64,
+    /// Arrived on a bulk lane.
+    pub pushed: u64,
+    /// Arrived on a fault lane, because a fault asked for them.
+    pub requested: u64,
+    /// Arrived a second time and were thrown away. Not part of the sum.
+    pub discarded: u64,
+}
+
+/// Latencies in nanoseconds, as a `HdrHistogram` in V2 format, base64.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct EncodedHistogram(pub String);
+
+/// A histogram could not be written or read.
+#[derive(Debug, Error)]
+#[error("cannot {attempted} a latency histogram: {reason}")]
+pub struct HistogramError {
+    attempted: &'static str,
+    reason: String,
+}
+
+impl EncodedHistogram {
+    /// `histogram` as text.
+    ///
+    /// # Errors
+    /// When it is too large to be encoded, which none of ours is.
+    pub fn encode(histogram: &Histogram<u64>) -> Result<Self, HistogramError> {
+        let mut bytes = Vec::new();
+        V2Serializer::new()
+            .serialize(histogram, &mut bytes)
+            .map_err(|error| HistogramError { attempted: "encode", reason: error.to_string() })?;
+        Ok(Self(BASE64.encode(bytes)))
+    }
+
+    /// The histogram that the text holds.
+    ///
+    /// # Errors
+    /// When the text is not such a histogram.
+    pub fn decode(&self) -> Result<Histogram<u64>, HistogramError> {
+        let failed = |reason: String| HistogramError { attempted: "decode", reason };
+        let bytes = BASE64.decode(&self.0).map_err(|error| failed(error.to_string()))?;
+        Deserializer::new().deserialize(&mut bytes.as_slice()).map_err(|error| failed(format!("{error:?}")))
+    }
+}
+
+/// What the destination's faults cost, as the pager saw them.
+///
+/// The clock of a fault starts when the pager takes it from the userfaultfd. What came before (the vCPU's exit, the
+/// kernel's queueing, the pager's own waking) is not in it: only the guest's own gaps show the whole.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct FaultReport {
+    /// Faults whose page was asked for over a lane and came as the answer.
+    pub remote: u64,
+    /// Faults whose page was asked for, but whose pushed copy won.
+    pub raced: u64,
+    /// Faults whose page was here, or landing, already.
+    pub local: u64,
+    /// Remote and raced faults, from taken to woken.
+    pub total: EncodedHistogram,
+    /// Remote faults, from taken to the request's submission.
+    pub queue: EncodedHistogram,
+    /// Remote faults, from submission until the last byte of the page had arrived.
+    pub wire: EncodedHistogram,
+    /// Remote faults, from there until the page was mapped.
+    pub place: EncodedHistogram,
+    /// Remote faults, the wake-up call.
+    pub wake: EncodedHistogram,
+    /// Local faults, from taken to woken.
+    pub local_total: EncodedHistogram,
+}
+
+/// Counts per slice of time.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct RateSeries {
+    /// The first slice's start.
+    pub start_ns: u64,
+    /// Each slice's length.
+    pub slice_ns: u64,
+    /// Remote and raced faults taken in each slice.
+    pub faults: Vec<u32>,
+    /// Non-zero pushed pages placed in each slice.
+    pub pushed: Vec<u32>,
+}
+
+/// CPU time of the threads that the migration itself ran, the vCPUs' left out.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct CpuSeconds {
+    /// In user space.
+    pub user: f64,
+    /// In the kernel on their behalf.
+    pub system: f64,
+}
+
+/// One side's report.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct SideReport {
+    /// Which side.
+    pub side: Side,
+    /// The migration's name, in hexadecimal.
+    pub session: String,
+    /// Where it ended, or where it stands.
+    pub status: MigrationStatus,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// Whose clock the instants are of.
+    pub clock: HostClock,
+    /// The stretches of time, in order of their start.
+    pub phases: Vec<PhaseSpan>,
+    /// The instants that figures are taken between.
+    pub instants: Instants,
+    /// Bytes by lane.
+    pub lanes: Vec<LaneBytes>,
+    /// Bytes of vCPU and device state.
+    pub state_bytes: u64,
+    /// Pages of RAM.
+    pub ram_pages: u64,
+    /// Pages by class; the destination's.
+    pub pages: Option<PageClasses>,
+    /// Faults; the destination's.
+    pub faults: Option<FaultReport>,
+    /// Faults and pushed pages over time; the destination's.
+    pub rates: Option<RateSeries>,
+    /// CPU time of the migration's threads.
+    pub cpu: CpuSeconds,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_histogram_survives_being_written_down() {
+        let mut histogram = Histogram::<u64>::new(3).unwrap();
+        histogram.record(12_345).unwrap();
+        histogram.record(678_901_234).unwrap();
+        let read = EncodedHistogram::encode(&histogram).unwrap().decode().unwrap();
+        assert_eq!(read, histogram);
+    }
+
+    #[test]
+    fn what_is_no_histogram_is_refused() {
+        assert!(EncodedHistogram("AAAA".to_owned()).decode().is_err());
+        assert!(EncodedHistogram("*".to_owned()).decode().is_err());
+    }
+}

@@ -1,0 +1,3 @@
+//! Userfaultfd.
+
+pub mod ram;

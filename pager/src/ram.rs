@@ -1,0 +1,193 @@
+//! Guest RAM: one memfd, mapped twice.
+//!
+//! The *guest mapping* is what vCPUs and device models use and what userfaultfd watches. The *alias* is what
+//! only the pager writes: a page that arrives is received into the alias and then mapped into the guest mapping
+//! by `UFFDIO_CONTINUE`, with no copy between.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use switchover_wire::types::{PAGE_SIZE, PageCount, PageIndex};
+use thiserror::Error;
+
+/// What can go wrong with guest RAM.
+#[derive(Debug, Error)]
+pub enum RamError {
+    /// The memfd could not be made or sized.
+    #[error("cannot create a memfd of {size} bytes for guest RAM: {source}")]
+    Create {
+        /// The size asked for.
+        size: u64,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A mapping of it failed.
+    #[error("cannot map {size} bytes of guest RAM: {source}; is the address space limited (`ulimit -v`)?")]
+    Map {
+        /// The size asked for.
+        size: u64,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The pages could not be reserved.
+    #[error(
+        "cannot reserve {size} bytes of guest RAM: {source}; free memory on this host, or accept the risk of \
+         running out of it after the handoff with --lazy-memory"
+    )]
+    Populate {
+        /// The size asked for.
+        size: u64,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A size that is no whole number of pages, or none at all.
+    #[error("guest RAM of {size} bytes is not a positive whole number of {PAGE_SIZE}-byte pages")]
+    Size {
+        /// The size asked for.
+        size: u64,
+    },
+}
+
+/// Guest RAM. Clones share the same memory, which lives as long as any of them.
+#[derive(Clone, Debug)]
+pub struct Ram {
+    inner: Arc<Mappings>,
+}
+
+#[derive(Debug)]
+struct Mappings {
+    file: File,
+    guest: MmapRaw,
+    alias: MmapRaw,
+    pages: PageCount,
+}
+
+impl Ram {
+    /// New RAM, all zero, none of it allocated yet.
+    ///
+    /// # Errors
+    /// When the memfd cannot be made, sized or mapped.
+    pub fn new(pages: PageCount) -> Result<Self, RamError> {
+        let size = pages.bytes();
+        let create = |source| RamError::Create { size, source };
+        let fd = memfd_create(c"guest-ram", MFdFlags::MFD_CLOEXEC).map_err(|errno| create(errno.into()))?;
+        let file = File::from(fd);
+        file.set_len(size).map_err(create)?;
+        Self::from_memfd(file)
+    }
+
+    /// RAM over a memfd (or any shared-memory file) that the caller made; its length is the RAM's size.
+    ///
+    /// # Errors
+    /// When the file's length is no whole number of pages, or it cannot be mapped.
+    pub fn from_memfd(file: File) -> Result<Self, RamError> {
+        let size = file.metadata().map_err(|source| RamError::Map { size: 0, source })?.len();
+        let length = usize::try_from(size).map_err(|_| RamError::Size { size })?;
+        let pages = PageCount::from_bytes(size).filter(|pages| pages.0 > 0).ok_or(RamError::Size { size })?;
+        let map = || MmapOptions::new().len(length).map_raw(&file).map_err(|source| RamError::Map { size, source });
+        let (guest, alias) = (map()?, map()?);
+        // A child process must not share the guest's memory, and a core dump of gigabytes helps nobody.
+        for mapping in [&guest, &alias] {
+            let _ = mapping.advise(Advice::DontFork);
+            let _ = mapping.advise(Advice::DontDump);
+        }
+        Ok(Self { inner: Arc::new(Mappings { file, guest, alias, pages }) })
+    }
+
+    /// Its size.
+    #[must_use]
+    pub fn pages(&self) -> PageCount {
+        self.inner.pages
+    }
+
+    /// Its size in bytes.
+    #[must_use]
+    pub fn len_bytes(&self) -> usize {
+        self.inner.guest.len()
+    }
+
+    /// The memfd behind both mappings.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.inner.file
+    }
+
+    /// First byte of the guest mapping: what KVM memory slots and device models use.
+    #[must_use]
+    pub fn guest_base(&self) -> *mut u8 {
+        self.inner.guest.as_mut_ptr()
+    }
+
+    /// First byte of the alias.
+    #[must_use]
+    pub fn alias_base(&self) -> *mut u8 {
+        self.inner.alias.as_mut_ptr()
+    }
+
+    /// The address of `page` in the alias, or `None` past the end of RAM. Whoever writes there must hold the
+    /// page's claim.
+    #[must_use]
+    pub fn alias_of(&self, page: PageIndex) -> Option<*mut u8> {
+        (page.0 < self.inner.pages.0).then(|| {
+            let offset = usize::try_from(page.offset()).unwrap_or(usize::MAX);
+            self.inner.alias.as_mut_ptr().wrapping_add(offset)
+        })
+    }
+
+    /// Allocates every page now, so that none can be missing later.
+    ///
+    /// # Errors
+    /// When the host has not the memory for it.
+    pub fn populate(&self) -> Result<(), RamError> {
+        let size = self.inner.pages.bytes();
+        self.inner.alias.advise(Advice::PopulateWrite).map_err(|source| RamError::Populate { size, source })
+    }
+
+    /// Gives every page back to the host: RAM reads as zero again.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    ///
+    /// # Safety
+    /// Nothing may hold a reference into either mapping, and no guest may run on it.
+    pub unsafe fn clear(&self) -> Result<(), RamError> {
+        let size = self.inner.pages.bytes();
+        // SAFETY: the caller promises that nobody relies on the contents; on a shared mapping MADV_REMOVE
+        // frees the pages of the file, so both mappings read zeros afterwards.
+        unsafe { self.inner.alias.unchecked_advise(UncheckedAdvice::Remove) }
+            .map_err(|source| RamError::Populate { size, source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_two_mappings_show_the_same_memory() {
+        let ram = Ram::new(PageCount(4)).unwrap();
+        let alias = ram.alias_of(PageIndex(2)).unwrap();
+        // SAFETY: both addresses lie in live mappings of four pages that only this test uses.
+        unsafe {
+            alias.write(7);
+            assert_eq!(ram.guest_base().add(2 * PAGE_SIZE).read(), 7);
+            ram.clear().unwrap();
+            assert_eq!(ram.guest_base().add(2 * PAGE_SIZE).read(), 0);
+        }
+    }
+
+    #[test]
+    fn an_address_past_the_end_is_refused() {
+        let ram = Ram::new(PageCount(4)).unwrap();
+        assert_eq!(ram.alias_of(PageIndex(4)), None);
+        assert_eq!(ram.alias_of(PageIndex(u64::MAX)), None);
+    }
+
+    #[test]
+    fn no_memory_is_no_ram() {
+        assert!(matches!(Ram::new(PageCount(0)), Err(RamError::Size { size: 0 })));
+    }
+}

@@ -1,0 +1,1 @@
+//! Rounds over dirty bitmaps.
