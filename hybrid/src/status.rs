@@ -34,6 +34,25 @@ pub enum MigrationStatus {
 }
 
 impl MigrationStatus {
+    /// QEMU's name for it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Setup => "setup",
+            Self::Active => "active",
+            Self::PreSwitchover => "pre-switchover",
+            Self::Device => "device",
+            Self::PostcopyActive => "postcopy-active",
+            Self::PostcopyPaused => "postcopy-paused",
+            Self::PostcopyRecover => "postcopy-recover",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Cancelling => "cancelling",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
     /// Whether the migration is over, one way or the other.
     #[must_use]
     pub const fn is_final(self) -> bool {
@@ -44,5 +63,11 @@ impl MigrationStatus {
     #[must_use]
     pub const fn is_under_way(self) -> bool {
         !self.is_final() && !matches!(self, Self::None)
+    }
+}
+
+impl std::fmt::Display for MigrationStatus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
     }
 }

@@ -1,0 +1,31 @@
+//! How far a migration has come, for those who watch it.
+
+use crate::status::MigrationStatus;
+
+/// A look at a migration. Byte counts are those of this side.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Progress {
+    /// Where it stands.
+    pub status: MigrationStatus,
+    /// Why it failed, and where that leaves the guest.
+    pub error: Option<String>,
+    /// Bytes of RAM.
+    pub ram_total: u64,
+    /// Bytes that crossed all lanes, headers included.
+    pub transferred: u64,
+    /// Bytes of RAM that the source has not sent, or the destination not received.
+    pub remaining: u64,
+    /// Pages that went as zero.
+    pub zero_pages: u64,
+    /// Pages that went with their bytes.
+    pub normal_pages: u64,
+    /// Pages that the destination asked for.
+    pub postcopy_requests: u64,
+    /// From the start until now, or until the end.
+    pub total_time_ns: u64,
+    /// From the start until the destination was prepared.
+    pub setup_time_ns: Option<u64>,
+    /// The blackout as this side can know it: from the last source exit to the first destination entry where the
+    /// two are known on one clock; else, on the source, until it was told that the guest runs.
+    pub downtime_ns: Option<u64>,
+}

@@ -1,0 +1,207 @@
+//! The record that a migration keeps of itself: status, spans of time, instants, and why it failed.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use switchover_wire::clock::Nanos;
+
+use crate::report::{Instants, PhaseSpan};
+use crate::settings::{Notice, Observer};
+use crate::status::MigrationStatus;
+
+/// One side's record, written by its session thread and read by whoever watches.
+pub struct Recorder {
+    record: Mutex<Record>,
+    changed: Condvar,
+    observer: Observer,
+}
+
+/// What has been recorded so far.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// Where the migration stands.
+    pub status: MigrationStatus,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// The session's name, once there is one.
+    pub session: Option<String>,
+    /// When it began.
+    pub started: Nanos,
+    /// When it was over.
+    pub ended: Option<Nanos>,
+    /// Statuses and steps, in order of their start.
+    pub phases: Vec<PhaseSpan>,
+    /// The instants that figures are taken between.
+    pub instants: Instants,
+    /// Source: when it was told that the guest runs on the destination.
+    pub running_heard: Option<Nanos>,
+    /// Both sides read one clock.
+    pub same_clock: bool,
+    /// Bytes of vCPU and device state.
+    pub state_bytes: u64,
+    /// The open span of the current status.
+    status_span: Option<usize>,
+}
+
+impl Recorder {
+    /// A record of a migration that has not begun.
+    #[must_use]
+    pub fn new(observer: Observer) -> Self {
+        let record = Record {
+            status: MigrationStatus::None,
+            error: None,
+            session: None,
+            started: Nanos::now(),
+            ended: None,
+            phases: Vec::new(),
+            instants: Instants::default(),
+            running_heard: None,
+            same_clock: false,
+            state_bytes: 0,
+            status_span: None,
+        };
+        Self { record: Mutex::new(record), changed: Condvar::new(), observer }
+    }
+
+    /// What has been recorded so far.
+    #[must_use]
+    pub fn read(&self) -> Record {
+        self.lock().clone()
+    }
+
+    /// Changes the record.
+    pub fn write(&self, change: impl FnOnce(&mut Record)) {
+        change(&mut self.lock());
+    }
+
+    /// The migration begins now: time counts from here.
+    pub fn begin(&self) {
+        self.write(|record| record.started = Nanos::now());
+        self.set_status(MigrationStatus::Setup);
+    }
+
+    /// Moves to `status`, ending the span of the last.
+    pub fn set_status(&self, status: MigrationStatus) {
+        let now = Nanos::now();
+        {
+            let mut record = self.lock();
+            if record.status == status {
+                return;
+            }
+            record.status = status;
+            if let Some(span) = record.status_span.take()
+                && let Some(phase) = record.phases.get_mut(span)
+            {
+                phase.end_ns = Some(now.0);
+            }
+            if status.is_final() {
+                record.ended = Some(now);
+            } else {
+                record.status_span = Some(record.phases.len());
+                record.phases.push(PhaseSpan { name: status.name().to_owned(), start_ns: now.0, end_ns: None });
+            }
+        }
+        self.changed.notify_all();
+        (self.observer)(Notice::Status(status));
+    }
+
+    /// Does `work` and records how long it took.
+    pub fn timed<T>(&self, name: &str, work: impl FnOnce() -> T) -> T {
+        let start_ns = Nanos::now().0;
+        let result = work();
+        let end_ns = Some(Nanos::now().0);
+        self.write(|record| record.phases.push(PhaseSpan { name: name.to_owned(), start_ns, end_ns }));
+        result
+    }
+
+    /// Ends with a failure.
+    pub fn fail(&self, reason: String) {
+        self.write(|record| record.error = Some(reason));
+        self.set_status(MigrationStatus::Failed);
+    }
+
+    /// Waits until the migration is over.
+    #[must_use]
+    pub fn wait(&self) -> MigrationStatus {
+        let mut record = self.lock();
+        while !record.status.is_final() {
+            record = self.changed.wait(record).unwrap_or_else(PoisonError::into_inner);
+        }
+        record.status
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Record {
+    /// The blackout as far as this record knows it.
+    #[must_use]
+    pub fn downtime_ns(&self) -> Option<u64> {
+        let last_exit = self.instants.last_exit_ns?;
+        match self.instants.first_entry_ns {
+            Some(first_entry) if self.same_clock => Some(first_entry.saturating_sub(last_exit)),
+            _ => Some(self.running_heard?.0.saturating_sub(last_exit)),
+        }
+    }
+
+    /// From the start to the end of `setup`.
+    #[must_use]
+    pub fn setup_time_ns(&self) -> Option<u64> {
+        let setup = self.phases.iter().find(|phase| phase.name == "setup")?;
+        Some(setup.end_ns?.saturating_sub(setup.start_ns))
+    }
+
+    /// From the start until now, or until the end.
+    #[must_use]
+    pub fn total_time_ns(&self) -> u64 {
+        self.ended.unwrap_or_else(Nanos::now).since(self.started)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[test]
+    fn spans_follow_each_other_without_gaps() {
+        let recorder = Recorder::new(crate::settings::no_observer());
+        recorder.begin();
+        recorder.set_status(MigrationStatus::Active);
+        recorder.timed("pause", || {});
+        recorder.set_status(MigrationStatus::Completed);
+        let record = recorder.read();
+        let names: Vec<_> = record.phases.iter().map(|phase| phase.name.as_str()).collect();
+        assert_eq!(names, ["setup", "active", "pause"]);
+        assert_eq!(record.phases[0].end_ns, Some(record.phases[1].start_ns));
+        assert!(record.phases.iter().all(|phase| phase.end_ns.is_some()));
+        assert!(record.ended.is_some() && record.setup_time_ns().is_some());
+    }
+
+    #[test]
+    fn each_status_is_told_once() {
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let heard = Arc::clone(&told);
+        let recorder = Recorder::new(Arc::new(move |Notice::Status(status)| heard.lock().unwrap().push(status)));
+        recorder.begin();
+        recorder.set_status(MigrationStatus::Setup);
+        recorder.fail("no".into());
+        assert_eq!(*told.lock().unwrap(), [MigrationStatus::Setup, MigrationStatus::Failed]);
+        assert_eq!(recorder.wait(), MigrationStatus::Failed);
+    }
+
+    #[test]
+    fn the_blackout_is_taken_from_one_clock_or_from_what_was_heard() {
+        let recorder = Recorder::new(crate::settings::no_observer());
+        recorder.write(|record| {
+            record.instants.last_exit_ns = Some(1_000);
+            record.instants.first_entry_ns = Some(3_000);
+            record.running_heard = Some(Nanos(9_000));
+        });
+        assert_eq!(recorder.read().downtime_ns(), Some(8_000));
+        recorder.write(|record| record.same_clock = true);
+        assert_eq!(recorder.read().downtime_ns(), Some(2_000));
+    }
+}

@@ -1,0 +1,261 @@
+//! The destination's end.
+
+use super::{Failure, GuestAfter, Outcome};
+use crate::status::MigrationStatus;
+
+/// What happens to a destination.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum DestinationEvent {
+    /// Memory is reserved and watched, the pager serves, all lanes are open.
+    Prepared,
+    /// It could not be prepared.
+    PrepareFailed(String),
+    /// The guest's state is here.
+    State,
+    /// [`DestinationAction::LoadState`] succeeded.
+    Loaded,
+    /// [`DestinationAction::LoadState`] failed.
+    LoadFailed(String),
+    /// The commit is here.
+    Commit,
+    /// [`DestinationAction::Run`] failed.
+    RunFailed(String),
+    /// Every page is here and mapped.
+    Complete,
+    /// The source has read that we have everything.
+    DrainedAcknowledged,
+    /// The source gives up.
+    Aborted(String),
+    /// A lane that carries pages is gone.
+    LaneLost(String),
+    /// The control lane or the source is gone.
+    Lost(String),
+    /// The pager cannot go on.
+    PagerBroken(String),
+}
+
+/// What a destination does.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum DestinationAction {
+    /// Show this status.
+    Status(MigrationStatus),
+    /// Tell the source that we are prepared.
+    SendPrepared,
+    /// Load the state that has come, not on a pager's thread; answer with `Loaded` or `LoadFailed`.
+    LoadState,
+    /// Tell the source that the state is loaded.
+    SendRestored,
+    /// Tell the source, finally, that we never ran and never will.
+    SendRefused(String),
+    /// Take the right to run, and run the guest unless its user had paused it; a failure is `RunFailed`.
+    Run,
+    /// Tell the source that the guest runs.
+    SendRunning,
+    /// Tell the source that we have everything.
+    SendDrained,
+    /// Unregister userfaultfd, end the pager, close all lanes: memory is complete.
+    FinishPager,
+    /// End the pager of a guest that never ran here, and close all lanes.
+    Abandon,
+    /// Stop the guest, because its memory can no longer be completed. The pager goes on serving what is here.
+    StopForGood(String),
+    /// It is over.
+    Finish(Outcome),
+}
+
+/// A destination in one of its phases.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum DestinationSession {
+    /// Memory is being reserved.
+    Preparing(Preparing),
+    /// Waiting for the state.
+    Prepared(Prepared),
+    /// The state is being loaded, or is loaded, and the commit has not come.
+    Loading(Loading),
+    /// The guest runs here; its memory follows.
+    Postcopy(Postcopy),
+    /// Everything is here, and the source is being told.
+    Drained(Drained),
+    /// Over.
+    Over,
+}
+
+/// Phase data of [`DestinationSession::Preparing`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Preparing(());
+
+/// Phase data of [`DestinationSession::Prepared`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Prepared(());
+
+/// Phase data of [`DestinationSession::Loading`].
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Loading {
+    loaded: bool,
+    /// Small or idle guests can have all their pages before the commit comes.
+    complete: bool,
+}
+
+/// Phase data of [`DestinationSession::Postcopy`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Postcopy(());
+
+/// Phase data of [`DestinationSession::Drained`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Drained(());
+
+/// A session's next phase, and what to do on the way there.
+pub type Step = (DestinationSession, Vec<DestinationAction>);
+
+impl DestinationSession {
+    /// A session whose source has been accepted and whose lanes are open.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self::Preparing(Preparing(()))
+    }
+
+    /// What follows from `event`. One that has no meaning in this phase is the source's breach of the protocol.
+    #[must_use]
+    pub fn on(self, event: DestinationEvent) -> Step {
+        match self {
+            Self::Preparing(phase) => phase.on(event),
+            Self::Prepared(phase) => phase.on(event),
+            Self::Loading(phase) => phase.on(event),
+            Self::Postcopy(phase) => phase.on(event),
+            Self::Drained(phase) => phase.on(event),
+            Self::Over => (Self::Over, Vec::new()),
+        }
+    }
+}
+
+impl Default for DestinationSession {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Preparing {
+    fn on(self, event: DestinationEvent) -> Step {
+        let Self(()) = self;
+        match event {
+            DestinationEvent::Prepared => (
+                DestinationSession::Prepared(Prepared(())),
+                vec![DestinationAction::Status(MigrationStatus::Active), DestinationAction::SendPrepared],
+            ),
+            other => never_ran(other),
+        }
+    }
+}
+
+impl Prepared {
+    fn on(self, event: DestinationEvent) -> Step {
+        let Self(()) = self;
+        match event {
+            DestinationEvent::State => (
+                DestinationSession::Loading(Loading::default()),
+                vec![DestinationAction::Status(MigrationStatus::Device), DestinationAction::LoadState],
+            ),
+            other => never_ran(other),
+        }
+    }
+}
+
+impl Loading {
+    fn on(self, event: DestinationEvent) -> Step {
+        match event {
+            DestinationEvent::Loaded if !self.loaded => (
+                DestinationSession::Loading(Self { loaded: true, ..self }),
+                vec![DestinationAction::SendRestored],
+            ),
+            DestinationEvent::Complete => (DestinationSession::Loading(Self { complete: true, ..self }), Vec::new()),
+            // The commit makes this side the one that may run, and the only one.
+            DestinationEvent::Commit if self.loaded => {
+                let mut actions = vec![
+                    DestinationAction::Run,
+                    DestinationAction::SendRunning,
+                    DestinationAction::Status(MigrationStatus::PostcopyActive),
+                ];
+                if self.complete {
+                    actions.push(DestinationAction::SendDrained);
+                    (DestinationSession::Drained(Drained(())), actions)
+                } else {
+                    (DestinationSession::Postcopy(Postcopy(())), actions)
+                }
+            }
+            other => never_ran(other),
+        }
+    }
+}
+
+impl Postcopy {
+    fn on(self, event: DestinationEvent) -> Step {
+        match event {
+            DestinationEvent::Complete => {
+                (DestinationSession::Drained(Drained(())), vec![DestinationAction::SendDrained])
+            }
+            DestinationEvent::RunFailed(reason)
+            | DestinationEvent::LaneLost(reason)
+            | DestinationEvent::Lost(reason)
+            | DestinationEvent::PagerBroken(reason)
+            | DestinationEvent::Aborted(reason) => stopped(reason),
+            other => stopped(breach(&other)),
+        }
+    }
+}
+
+impl Drained {
+    fn on(self, event: DestinationEvent) -> Step {
+        match event {
+            DestinationEvent::DrainedAcknowledged => (
+                DestinationSession::Over,
+                vec![DestinationAction::FinishPager, DestinationAction::Finish(Outcome::Completed)],
+            ),
+            DestinationEvent::RunFailed(reason) | DestinationEvent::PagerBroken(reason) => stopped(reason),
+            // The source closes its page lanes behind its acknowledgement, and may be seen doing so first.
+            DestinationEvent::LaneLost(_) => (DestinationSession::Drained(self), Vec::new()),
+            // The guest needs nothing from the source any more, so nothing is taken from it; but a closed connection
+            // is no acknowledgement either, and the watch stays.
+            DestinationEvent::Lost(reason) | DestinationEvent::Aborted(reason) => {
+                let failure = Failure {
+                    reason: format!("the source never acknowledged that everything arrived: {reason}"),
+                    guest: GuestAfter::OnDestination,
+                };
+                (DestinationSession::Over, vec![DestinationAction::Finish(Outcome::Failed(failure))])
+            }
+            other => stopped(breach(&other)),
+        }
+    }
+}
+
+/// Ends a session without the commit: the guest never ran here, and this process never will run it.
+fn never_ran(event: DestinationEvent) -> Step {
+    let (reason, refuse) = match event {
+        DestinationEvent::PrepareFailed(reason)
+        | DestinationEvent::LoadFailed(reason)
+        | DestinationEvent::PagerBroken(reason) => (reason, true),
+        DestinationEvent::LaneLost(reason) => (reason, true),
+        DestinationEvent::Lost(reason) => (reason, false),
+        DestinationEvent::Aborted(reason) => (format!("the source gave up: {reason}"), false),
+        other => (breach(&other), true),
+    };
+    let mut actions = Vec::new();
+    if refuse {
+        actions.push(DestinationAction::SendRefused(reason.clone()));
+    }
+    actions.push(DestinationAction::Abandon);
+    let failure = Failure { reason, guest: GuestAfter::OnSource };
+    actions.push(DestinationAction::Finish(Outcome::Failed(failure)));
+    (DestinationSession::Over, actions)
+}
+
+fn stopped(reason: String) -> Step {
+    let failure = Failure { reason: reason.clone(), guest: GuestAfter::Stopped };
+    (
+        DestinationSession::Over,
+        vec![DestinationAction::StopForGood(reason), DestinationAction::Finish(Outcome::Failed(failure))],
+    )
+}
+
+fn breach(event: &DestinationEvent) -> String {
+    format!("the source broke the protocol: {event:?} came out of turn")
+}

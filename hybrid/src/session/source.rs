@@ -1,0 +1,298 @@
+//! The source's end.
+
+use super::{Failure, GuestAfter, Outcome};
+use crate::status::MigrationStatus;
+
+/// What happens to a source.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum SourceEvent {
+    /// The destination is prepared.
+    Prepared,
+    /// The controller wants the handoff.
+    StartPostcopy,
+    /// The controller wants out.
+    Cancel,
+    /// [`SourceAction::Pause`] succeeded.
+    Paused,
+    /// [`SourceAction::Pause`] failed; the guest runs on.
+    PauseFailed(String),
+    /// [`SourceAction::SendState`] succeeded.
+    StateSent,
+    /// The state could not be read from the machine.
+    StateFailed(String),
+    /// The destination has loaded the state.
+    Restored,
+    /// The destination's final word: it never ran the guest, and never will.
+    Refused(String),
+    /// The guest is paused and the destination has not answered in time.
+    HandoffTimedOut,
+    /// The destination runs the guest.
+    Running,
+    /// The destination has all of it.
+    Drained,
+    /// A lane or the destination is gone.
+    Lost(String),
+}
+
+/// What a source does.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum SourceAction {
+    /// Show this status.
+    Status(MigrationStatus),
+    /// Pause the machine; answer with `Paused` or `PauseFailed`.
+    Pause,
+    /// Serve pages from now on: memory no longer changes.
+    ServePages,
+    /// Save the state and send it; answer with `StateSent`, `StateFailed` or `Lost`.
+    SendState,
+    /// Give up the right to run, for good.
+    SurrenderRightToRun,
+    /// Submit the commit to the socket. A failure is `Lost`.
+    SendCommit,
+    /// Acknowledge that the destination has everything. A failure changes nothing here.
+    AcknowledgeDrained,
+    /// Tell the destination to give up, if it still listens.
+    SendAbort(String),
+    /// End the pager and close all lanes; no page is read afterwards.
+    CloseLanes,
+    /// Let the guest run on.
+    Resume,
+    /// It is over.
+    Finish(Outcome),
+}
+
+/// What the source says to a controller's wish that comes at the wrong time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum WishRefused {
+    /// A cancel after the commit.
+    Committed,
+    /// Anything after the end.
+    Over,
+}
+
+/// A source in one of its phases.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum SourceSession {
+    /// The guest runs; the destination is preparing.
+    Setup(Setup),
+    /// The guest runs; the handoff can begin at any moment.
+    Active(Active),
+    /// The guest is being paused, or is paused, and the right to run is still here.
+    Handoff(Handoff),
+    /// The commit counts as sent. The guest must never run here again.
+    Committed(Committed),
+    /// The guest runs on the destination; its pages are served and pushed.
+    Postcopy(Postcopy),
+    /// Over.
+    Over,
+}
+
+/// Phase data of [`SourceSession::Setup`].
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Setup {
+    /// The controller has asked for the handoff already.
+    start_at_once: bool,
+}
+
+/// Phase data of [`SourceSession::Active`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Active(());
+
+/// Phase data of [`SourceSession::Handoff`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Handoff {
+    paused: bool,
+}
+
+/// Phase data of [`SourceSession::Committed`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Committed(());
+
+/// Phase data of [`SourceSession::Postcopy`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Postcopy(());
+
+/// A session's next phase, and what to do on the way there.
+pub type Step = (SourceSession, Vec<SourceAction>);
+
+impl SourceSession {
+    /// A session whose lanes are open.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::Setup(Setup::default())
+    }
+
+    /// Whether a cancel can still be carried out.
+    ///
+    /// # Errors
+    /// When it cannot, and why.
+    pub const fn can_cancel(&self) -> Result<(), WishRefused> {
+        match self {
+            Self::Setup(_) | Self::Active(_) | Self::Handoff(_) => Ok(()),
+            Self::Committed(_) | Self::Postcopy(_) => Err(WishRefused::Committed),
+            Self::Over => Err(WishRefused::Over),
+        }
+    }
+
+    /// What follows from `event`. One that has no meaning in this phase is the destination's breach of the protocol.
+    #[must_use]
+    pub fn on(self, event: SourceEvent) -> Step {
+        match self {
+            Self::Setup(phase) => phase.on(event),
+            Self::Active(phase) => phase.on(event),
+            Self::Handoff(phase) => phase.on(event),
+            Self::Committed(phase) => phase.on(event),
+            Self::Postcopy(phase) => phase.on(event),
+            Self::Over => (Self::Over, Vec::new()),
+        }
+    }
+}
+
+impl Default for SourceSession {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Setup {
+    fn on(self, event: SourceEvent) -> Step {
+        match event {
+            SourceEvent::Prepared => {
+                let active = SourceAction::Status(MigrationStatus::Active);
+                if self.start_at_once {
+                    let (next, mut actions) = Active(()).start();
+                    actions.insert(0, active);
+                    (next, actions)
+                } else {
+                    (SourceSession::Active(Active(())), vec![active])
+                }
+            }
+            SourceEvent::StartPostcopy => (SourceSession::Setup(Self { start_at_once: true }), Vec::new()),
+            other => before_pause(other),
+        }
+    }
+}
+
+impl Active {
+    fn on(self, event: SourceEvent) -> Step {
+        match event {
+            SourceEvent::StartPostcopy => self.start(),
+            other => before_pause(other),
+        }
+    }
+
+    fn start(self) -> Step {
+        let Self(()) = self;
+        (
+            SourceSession::Handoff(Handoff { paused: false }),
+            vec![SourceAction::Status(MigrationStatus::Device), SourceAction::Pause],
+        )
+    }
+}
+
+impl Handoff {
+    fn on(self, event: SourceEvent) -> Step {
+        match event {
+            SourceEvent::StartPostcopy => (SourceSession::Handoff(self), Vec::new()),
+            SourceEvent::Paused if !self.paused => (
+                SourceSession::Handoff(Self { paused: true }),
+                vec![SourceAction::ServePages, SourceAction::SendState],
+            ),
+            SourceEvent::StateSent if self.paused => (SourceSession::Handoff(self), Vec::new()),
+            // The point of no return. The right to run goes before the commit is submitted: whatever becomes of the
+            // commit on its way, nothing on this side can run the guest any more.
+            SourceEvent::Restored if self.paused => (
+                SourceSession::Committed(Committed(())),
+                vec![SourceAction::SurrenderRightToRun, SourceAction::SendCommit],
+            ),
+            SourceEvent::PauseFailed(reason) => give_up(fail(reason), false),
+            SourceEvent::StateFailed(reason) => give_up(fail(reason), self.paused),
+            SourceEvent::HandoffTimedOut => {
+                let reason = "the destination did not confirm the guest's state in time".to_owned();
+                give_up(fail(reason), self.paused)
+            }
+            SourceEvent::Refused(reason) => give_up(fail(refusal(&reason)), self.paused),
+            SourceEvent::Lost(reason) => give_up(fail(reason), self.paused),
+            SourceEvent::Cancel => give_up(Outcome::Cancelled, self.paused),
+            other => give_up(fail(breach(&other)), self.paused),
+        }
+    }
+}
+
+impl Committed {
+    fn on(self, event: SourceEvent) -> Step {
+        match event {
+            SourceEvent::Running => (
+                SourceSession::Postcopy(Postcopy(())),
+                vec![SourceAction::Status(MigrationStatus::PostcopyActive)],
+            ),
+            SourceEvent::StateSent | SourceEvent::Cancel | SourceEvent::StartPostcopy | SourceEvent::HandoffTimedOut => {
+                (SourceSession::Committed(self), Vec::new())
+            }
+            // Not even a refusal counts here: the commit is out, and a destination that has it runs.
+            SourceEvent::Lost(reason) => given_away(reason),
+            other => given_away(breach(&other)),
+        }
+    }
+}
+
+impl Postcopy {
+    fn on(self, event: SourceEvent) -> Step {
+        match event {
+            SourceEvent::Drained => (
+                SourceSession::Over,
+                vec![
+                    SourceAction::AcknowledgeDrained,
+                    SourceAction::CloseLanes,
+                    SourceAction::Finish(Outcome::Completed),
+                ],
+            ),
+            SourceEvent::StateSent | SourceEvent::Cancel | SourceEvent::StartPostcopy | SourceEvent::HandoffTimedOut => {
+                (SourceSession::Postcopy(self), Vec::new())
+            }
+            SourceEvent::Lost(reason) => given_away(reason),
+            other => given_away(breach(&other)),
+        }
+    }
+}
+
+/// What every phase in which the guest still runs makes of an event that is not its own.
+fn before_pause(event: SourceEvent) -> Step {
+    match event {
+        SourceEvent::Cancel => give_up(Outcome::Cancelled, false),
+        SourceEvent::Lost(reason) => give_up(fail(reason), false),
+        SourceEvent::Refused(reason) => give_up(fail(refusal(&reason)), false),
+        other => give_up(fail(breach(&other)), false),
+    }
+}
+
+/// Ends a session whose commit has not been submitted: the guest goes on here.
+fn give_up(outcome: Outcome, paused: bool) -> Step {
+    let reason = match &outcome {
+        Outcome::Failed(failure) => failure.reason.clone(),
+        _ => "the migration was cancelled on the source".to_owned(),
+    };
+    let mut actions = vec![SourceAction::SendAbort(reason), SourceAction::CloseLanes];
+    if paused {
+        actions.push(SourceAction::Resume);
+    }
+    actions.push(SourceAction::Finish(outcome));
+    (SourceSession::Over, actions)
+}
+
+fn given_away(reason: String) -> Step {
+    let failure = Failure { reason, guest: GuestAfter::GivenAway };
+    (SourceSession::Over, vec![SourceAction::CloseLanes, SourceAction::Finish(Outcome::Failed(failure))])
+}
+
+fn fail(reason: String) -> Outcome {
+    Outcome::Failed(Failure { reason, guest: GuestAfter::OnSource })
+}
+
+fn refusal(reason: &str) -> String {
+    format!("the destination refused: {reason}")
+}
+
+fn breach(event: &SourceEvent) -> String {
+    format!("the destination broke the protocol: {event:?} came out of turn")
+}

@@ -1,0 +1,321 @@
+//! Whole migrations of the two state machines against each other, with a fault injected at every step.
+//!
+//! The world is a pair of message queues and a handful of flags; what the invariants say about them is checked after
+//! every single action.
+
+use std::collections::VecDeque;
+
+use super::destination::{DestinationAction, DestinationEvent, DestinationSession};
+use super::source::{SourceAction, SourceEvent, SourceSession};
+use super::{GuestAfter, Outcome};
+
+/// What goes wrong, and at which step.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Mishap {
+    Nothing,
+    /// The link is cut: what is under way is lost, and both sides notice.
+    Cut,
+    /// The controller cancels.
+    Cancel,
+    /// The source's patience in the handoff ends.
+    TimeOut,
+    /// The source's machine or the destination's refuses its next task.
+    MachineFails,
+    /// A page lane of the destination fails.
+    LaneFails,
+    /// All pages arrive.
+    AllPagesArrive,
+}
+
+const ALL_MISHAPS: [Mishap; 6] = [
+    Mishap::Cut,
+    Mishap::Cancel,
+    Mishap::TimeOut,
+    Mishap::MachineFails,
+    Mishap::LaneFails,
+    Mishap::AllPagesArrive,
+];
+
+/// The answers that actions call for are queued beside the messages, in the order in which they arise.
+struct World {
+    source: SourceSession,
+    destination: DestinationSession,
+    to_source: VecDeque<SourceEvent>,
+    to_destination: VecDeque<DestinationEvent>,
+    link: bool,
+    machine_fails: bool,
+    source_runs: bool,
+    source_may_run: bool,
+    source_serves: bool,
+    destination_runs: bool,
+    commit_submitted: bool,
+    commit_arrived: bool,
+    pages_complete: bool,
+    watch_registered: bool,
+    source_outcome: Option<Outcome>,
+    destination_outcome: Option<Outcome>,
+}
+
+impl World {
+    fn new() -> Self {
+        Self {
+            source: SourceSession::new(),
+            destination: DestinationSession::new(),
+            to_source: VecDeque::from([SourceEvent::StartPostcopy]),
+            to_destination: VecDeque::from([DestinationEvent::Prepared]),
+            link: true,
+            machine_fails: false,
+            source_runs: true,
+            source_may_run: true,
+            source_serves: false,
+            destination_runs: false,
+            commit_submitted: false,
+            commit_arrived: false,
+            pages_complete: false,
+            watch_registered: true,
+            source_outcome: None,
+            destination_outcome: None,
+        }
+    }
+
+    fn strike(&mut self, mishap: Mishap) {
+        match mishap {
+            Mishap::Nothing => {}
+            Mishap::Cut => self.cut(),
+            Mishap::Cancel => {
+                if self.source.can_cancel().is_ok() {
+                    self.to_source.push_back(SourceEvent::Cancel);
+                }
+            }
+            Mishap::TimeOut => self.to_source.push_back(SourceEvent::HandoffTimedOut),
+            Mishap::MachineFails => self.machine_fails = true,
+            Mishap::LaneFails => self.to_destination.push_back(DestinationEvent::LaneLost("broken".into())),
+            Mishap::AllPagesArrive => self.complete(),
+        }
+    }
+
+    fn cut(&mut self) {
+        if !std::mem::replace(&mut self.link, false) {
+            return;
+        }
+        self.to_source.retain(|event| matches!(event, SourceEvent::Paused | SourceEvent::StateSent));
+        self.to_destination.retain(|event| matches!(event, DestinationEvent::Loaded | DestinationEvent::Prepared));
+        self.to_source.push_back(SourceEvent::Lost("cut".into()));
+        self.to_destination.push_back(DestinationEvent::Lost("cut".into()));
+    }
+
+    fn complete(&mut self) {
+        if self.source_serves && self.link && !std::mem::replace(&mut self.pages_complete, true) {
+            self.to_destination.push_back(DestinationEvent::Complete);
+        }
+    }
+
+    /// One event on one side; `false` when there is none.
+    fn step(&mut self, source_first: bool) -> bool {
+        let source_turn = if source_first { !self.to_source.is_empty() } else { self.to_destination.is_empty() };
+        if source_turn {
+            let Some(event) = self.to_source.pop_front() else { return false };
+            let (next, actions) = std::mem::take(&mut self.source).on(event);
+            self.source = next;
+            for action in actions {
+                self.source_does(action);
+                self.check();
+            }
+        } else {
+            let Some(event) = self.to_destination.pop_front() else { return false };
+            let (next, actions) = std::mem::take(&mut self.destination).on(event);
+            self.destination = next;
+            for action in actions {
+                self.destination_does(action);
+                self.check();
+            }
+        }
+        true
+    }
+
+    fn tell_destination(&mut self, event: DestinationEvent) {
+        if self.link {
+            self.to_destination.push_back(event);
+        }
+    }
+
+    fn tell_source(&mut self, event: SourceEvent) {
+        if self.link {
+            self.to_source.push_back(event);
+        }
+    }
+
+    fn source_does(&mut self, action: SourceAction) {
+        match action {
+            SourceAction::Status(_) => {}
+            SourceAction::Pause if std::mem::take(&mut self.machine_fails) => {
+                self.to_source.push_back(SourceEvent::PauseFailed("tired".into()));
+            }
+            SourceAction::Pause => {
+                self.source_runs = false;
+                self.to_source.push_back(SourceEvent::Paused);
+            }
+            SourceAction::ServePages => self.source_serves = true,
+            SourceAction::SendState if std::mem::take(&mut self.machine_fails) => {
+                self.to_source.push_back(SourceEvent::StateFailed("tired".into()));
+            }
+            SourceAction::SendState => {
+                self.to_source.push_back(SourceEvent::StateSent);
+                self.tell_destination(DestinationEvent::State);
+            }
+            SourceAction::SurrenderRightToRun => self.source_may_run = false,
+            SourceAction::SendCommit => {
+                assert!(!self.source_may_run, "the right to run goes before the commit");
+                self.commit_submitted = true;
+                self.tell_destination(DestinationEvent::Commit);
+            }
+            SourceAction::AcknowledgeDrained => self.tell_destination(DestinationEvent::DrainedAcknowledged),
+            SourceAction::SendAbort(reason) => self.tell_destination(DestinationEvent::Aborted(reason)),
+            SourceAction::CloseLanes => self.source_serves = false,
+            SourceAction::Resume => {
+                assert!(self.source_may_run, "resumed without the right to run");
+                assert!(!self.source_serves, "pages are served while the guest changes them");
+                self.source_runs = true;
+            }
+            SourceAction::Finish(outcome) => assert!(self.source_outcome.replace(outcome).is_none()),
+        }
+    }
+
+    fn destination_does(&mut self, action: DestinationAction) {
+        match action {
+            DestinationAction::Status(_) => {}
+            DestinationAction::SendPrepared => self.tell_source(SourceEvent::Prepared),
+            DestinationAction::LoadState if std::mem::take(&mut self.machine_fails) => {
+                self.to_destination.push_back(DestinationEvent::LoadFailed("tired".into()));
+            }
+            DestinationAction::LoadState => self.to_destination.push_back(DestinationEvent::Loaded),
+            DestinationAction::SendRestored => self.tell_source(SourceEvent::Restored),
+            DestinationAction::SendRefused(reason) => self.tell_source(SourceEvent::Refused(reason)),
+            DestinationAction::Run => {
+                assert!(self.commit_submitted, "ran without the commit");
+                self.commit_arrived = true;
+                self.destination_runs = true;
+            }
+            DestinationAction::SendRunning => self.tell_source(SourceEvent::Running),
+            DestinationAction::SendDrained => self.tell_source(SourceEvent::Drained),
+            DestinationAction::FinishPager => {
+                assert!(self.pages_complete, "the watch ended before the pages were complete");
+                self.watch_registered = false;
+            }
+            DestinationAction::Abandon => {
+                assert!(!self.commit_arrived, "abandoned a guest that ran");
+                self.watch_registered = false;
+            }
+            DestinationAction::StopForGood(_) => self.destination_runs = false,
+            DestinationAction::Finish(outcome) => assert!(self.destination_outcome.replace(outcome).is_none()),
+        }
+    }
+
+    fn check(&self) {
+        assert!(!(self.source_runs && self.destination_runs), "two runners");
+        assert!(!(self.source_runs && self.commit_submitted), "the source runs after its commit");
+        assert!(
+            !self.destination_runs || self.watch_registered || self.pages_complete,
+            "a running guest could read zeros"
+        );
+    }
+
+    /// What must hold when nothing moves any more.
+    fn check_end(&self, context: &str) {
+        assert!(
+            self.source_runs || self.commit_submitted,
+            "{context}: the guest runs nowhere, and was never given away"
+        );
+        if self.source_outcome == Some(Outcome::Completed) {
+            assert!(self.destination_runs && self.pages_complete, "{context}: success without a running guest");
+        }
+        if let Some(Outcome::Failed(failure)) = &self.source_outcome {
+            let expected = if self.commit_submitted { GuestAfter::GivenAway } else { GuestAfter::OnSource };
+            assert_eq!(failure.guest, expected, "{context}");
+        }
+        if let Some(Outcome::Failed(failure)) = &self.destination_outcome {
+            match failure.guest {
+                GuestAfter::OnSource => assert!(!self.commit_arrived, "{context}"),
+                GuestAfter::Stopped => assert!(self.commit_arrived && !self.destination_runs, "{context}"),
+                GuestAfter::OnDestination => assert!(self.destination_runs && self.pages_complete, "{context}"),
+                GuestAfter::GivenAway => panic!("{context}: only a source gives away"),
+            }
+        }
+    }
+}
+
+fn run(mishaps: &[(usize, Mishap)], source_first: bool) -> World {
+    let mut world = World::new();
+    for step in 0..200 {
+        for (_, mishap) in mishaps.iter().filter(|(at, _)| *at == step) {
+            world.strike(*mishap);
+        }
+        if !world.step(source_first) {
+            // Nothing moves: the pages arrive in the end, if the link holds.
+            let before = world.pages_complete;
+            world.complete();
+            if world.pages_complete == before && mishaps.iter().all(|(at, _)| *at <= step) {
+                break;
+            }
+        }
+    }
+    world.check_end(&format!("{mishaps:?}, source first: {source_first}"));
+    world
+}
+
+#[test]
+fn an_undisturbed_migration_completes_on_both_sides() {
+    for source_first in [true, false] {
+        let world = run(&[(0, Mishap::Nothing)], source_first);
+        assert_eq!(world.source_outcome, Some(Outcome::Completed));
+        assert_eq!(world.destination_outcome, Some(Outcome::Completed));
+        assert!(world.destination_runs && !world.source_runs && !world.watch_registered);
+    }
+}
+
+#[test]
+fn one_mishap_at_any_step_leaves_one_guest() {
+    for mishap in ALL_MISHAPS {
+        for at in 0..40 {
+            for source_first in [true, false] {
+                run(&[(at, mishap)], source_first);
+            }
+        }
+    }
+}
+
+#[test]
+fn two_mishaps_at_any_steps_leave_one_guest() {
+    for first in ALL_MISHAPS {
+        for second in ALL_MISHAPS {
+            for at in 0..20 {
+                for later in at..20 {
+                    for source_first in [true, false] {
+                        run(&[(at, first), (later, second)], source_first);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_cancel_before_the_commit_leaves_the_guest_running() {
+    for at in 0..6 {
+        let world = run(&[(at, Mishap::Cancel)], true);
+        if world.source_outcome == Some(Outcome::Cancelled) {
+            assert!(world.source_runs && !world.destination_runs, "cancelled at step {at}");
+        }
+    }
+}
+
+#[test]
+fn a_refusal_after_the_commit_counts_for_nothing() {
+    let mut session = SourceSession::new();
+    for event in [SourceEvent::Prepared, SourceEvent::StartPostcopy, SourceEvent::Paused, SourceEvent::Restored] {
+        session = session.on(event).0;
+    }
+    let (session, actions) = session.on(SourceEvent::Refused("I never ran".into()));
+    assert_eq!(session, SourceSession::Over);
+    assert!(!actions.contains(&SourceAction::Resume));
+}

@@ -1,0 +1,66 @@
+//! What the migration's own threads cost.
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
+
+/// CPU time, in user space and in the kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct CpuTime {
+    /// In user space.
+    pub user: Duration,
+    /// In the kernel on its behalf.
+    pub system: Duration,
+}
+
+/// Adds up the CPU time of threads as they end.
+#[derive(Debug, Default)]
+pub struct CpuMeter(Mutex<CpuTime>);
+
+impl CpuMeter {
+    /// Runs `work` on this thread and counts what it cost.
+    pub fn measure<T>(&self, work: impl FnOnce() -> T) -> T {
+        let before = this_thread();
+        let result = work();
+        let after = this_thread();
+        let mut sum = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        sum.user += after.user.saturating_sub(before.user);
+        sum.system += after.system.saturating_sub(before.system);
+        result
+    }
+
+    /// The sum over the threads that have ended.
+    #[must_use]
+    pub fn total(&self) -> CpuTime {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn this_thread() -> CpuTime {
+    getrusage(UsageWho::RUSAGE_THREAD).map_or_else(
+        |_| CpuTime::default(),
+        |usage| {
+            let span = |time: nix::sys::time::TimeVal| {
+                Duration::from_micros(u64::try_from(time.num_microseconds()).unwrap_or(0))
+            };
+            CpuTime { user: span(usage.user_time()), system: span(usage.system_time()) }
+        },
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_costs_time() {
+        let meter = CpuMeter::default();
+        let sum = meter.measure(|| (0..50_000_000_u64).fold(0, |sum, n| std::hint::black_box(sum ^ n)));
+        std::hint::black_box(sum);
+        let total = meter.total();
+        assert!(total.user + total.system > Duration::ZERO);
+    }
+}

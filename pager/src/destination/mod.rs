@@ -1,0 +1,320 @@
+//! The destination's half: guest memory that fills itself.
+//!
+//! ```text
+//!   vCPU ──fault──▶ userfaultfd ──▶ fault thread ──request──▶ fault lane ──▶ source
+//!     ▲                              │      ▲                     │
+//!     └────────── CONTINUE, WAKE ────┘      └──── page ◀──────────┘
+//!     └────────── CONTINUE in runs ── bulk threads ◀── bulk lanes ◀── source
+//!                     both write the alias of pages that they have claimed in `PageStates`
+//! ```
+
+mod bulk;
+mod fault;
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use crossbeam::queue::ArrayQueue;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use switchover_wire::clock::Nanos;
+use switchover_wire::types::{LaneRole, PageIndex};
+use thiserror::Error;
+
+use self::bulk::BulkReceiver;
+use self::fault::FaultService;
+use crate::cpu::{CpuMeter, CpuTime};
+use crate::lane::{Notify, PageLane, PagerEvent};
+use crate::ram::{Ram, RamError};
+use crate::source::thread_name;
+use crate::state::{LaneTag, PageStates};
+use crate::stats::{FaultStats, RateSeries};
+use crate::uffd::{Watch, WatchError};
+
+/// Wake-ups of raced faults that the bulk lanes report and the fault thread has not looked at yet. More than there
+/// can be faults under way; what does not fit is counted without its time.
+const RACED_WAKES: usize = 4096;
+
+/// The destination's pager could not start or end.
+#[derive(Debug, Error)]
+pub enum DestinationPagerError {
+    /// Guest RAM could not be reserved.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// Userfaultfd refused.
+    #[error(transparent)]
+    Watch(#[from] WatchError),
+    /// No thread.
+    #[error("cannot start a thread for the {lane}: {source}; is the number of threads limited (`ulimit -u`)?")]
+    Thread {
+        /// The lane it was for.
+        lane: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// More lanes than a page's state can name.
+    #[error("{lanes} lanes carry pages, but at most {limit} can: use fewer bulk lanes", limit = LaneTag::LIMIT)]
+    TooManyLanes {
+        /// How many there are.
+        lanes: usize,
+    },
+    /// Not exactly one fault lane.
+    #[error("{lanes} fault lanes were opened; this version serves faults over exactly one")]
+    FaultLanes {
+        /// How many there are.
+        lanes: usize,
+    },
+    /// No eventfd.
+    #[error("cannot create an eventfd: {0}")]
+    EventFd(#[source] io::Error),
+    /// The pager was asked to finish while pages are missing.
+    #[error("{missing} pages are still missing: userfaultfd stays, so that nobody reads zeros in their place")]
+    Incomplete {
+        /// How many.
+        missing: u64,
+    },
+}
+
+/// What the threads share.
+struct Shared {
+    watch: Watch,
+    states: PageStates,
+    /// Whether RAM's pages are allocated: then a zero page can be mapped like any other.
+    populated: bool,
+    missing: AtomicU64,
+    last_placed: AtomicU64,
+    stopping: AtomicBool,
+    raced_wakes: ArrayQueue<(PageIndex, Nanos)>,
+    counts: Counts,
+    faults: Mutex<FaultStats>,
+    pushed_rates: Mutex<Vec<RateSeries>>,
+    bulk_lanes_open: AtomicU64,
+    notify: Notify,
+}
+
+#[derive(Default)]
+struct Counts {
+    zero: AtomicU64,
+    pushed: AtomicU64,
+    requested: AtomicU64,
+    discarded: AtomicU64,
+    requests: AtomicU64,
+}
+
+impl Shared {
+    /// Notes that `pages` more are here and mapped.
+    fn placed(&self, pages: u64) {
+        if pages == 0 {
+            return;
+        }
+        self.last_placed.fetch_max(Nanos::now().0, Ordering::AcqRel);
+        if self.missing.fetch_sub(pages, Ordering::AcqRel) == pages {
+            (self.notify)(PagerEvent::Complete);
+        }
+    }
+}
+
+/// How far the destination has come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct DestinationProgress {
+    /// Pages that are zero.
+    pub zero: u64,
+    /// Pages that came on a bulk lane.
+    pub pushed: u64,
+    /// Pages that came on the fault lane.
+    pub requested: u64,
+    /// Pages that came a second time.
+    pub discarded: u64,
+    /// Pages asked for.
+    pub requests: u64,
+    /// Pages that are not here yet.
+    pub missing: u64,
+}
+
+/// The running threads of a destination.
+pub struct DestinationPager {
+    shared: Arc<Shared>,
+    wake_fault_thread: Arc<EventFd>,
+    lanes: Vec<PageLane>,
+    threads: Vec<JoinHandle<()>>,
+    cpu: Arc<CpuMeter>,
+}
+
+impl DestinationPager {
+    /// Reserves `ram` (unless `lazy`), registers it, and serves its faults from now on. All of RAM counts as absent:
+    /// nothing may have been loaded into it.
+    ///
+    /// # Errors
+    /// When memory is short, userfaultfd refuses, or the lanes are not one fault lane and a few bulk lanes.
+    pub fn start(ram: Ram, lanes: Vec<PageLane>, lazy: bool, notify: &Notify) -> Result<Self, DestinationPagerError> {
+        let bulk_lanes = lanes.iter().filter(|lane| lane.id.role == LaneRole::Bulk).count();
+        let fault_lanes = lanes.iter().filter(|lane| lane.id.role == LaneRole::Fault).count();
+        if fault_lanes != 1 {
+            return Err(DestinationPagerError::FaultLanes { lanes: fault_lanes });
+        }
+        if !lazy {
+            ram.populate()?;
+        }
+        let pages = ram.pages();
+        let shared = Arc::new(Shared {
+            watch: Watch::register(ram)?,
+            states: PageStates::new(pages),
+            populated: !lazy,
+            missing: AtomicU64::new(pages.0),
+            last_placed: AtomicU64::new(0),
+            stopping: AtomicBool::new(false),
+            raced_wakes: ArrayQueue::new(RACED_WAKES),
+            counts: Counts::default(),
+            faults: Mutex::new(FaultStats::new()),
+            pushed_rates: Mutex::new(Vec::new()),
+            bulk_lanes_open: AtomicU64::new(bulk_lanes as u64),
+            notify: Arc::clone(notify),
+        });
+        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(|errno| DestinationPagerError::EventFd(errno.into()))?;
+        let mut pager = Self {
+            shared,
+            wake_fault_thread: Arc::new(wake),
+            lanes: lanes.clone(),
+            threads: Vec::new(),
+            cpu: Arc::new(CpuMeter::default()),
+        };
+        let too_many = DestinationPagerError::TooManyLanes { lanes: lanes.len() };
+        let tags = (0..LaneTag::LIMIT).filter_map(LaneTag::new);
+        if lanes.len() > usize::from(LaneTag::LIMIT) {
+            pager.shared.stopping.store(true, Ordering::Release);
+            return Err(too_many);
+        }
+        for (lane, tag) in lanes.into_iter().zip(tags) {
+            pager.spawn(lane, tag)?;
+        }
+        Ok(pager)
+    }
+
+    fn spawn(&mut self, lane: PageLane, tag: LaneTag) -> Result<(), DestinationPagerError> {
+        let shared = Arc::clone(&self.shared);
+        let cpu = Arc::clone(&self.cpu);
+        let wake = Arc::clone(&self.wake_fault_thread);
+        let name = lane.id.to_string();
+        let body = move || {
+            let id = lane.id;
+            let result = cpu.measure(|| match id.role {
+                LaneRole::Bulk => BulkReceiver::new(lane, tag, &shared).and_then(BulkReceiver::run).map_err(|e| e.to_string()),
+                _ => FaultService::new(lane, tag, &shared, wake).and_then(FaultService::run).map_err(|e| e.to_string()),
+            });
+            if let Err(reason) = result
+                && !shared.stopping.load(Ordering::Acquire)
+            {
+                (shared.notify)(match id.role {
+                    // The fault thread ends only when faults can no longer be served at all.
+                    LaneRole::Fault => PagerEvent::Broken { reason },
+                    _ => PagerEvent::LaneFailed { lane: id, reason },
+                });
+            }
+        };
+        let thread = thread::Builder::new()
+            .name(thread_name(&name))
+            .spawn(body)
+            .map_err(|source| DestinationPagerError::Thread { lane: name, source })?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// How far it has come.
+    #[must_use]
+    pub fn progress(&self) -> DestinationProgress {
+        let counts = &self.shared.counts;
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        DestinationProgress {
+            zero: read(&counts.zero),
+            pushed: read(&counts.pushed),
+            requested: read(&counts.requested),
+            discarded: read(&counts.discarded),
+            requests: read(&counts.requests),
+            missing: self.shared.missing.load(Ordering::Acquire),
+        }
+    }
+
+    /// What faults cost so far.
+    #[must_use]
+    pub fn fault_stats(&self) -> FaultStats {
+        self.shared.faults.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Non-zero pushed pages placed over time, from `start` on. Of the lanes that have ended.
+    #[must_use]
+    pub fn pushed_rate(&self, start: Nanos) -> Vec<u32> {
+        let rates = self.shared.pushed_rates.lock().unwrap_or_else(PoisonError::into_inner);
+        RateSeries::merged(rates.iter(), start)
+    }
+
+    /// When the last page was placed.
+    #[must_use]
+    pub fn last_placed(&self) -> Option<Nanos> {
+        match self.shared.last_placed.load(Ordering::Acquire) {
+            0 => None,
+            at => Some(Nanos(at)),
+        }
+    }
+
+    /// CPU time of the threads that have ended.
+    #[must_use]
+    pub fn cpu(&self) -> CpuTime {
+        self.cpu.total()
+    }
+
+    /// Ends the pager of a guest whose memory is complete: unregisters userfaultfd, then ends the threads.
+    ///
+    /// # Errors
+    /// When pages are missing, or the kernel refuses; faults go on being served.
+    pub fn finish(&mut self) -> Result<(), DestinationPagerError> {
+        let missing = self.shared.missing.load(Ordering::Acquire);
+        if missing > 0 {
+            return Err(DestinationPagerError::Incomplete { missing });
+        }
+        self.shared.watch.unregister()?;
+        self.end_threads();
+        Ok(())
+    }
+
+    /// Ends the pager of a guest that never ran and never will. Its memory may be used for nothing afterwards.
+    pub fn abandon(mut self) {
+        self.end_threads();
+        // Nobody runs on this memory, so nobody can be fed zeros; without this the descriptor would stay for ever.
+        if let Err(error) = self.shared.watch.unregister() {
+            tracing::warn!(%error, "userfaultfd stays registered");
+        }
+    }
+
+    fn end_threads(&mut self) {
+        self.shared.stopping.store(true, Ordering::Release);
+        if let Err(errno) = self.wake_fault_thread.write(1) {
+            tracing::error!(%errno, "cannot wake the fault thread");
+        }
+        for lane in &self.lanes {
+            lane.socket.shutdown();
+        }
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the destination's pager panicked");
+            }
+        }
+    }
+}
+
+impl Drop for DestinationPager {
+    /// A pager that is dropped before it finished leaves its threads serving and its userfaultfd open, for as long as
+    /// the process lives: whoever waits for a page must not be given zeros.
+    fn drop(&mut self) {
+        if !self.threads.is_empty() {
+            tracing::error!("a pager was dropped while its guest's memory is incomplete; it goes on serving");
+        }
+    }
+}
+
+/// The descriptor of an eventfd, for polling.
+fn poll_fd(event: &EventFd) -> io::Result<OwnedFd> {
+    event.as_fd().try_clone_to_owned()
+}

@@ -1,0 +1,42 @@
+//! A lane that carries pages, and what the pager tells its owner about it.
+
+use std::sync::Arc;
+
+use switchover_wire::counters::LaneCounters;
+use switchover_wire::socket::Socket;
+use switchover_wire::types::LaneId;
+
+/// An open lane.
+#[derive(Clone, Debug)]
+pub struct PageLane {
+    /// Its role and number.
+    pub id: LaneId,
+    /// Its connection.
+    pub socket: Arc<Socket>,
+    /// What has crossed it.
+    pub counters: Arc<LaneCounters>,
+}
+
+/// What a pager tells the session that owns it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum PagerEvent {
+    /// Source: every page has been handed to a lane.
+    AllPushed,
+    /// Destination: every page is here and mapped.
+    Complete,
+    /// A lane can carry no more. On a destination, faults on pages that are here go on being served.
+    LaneFailed {
+        /// Which lane.
+        lane: LaneId,
+        /// Why.
+        reason: String,
+    },
+    /// The pager itself cannot go on: the guest's memory can no longer be completed by it.
+    Broken {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Where a pager's threads send their events. Called on those threads: must return at once.
+pub type Notify = Arc<dyn Fn(PagerEvent) + Send + Sync>;

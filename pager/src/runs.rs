@@ -1,0 +1,33 @@
+//! The runs of set bits in a chunk's mask.
+
+/// The runs of ones in `mask`, lowest first: the first bit of each, and how many.
+pub fn runs(mask: u64) -> impl Iterator<Item = (u32, u32)> {
+    let mut rest = mask;
+    std::iter::from_fn(move || {
+        if rest == 0 {
+            return None;
+        }
+        let first = rest.trailing_zeros();
+        let count = (rest >> first).trailing_ones();
+        // A run that reaches the top bit ends the walk; shifting by 64 would be undefined.
+        rest = if first + count == u64::BITS { 0 } else { rest & (u64::MAX << (first + count)) };
+        Some((first, count))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_cover_exactly_the_set_bits() {
+        let masks = [0, 1, u64::MAX, 0x8000_0000_0000_0000, 0b1101_1000, 0x5555_5555_5555_5555, u64::MAX << 3];
+        for mask in masks {
+            let rebuilt = runs(mask).fold(0, |all, (first, count)| {
+                all | (if count == 64 { u64::MAX } else { ((1_u64 << count) - 1) << first })
+            });
+            assert_eq!(rebuilt, mask, "{mask:#x}");
+        }
+        assert_eq!(runs(0b1101_1000).collect::<Vec<_>>(), vec![(3, 2), (6, 2)]);
+    }
+}

@@ -1,0 +1,97 @@
+//! Which pages the source has sent, claimed chunk by chunk so that no two threads send the same page unasked.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use switchover_wire::frame::bulk::CHUNK_PAGES;
+use switchover_wire::types::{PageCount, PageIndex};
+
+/// The index of a run of [`CHUNK_PAGES`] pages, which travel in one frame.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct ChunkIndex(pub u64);
+
+impl ChunkIndex {
+    /// The chunk that `page` lies in.
+    #[must_use]
+    pub const fn of(page: PageIndex) -> Self {
+        Self(page.0 / CHUNK_PAGES)
+    }
+
+    /// Its first page.
+    #[must_use]
+    pub const fn first(self) -> PageIndex {
+        PageIndex(self.0 * CHUNK_PAGES)
+    }
+}
+
+/// One bit a page, set when the page is handed to a lane.
+#[derive(Debug)]
+pub struct SentPages {
+    words: Box<[AtomicU64]>,
+    pages: PageCount,
+}
+
+impl SentPages {
+    /// Nothing sent yet.
+    #[must_use]
+    pub fn new(pages: PageCount) -> Self {
+        Self { words: (0..pages.0.div_ceil(CHUNK_PAGES)).map(|_| AtomicU64::new(0)).collect(), pages }
+    }
+
+    /// The number of chunks, the last of which may be short.
+    #[must_use]
+    pub fn chunks(&self) -> u64 {
+        self.words.len() as u64
+    }
+
+    /// The bits of the pages that `chunk` has.
+    #[must_use]
+    pub fn full(&self, chunk: ChunkIndex) -> u64 {
+        match self.pages.0.saturating_sub(chunk.first().0) {
+            left if left >= CHUNK_PAGES => u64::MAX,
+            left => (1 << left) - 1,
+        }
+    }
+
+    /// Takes those of `wanted` that nobody has sent, and returns them: the caller must send them.
+    pub fn claim(&self, chunk: ChunkIndex, wanted: u64) -> u64 {
+        let wanted = wanted & self.full(chunk);
+        let Some(word) = usize::try_from(chunk.0).ok().and_then(|index| self.words.get(index)) else { return 0 };
+        wanted & !word.fetch_or(wanted, Ordering::AcqRel)
+    }
+
+    /// Notes that `page` is sent in answer to a request, so that the pusher need not.
+    pub fn mark(&self, page: PageIndex) {
+        self.claim(ChunkIndex::of(page), 1 << (page.0 % CHUNK_PAGES));
+    }
+
+    /// Pages that nobody has sent.
+    #[must_use]
+    pub fn remaining(&self) -> PageCount {
+        let sent: u64 = self.words.iter().map(|word| u64::from(word.load(Ordering::Relaxed).count_ones())).sum();
+        PageCount(self.pages.0 - sent)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_is_claimed_once() {
+        let sent = SentPages::new(PageCount(130));
+        assert_eq!(sent.chunks(), 3);
+        sent.mark(PageIndex(65));
+        assert_eq!(sent.claim(ChunkIndex(1), u64::MAX), !0b10);
+        assert_eq!(sent.claim(ChunkIndex(1), u64::MAX), 0);
+        assert_eq!(sent.remaining(), PageCount(66));
+    }
+
+    #[test]
+    fn a_short_chunk_ends_with_ram() {
+        let sent = SentPages::new(PageCount(130));
+        assert_eq!(sent.full(ChunkIndex(2)), 0b11);
+        assert_eq!(sent.full(ChunkIndex(3)), 0);
+        assert_eq!(sent.claim(ChunkIndex(2), u64::MAX), 0b11);
+        assert_eq!(sent.claim(ChunkIndex(9), u64::MAX), 0);
+    }
+}

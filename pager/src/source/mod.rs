@@ -1,0 +1,203 @@
+//! The source's half: serve the destination's requests, and push everything else.
+//!
+//! Its threads start with the session, but touch guest memory only after [`SourcePager::start_serving`]: from then
+//! on the guest is paused and its memory does not change, so that pages can be sent from where they lie.
+
+mod push;
+mod queue;
+mod serve;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+use switchover_wire::types::{LaneRole, PageCount, PageIndex};
+use thiserror::Error;
+
+use self::push::Pusher;
+use self::queue::PushQueue;
+use self::serve::FaultServer;
+use crate::cpu::{CpuMeter, CpuTime};
+use crate::lane::{Notify, PageLane, PagerEvent};
+use crate::pace::Pacer;
+use crate::ram::Ram;
+use crate::sent::SentPages;
+
+/// The source's pager could not start.
+#[derive(Debug, Error)]
+pub enum SourcePagerError {
+    /// No thread.
+    #[error("cannot start a thread for the {lane}: {source}; is the number of threads limited (`ulimit -u`)?")]
+    Thread {
+        /// The lane it was for.
+        lane: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// What the threads share.
+struct Shared {
+    ram: Ram,
+    sent: SentPages,
+    queue: PushQueue,
+    pacer: Pacer,
+    /// Set while guest memory is paused, and may be read.
+    serving: AtomicBool,
+    stopping: AtomicBool,
+    counts: Counts,
+}
+
+#[derive(Default)]
+struct Counts {
+    zero: AtomicU64,
+    data: AtomicU64,
+    requests: AtomicU64,
+}
+
+/// How far the source has come. Pages are counted when they are handed to a lane.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct SourceProgress {
+    /// Pages sent as zero, in a bit.
+    pub zero: u64,
+    /// Pages sent with their bytes, pushed or requested.
+    pub data: u64,
+    /// Requests answered.
+    pub requests: u64,
+    /// Pages that nobody has sent yet.
+    pub remaining: PageCount,
+}
+
+/// The running threads of a source.
+pub struct SourcePager {
+    shared: Arc<Shared>,
+    lanes: Vec<PageLane>,
+    threads: Vec<JoinHandle<()>>,
+    start: Option<Sender<()>>,
+    cpu: Arc<CpuMeter>,
+}
+
+impl SourcePager {
+    /// Starts a thread for each lane; they wait. `max_bandwidth` bounds the pushed bytes a second of all bulk lanes
+    /// together, 0 meaning no bound.
+    ///
+    /// # Errors
+    /// When a thread cannot be started.
+    pub fn start(ram: Ram, lanes: Vec<PageLane>, max_bandwidth: u64, notify: &Notify) -> Result<Self, SourcePagerError> {
+        let pages = ram.pages();
+        let pushers = lanes.iter().filter(|lane| lane.id.role == LaneRole::Bulk).count();
+        let shared = Arc::new(Shared {
+            ram,
+            sent: SentPages::new(pages),
+            queue: PushQueue::new(pages),
+            pacer: Pacer::new(max_bandwidth),
+            serving: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+            counts: Counts::default(),
+        });
+        let (start, started) = bounded::<()>(0);
+        let cpu = Arc::new(CpuMeter::default());
+        let mut pager = Self { shared, lanes: lanes.clone(), threads: Vec::new(), start: Some(start), cpu };
+        let pushing = Arc::new(AtomicU64::new(pushers as u64));
+        for lane in lanes {
+            pager.spawn(lane, &started, &pushing, notify)?;
+        }
+        Ok(pager)
+    }
+
+    fn spawn(
+        &mut self,
+        lane: PageLane,
+        started: &Receiver<()>,
+        pushing: &Arc<AtomicU64>,
+        notify: &Notify,
+    ) -> Result<(), SourcePagerError> {
+        let shared = Arc::clone(&self.shared);
+        let (cpu, notify, pushing, started) =
+            (Arc::clone(&self.cpu), Arc::clone(notify), Arc::clone(pushing), started.clone());
+        let name = lane.id.to_string();
+        let body = move || {
+            let id = lane.id;
+            let result = cpu.measure(|| match id.role {
+                LaneRole::Bulk => {
+                    // The channel never carries anything: it ends when serving starts, or with the pager.
+                    let _ = started.recv();
+                    if !shared.serving.load(Ordering::Acquire) {
+                        return Ok(());
+                    }
+                    Pusher::new(lane, &shared).and_then(Pusher::run).map_err(|error| error.to_string())
+                }
+                _ => FaultServer::new(lane, &shared).and_then(FaultServer::run).map_err(|error| error.to_string()),
+            });
+            match result {
+                // A pager that is being stopped has its lanes shut down under it: no failure.
+                _ if shared.stopping.load(Ordering::Acquire) => {}
+                Ok(()) => {
+                    if id.role == LaneRole::Bulk && pushing.fetch_sub(1, Ordering::AcqRel) == 1 {
+                        notify(PagerEvent::AllPushed);
+                    }
+                }
+                Err(reason) => notify(PagerEvent::LaneFailed { lane: id, reason }),
+            }
+        };
+        let thread = thread::Builder::new()
+            .name(thread_name(&name))
+            .spawn(body)
+            .map_err(|source| SourcePagerError::Thread { lane: name, source })?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// The guest is paused, and its memory will not change until this pager is stopped: serve requests, and push
+    /// everything, `first` before all else, the most urgent first.
+    pub fn start_serving(&mut self, first: &[PageIndex]) {
+        self.shared.queue.put_first(first);
+        self.shared.serving.store(true, Ordering::Release);
+        self.start = None;
+    }
+
+    /// How far it has come.
+    #[must_use]
+    pub fn progress(&self) -> SourceProgress {
+        let counts = &self.shared.counts;
+        SourceProgress {
+            zero: counts.zero.load(Ordering::Relaxed),
+            data: counts.data.load(Ordering::Relaxed),
+            requests: counts.requests.load(Ordering::Relaxed),
+            remaining: self.shared.sent.remaining(),
+        }
+    }
+
+    /// CPU time of the threads that have ended.
+    #[must_use]
+    pub fn cpu(&self) -> CpuTime {
+        self.cpu.total()
+    }
+
+    /// Ends all threads and shuts the lanes down. No guest memory is read afterwards. Safe to repeat.
+    pub fn stop(&mut self) {
+        self.shared.stopping.store(true, Ordering::Release);
+        self.start = None;
+        for lane in &self.lanes {
+            lane.socket.shutdown();
+        }
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the source's pager panicked");
+            }
+        }
+    }
+}
+
+impl Drop for SourcePager {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// The kernel keeps 15 bytes of a thread's name: "bulk lane 0" fits.
+pub(crate) fn thread_name(lane: &str) -> String {
+    lane.chars().take(15).collect()
+}

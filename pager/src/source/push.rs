@@ -1,0 +1,179 @@
+//! Pushing pages on a `bulk` lane: most wanted first, zeros in a bit, everything once.
+
+use std::io::IoSlice;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+
+use switchover_wire::clock::Nanos;
+use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES};
+use switchover_wire::ring::{Ring, RingError};
+use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
+use thiserror::Error;
+
+use super::Shared;
+use super::queue::Next;
+use crate::lane::PageLane;
+use crate::runs::runs;
+use crate::sent::ChunkIndex;
+use crate::zero::{Holes, is_zero};
+
+/// One operation at a time: two entries are one more than needed.
+const RING_ENTRIES: u32 = 2;
+
+/// Why a bulk lane ended early on the source.
+#[derive(Debug, Error)]
+pub enum PushError {
+    /// Its ring or socket failed, or the destination closed it.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// The pager is being stopped.
+    #[error("the push was stopped")]
+    Stopped,
+}
+
+/// One bulk lane.
+pub struct Pusher {
+    lane: PageLane,
+    shared: Arc<Shared>,
+    ring: Ring,
+    pushed: u64,
+}
+
+impl Pusher {
+    /// A pusher for `lane`.
+    ///
+    /// # Errors
+    /// When there is no ring for it.
+    pub(super) fn new(lane: PageLane, shared: &Arc<Shared>) -> Result<Self, PushError> {
+        Ok(Self { lane, shared: Arc::clone(shared), ring: Ring::new(RING_ENTRIES)?, pushed: 0 })
+    }
+
+    /// Pushes until nothing is left, and says so on the lane.
+    ///
+    /// # Errors
+    /// When the lane fails or the pager is stopped.
+    pub fn run(mut self) -> Result<(), PushError> {
+        let shared = Arc::clone(&self.shared);
+        let mut holes = Holes::new(shared.ram.file(), shared.ram.pages());
+        let mut span = 0..0;
+        loop {
+            if shared.stopping.load(Ordering::Acquire) {
+                return Err(PushError::Stopped);
+            }
+            match shared.queue.urgent() {
+                Some(Next::Page(page)) => {
+                    self.push_chunk(ChunkIndex::of(page), 1 << (page.0 % CHUNK_PAGES), &mut holes)?;
+                    continue;
+                }
+                Some(Next::Around(chunk)) => {
+                    self.push_chunk(chunk, u64::MAX, &mut holes)?;
+                    continue;
+                }
+                None => {}
+            }
+            if span.is_empty() {
+                match shared.queue.next_span() {
+                    Some(next) => span = next,
+                    None => break,
+                }
+            }
+            let chunk = ChunkIndex(span.start);
+            span.start += self.push_hole(chunk, span.end, &mut holes)?;
+            if chunk.0 == span.start {
+                self.push_chunk(chunk, u64::MAX, &mut holes)?;
+                span.start += 1;
+            }
+        }
+        self.send(&BulkFrame::End { pages: self.pushed })
+    }
+
+    /// Where whole chunks from `chunk` on were never touched, and never sent, says so in one frame. Returns how
+    /// many chunks that covered.
+    fn push_hole(&mut self, chunk: ChunkIndex, end: u64, holes: &mut Holes<'_>) -> Result<u64, PushError> {
+        let untouched = holes.run_from(chunk.first()).0 / CHUNK_PAGES;
+        let mut covered = 0;
+        while covered < untouched.min(end - chunk.0) {
+            let next = ChunkIndex(chunk.0 + covered);
+            let full = self.shared.sent.full(next);
+            let claimed = self.shared.sent.claim(next, full);
+            if claimed != full {
+                // Part of it was sent before: say the rest page by page.
+                if claimed != 0 {
+                    self.send_masks(next.first(), 0, claimed)?;
+                }
+                break;
+            }
+            covered += 1;
+        }
+        if covered > 0 {
+            let count = PageCount(covered * CHUNK_PAGES);
+            self.shared.counts.zero.fetch_add(count.0, Ordering::Relaxed);
+            self.send(&BulkFrame::Zeros { first: chunk.first(), count })?;
+        }
+        Ok(covered)
+    }
+
+    /// Sends those of a chunk's `wanted` pages that nobody has sent.
+    fn push_chunk(&mut self, chunk: ChunkIndex, wanted: u64, holes: &mut Holes<'_>) -> Result<(), PushError> {
+        let claimed = self.shared.sent.claim(chunk, wanted);
+        if claimed == 0 {
+            return Ok(());
+        }
+        let mut zero = 0;
+        for (first, count) in runs(claimed) {
+            for bit in first..first + count {
+                let page = PageIndex(chunk.first().0 + u64::from(bit));
+                if holes.run_from(page).0 > 0 || is_zero(bytes_of(&self.shared, page, 1)) {
+                    zero |= 1 << bit;
+                }
+            }
+        }
+        self.send_masks(chunk.first(), claimed & !zero, zero)
+    }
+
+    fn send_masks(&mut self, first: PageIndex, data: u64, zero: u64) -> Result<(), PushError> {
+        let counts = &self.shared.counts;
+        counts.zero.fetch_add(u64::from(zero.count_ones()), Ordering::Relaxed);
+        counts.data.fetch_add(u64::from(data.count_ones()), Ordering::Relaxed);
+        self.pushed += u64::from(data.count_ones());
+        self.send(&BulkFrame::Chunk { first, data, zero })
+    }
+
+    /// Sends a frame and the pages of its data mask, straight from guest memory.
+    fn send(&mut self, frame: &BulkFrame) -> Result<(), PushError> {
+        let (first, data) = match *frame {
+            BulkFrame::Chunk { first, data, .. } => (first, data),
+            BulkFrame::Zeros { first, .. } => (first, 0),
+            BulkFrame::End { .. } => (PageIndex(0), 0),
+        };
+        let header = frame.encode();
+        let bytes = header.len() as u64 + u64::from(data.count_ones()) * PAGE_SIZE_U64;
+        let wait = self.shared.pacer.take(bytes, Nanos::now());
+        if !wait.is_zero() {
+            thread::sleep(wait);
+        }
+        // A chunk has at most 32 runs: every other page.
+        let mut parts = [IoSlice::new(&[]); 1 + CHUNK_PAGES as usize / 2];
+        parts[0] = IoSlice::new(&header);
+        let mut used = 1;
+        for (bit, count) in runs(data) {
+            parts[used] = IoSlice::new(bytes_of(&self.shared, PageIndex(first.0 + u64::from(bit)), count));
+            used += 1;
+        }
+        self.ring.send_all(self.lane.socket.as_fd(), &parts[..used])?;
+        self.lane.counters.add_sent(bytes);
+        Ok(())
+    }
+}
+
+/// The bytes of `count` pages from `page` on. Chunks are claimed within RAM, so none lies past its end.
+fn bytes_of(shared: &Shared, page: PageIndex, count: u32) -> &[u8] {
+    debug_assert!(shared.serving.load(Ordering::Relaxed));
+    let Some(start) = shared.ram.alias_of(page) else { return &[] };
+    // SAFETY: the pages were claimed in `sent`, which has bits for pages of RAM only, so they lie in the alias, which
+    // `shared.ram` keeps mapped. A pusher runs only while `serving` is set: the guest is paused and nothing on a
+    // source writes the alias, so the bytes do not change under the slice.
+    unsafe { std::slice::from_raw_parts(start.cast_const(), count as usize * PAGE_SIZE) }
+}

@@ -1,0 +1,105 @@
+//! In which order pages are pushed: what is known to be wanted, then around the latest faults, then a sweep.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossbeam::queue::{ArrayQueue, SegQueue};
+use switchover_wire::frame::bulk::CHUNK_PAGES;
+use switchover_wire::types::{PageCount, PageIndex};
+
+use crate::sent::ChunkIndex;
+
+/// Faults remembered for pushing around them. Older ones give way: the latest matter most.
+const RECENT_FAULTS: usize = 64;
+
+/// How many chunks a lane takes from the sweep at a time: 4 MiB, so that lanes work on memory of their own without
+/// one being left with much at the end.
+const SPAN_CHUNKS: u64 = 16;
+
+/// What a pusher sends next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Next {
+    /// This page alone: it is wanted at once.
+    Page(PageIndex),
+    /// The chunk around a fault.
+    Around(ChunkIndex),
+}
+
+/// The order of the push, shared by all bulk lanes.
+#[derive(Debug)]
+pub struct PushQueue {
+    first: SegQueue<PageIndex>,
+    recent: ArrayQueue<PageIndex>,
+    swept: AtomicU64,
+    chunks: u64,
+}
+
+impl PushQueue {
+    /// Nothing wanted yet; the sweep at the start of RAM.
+    #[must_use]
+    pub fn new(pages: PageCount) -> Self {
+        Self {
+            first: SegQueue::new(),
+            recent: ArrayQueue::new(RECENT_FAULTS),
+            swept: AtomicU64::new(0),
+            chunks: pages.0.div_ceil(CHUNK_PAGES),
+        }
+    }
+
+    /// Adds pages that go before all else, in this order.
+    pub fn put_first(&self, pages: &[PageIndex]) {
+        for page in pages {
+            self.first.push(*page);
+        }
+    }
+
+    /// Notes a fault: its neighbours are likely to be wanted.
+    pub fn note_fault(&self, page: PageIndex) {
+        self.recent.force_push(page);
+    }
+
+    /// The most urgent thing, if anything is more urgent than the sweep.
+    pub fn urgent(&self) -> Option<Next> {
+        let page = self.first.pop().map(Next::Page);
+        page.or_else(|| self.recent.pop().map(|page| Next::Around(ChunkIndex::of(page))))
+    }
+
+    /// The next stretch of the sweep, or `None` when it has reached the end.
+    pub fn next_span(&self) -> Option<Range<u64>> {
+        let start = self.swept.fetch_add(SPAN_CHUNKS, Ordering::Relaxed);
+        (start < self.chunks).then(|| start..(start + SPAN_CHUNKS).min(self.chunks))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hints_come_before_faults() {
+        let queue = PushQueue::new(PageCount(1000));
+        queue.note_fault(PageIndex(130));
+        queue.put_first(&[PageIndex(7), PageIndex(3)]);
+        assert_eq!(queue.urgent(), Some(Next::Page(PageIndex(7))));
+        assert_eq!(queue.urgent(), Some(Next::Page(PageIndex(3))));
+        assert_eq!(queue.urgent(), Some(Next::Around(ChunkIndex(2))));
+        assert_eq!(queue.urgent(), None);
+    }
+
+    #[test]
+    fn the_sweep_covers_every_chunk_once() {
+        let queue = PushQueue::new(PageCount(64 * 40 + 1));
+        let swept: Vec<u64> = std::iter::from_fn(|| queue.next_span()).flatten().collect();
+        assert_eq!(swept, (0..41).collect::<Vec<_>>());
+        assert_eq!(queue.next_span(), None);
+    }
+
+    #[test]
+    fn old_faults_give_way_to_new_ones() {
+        let queue = PushQueue::new(PageCount(1 << 20));
+        for page in 0..1000 {
+            queue.note_fault(PageIndex(page * 64));
+        }
+        assert_eq!(queue.urgent(), Some(Next::Around(ChunkIndex(1000 - RECENT_FAULTS as u64))));
+    }
+}

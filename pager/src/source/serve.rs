@@ -1,0 +1,88 @@
+//! Answering the destination's requests on a `fault` lane.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use switchover_wire::frame::FrameError;
+use switchover_wire::frame::fault::{FaultReply, FaultRequest, ReplyContent};
+use switchover_wire::ring::{Ring, RingError};
+use switchover_wire::types::{PAGE_SIZE, PageIndex};
+use thiserror::Error;
+
+use super::Shared;
+use crate::lane::PageLane;
+use crate::zero::is_zero;
+
+/// One operation at a time: two entries are one more than needed.
+const RING_ENTRIES: u32 = 2;
+
+/// Why a fault lane ended on the source.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    /// Its ring or socket failed, or the destination closed it.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// A request that is none.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// A request before the handoff, whose answer could be stale in a moment.
+    #[error("the destination asked for {0} before the handoff, while the guest may still write it")]
+    TooEarly(PageIndex),
+}
+
+/// One fault lane.
+pub struct FaultServer {
+    lane: PageLane,
+    shared: Arc<Shared>,
+    ring: Ring,
+}
+
+impl FaultServer {
+    /// A server for `lane`.
+    ///
+    /// # Errors
+    /// When there is no ring for it.
+    pub(super) fn new(lane: PageLane, shared: &Arc<Shared>) -> Result<Self, ServeError> {
+        Ok(Self { lane, shared: Arc::clone(shared), ring: Ring::new(RING_ENTRIES)? })
+    }
+
+    /// Serves until the lane ends, which is always an error to this function; whoever stops the pager knows better.
+    ///
+    /// # Errors
+    /// When the lane ends, or carries something else than requests.
+    pub fn run(mut self) -> Result<(), ServeError> {
+        let mut request = [0; FaultRequest::LEN];
+        loop {
+            self.ring.recv_exact(self.lane.socket.as_fd(), &mut [IoSliceMut::new(&mut request)])?;
+            self.lane.counters.add_received(FaultRequest::LEN as u64);
+            let request = FaultRequest::decode(&request, self.shared.ram.pages())?;
+            if !self.shared.serving.load(Ordering::Acquire) {
+                return Err(ServeError::TooEarly(request.page));
+            }
+            self.answer(request)?;
+            self.shared.queue.note_fault(request.page);
+        }
+    }
+
+    /// Sends the page whether or not it was pushed already: the pushed copy may still be far back in its lane.
+    fn answer(&mut self, request: FaultRequest) -> Result<(), ServeError> {
+        let page = self.shared.ram.alias_of(request.page).ok_or(ServeError::TooEarly(request.page))?;
+        // SAFETY: the page lies in the alias, which `shared.ram` keeps mapped. The guest is paused while `serving`
+        // is set and nothing on a source writes the alias, so the bytes do not change under the slice.
+        let bytes = unsafe { std::slice::from_raw_parts(page.cast_const(), PAGE_SIZE) };
+        let zero = is_zero(bytes);
+        let content = if zero { ReplyContent::Zero } else { ReplyContent::Raw };
+        let header = FaultReply { page: request.page, tag: request.tag, content }.encode();
+        let parts = [IoSlice::new(&header), IoSlice::new(bytes)];
+        let parts = if zero { &parts[..1] } else { &parts[..] };
+        self.shared.sent.mark(request.page);
+        let sent = self.ring.send_all(self.lane.socket.as_fd(), parts)?;
+        self.lane.counters.add_sent(sent as u64);
+        let counts = &self.shared.counts;
+        counts.requests.fetch_add(1, Ordering::Relaxed);
+        if zero { &counts.zero } else { &counts.data }.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+}

@@ -1,0 +1,215 @@
+//! The state of every page on the destination: the single arbiter of who may write it and what a fault means.
+//!
+//! ```text
+//!             ask                claim(lane)               arrived
+//!   Absent ────────▶ Requested ────────────▶ Landing(lane) ────────▶ Present
+//!     │ │                 │                      │
+//!     │ └─────────────────┼── claim(lane) ──────▶┤ release (the lane died) ──▶ Absent
+//!     └── claim_zero ─────┴─▶ Zero
+//!   any ── remove ──▶ Removed
+//! ```
+//!
+//! All changes are compare-and-exchanges on one byte a page, so that the fault thread and the bulk lanes need no
+//! lock between them. The rule that keeps the guest's writes safe: *a byte of a page's alias is written only
+//! between a won claim and `arrived`*. Once a page is `Present` the guest may have written it, and nothing in the
+//! kernel would stop a late copy from overwriting that.
+
+use switchover_wire::types::{PageCount, PageIndex};
+
+use crate::sync::{AtomicU8, Ordering};
+
+const ABSENT: u8 = 0;
+const REQUESTED: u8 = 1;
+const ZERO: u8 = 2;
+const PRESENT: u8 = 3;
+const REMOVED: u8 = 4;
+/// Set in every landing state; the low bits then hold the lane's tag.
+const LANDING: u8 = 0x80;
+/// Set beside [`LANDING`] when a fault has come for the page meanwhile: somebody sleeps until it is mapped.
+const WANTED: u8 = 0x40;
+const TAG_MASK: u8 = 0x3f;
+
+/// The name under which a lane claims pages: its number among all lanes that carry pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LaneTag(u8);
+
+impl LaneTag {
+    /// How many lanes can carry pages in one session.
+    pub const LIMIT: u8 = TAG_MASK + 1;
+
+    /// The tag of lane `number`, or `None` where there are too many.
+    #[must_use]
+    pub const fn new(number: u8) -> Option<Self> {
+        if number < Self::LIMIT { Some(Self(number)) } else { None }
+    }
+}
+
+/// What a fault on a page calls for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FaultVerdict {
+    /// Nobody has it yet: ask the source. The page is `Requested` now, and this caller must ask.
+    Ask,
+    /// It was asked for already; its arrival wakes this fault too.
+    AlreadyAsked,
+    /// A lane is receiving it; its placement wakes this fault too.
+    Landing,
+    /// Its bytes are here: map it.
+    Map,
+    /// It is zero, and may have no memory behind it yet: map it, or a zero page.
+    MapZero,
+}
+
+/// Whether a claim was won.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Claim {
+    /// The claimant, and nobody else, may write the page. `wanted`: a fault waits for it.
+    Won {
+        /// A fault waits for this page.
+        wanted: bool,
+    },
+    /// The page is here, landing from elsewhere, or removed: its bytes must go elsewhere.
+    Lost,
+}
+
+/// What became of a page whose last byte has landed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Arrival {
+    /// It is `Present`, and must be mapped now. `wanted`: a fault came for it while it was landing.
+    Present {
+        /// A fault waits for this page.
+        wanted: bool,
+    },
+    /// It was removed meanwhile: what landed must be wiped out, and it must not be mapped.
+    Removed,
+}
+
+/// One state a page of RAM.
+#[derive(Debug)]
+pub struct PageStates {
+    states: Box<[AtomicU8]>,
+}
+
+impl PageStates {
+    /// All pages absent.
+    ///
+    /// # Panics
+    /// When RAM has more pages than this machine's address space has bytes, which no mapped RAM has.
+    #[must_use]
+    pub fn new(pages: PageCount) -> Self {
+        Self { states: (0..pages.0).map(|_| AtomicU8::new(ABSENT)).collect() }
+    }
+
+    /// The number of pages.
+    #[must_use]
+    pub fn pages(&self) -> PageCount {
+        PageCount(self.states.len() as u64)
+    }
+
+    /// A fault has come for `page`.
+    pub fn fault(&self, page: PageIndex) -> FaultVerdict {
+        let state = self.slot(page);
+        let mut current = state.load(Ordering::Acquire);
+        loop {
+            let (next, verdict) = match current {
+                ABSENT => (REQUESTED, FaultVerdict::Ask),
+                REQUESTED => return FaultVerdict::AlreadyAsked,
+                ZERO | REMOVED => return FaultVerdict::MapZero,
+                PRESENT => return FaultVerdict::Map,
+                landing if landing & WANTED != 0 => return FaultVerdict::Landing,
+                landing => (landing | WANTED, FaultVerdict::Landing),
+            };
+            match state.compare_exchange_weak(current, next, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return verdict,
+                Err(now) => current = now,
+            }
+        }
+    }
+
+    /// `lane` is about to receive `page`'s bytes.
+    pub fn claim(&self, page: PageIndex, lane: LaneTag) -> Claim {
+        self.claim_as(page, |wanted| LANDING | lane.0 | if wanted { WANTED } else { 0 })
+    }
+
+    /// The source says that `page` is zero.
+    pub fn claim_zero(&self, page: PageIndex) -> Claim {
+        self.claim_as(page, |_| ZERO)
+    }
+
+    /// The last byte of `page`, which `lane` had claimed, has landed. Called before it is mapped: a fault that is
+    /// read from now on maps it itself, and one read earlier is woken by the mapping.
+    pub fn arrived(&self, page: PageIndex, lane: LaneTag) -> Arrival {
+        let state = self.slot(page);
+        let mut current = state.load(Ordering::Acquire);
+        loop {
+            if !Self::is_landing_from(current, lane) {
+                debug_assert_eq!(current, REMOVED, "only a removal takes a claimed page from its lane");
+                return Arrival::Removed;
+            }
+            match state.compare_exchange_weak(current, PRESENT, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Arrival::Present { wanted: current & WANTED != 0 },
+                Err(now) => current = now,
+            }
+        }
+    }
+
+    /// `lane` died while it was receiving `page`. Says whether a fault waits for the page, which must then be asked
+    /// for elsewhere.
+    pub fn release(&self, page: PageIndex, lane: LaneTag) -> bool {
+        let state = self.slot(page);
+        let mut current = state.load(Ordering::Acquire);
+        loop {
+            if !Self::is_landing_from(current, lane) {
+                return false;
+            }
+            match state.compare_exchange_weak(current, ABSENT, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return current & WANTED != 0,
+                Err(now) => current = now,
+            }
+        }
+    }
+
+    /// The guest gave `page` back: it reads as zero ever after, whatever still arrives for it. Says whether it
+    /// was resident before.
+    pub fn remove(&self, page: PageIndex) -> bool {
+        let before = self.slot(page).swap(REMOVED, Ordering::AcqRel);
+        matches!(before, PRESENT | ZERO | REMOVED)
+    }
+
+    /// Whether nobody has sent, asked for or received `page` yet.
+    #[must_use]
+    pub fn is_absent(&self, page: PageIndex) -> bool {
+        self.slot(page).load(Ordering::Acquire) == ABSENT
+    }
+
+    /// Whether `page` needs nothing any more.
+    #[must_use]
+    pub fn is_resident(&self, page: PageIndex) -> bool {
+        matches!(self.slot(page).load(Ordering::Acquire), PRESENT | ZERO | REMOVED)
+    }
+
+    fn claim_as(&self, page: PageIndex, claimed: impl Fn(bool) -> u8) -> Claim {
+        let state = self.slot(page);
+        let mut current = state.load(Ordering::Acquire);
+        loop {
+            let wanted = match current {
+                ABSENT => false,
+                REQUESTED => true,
+                _ => return Claim::Lost,
+            };
+            match state.compare_exchange_weak(current, claimed(wanted), Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Claim::Won { wanted },
+                Err(now) => current = now,
+            }
+        }
+    }
+
+    const fn is_landing_from(state: u8, lane: LaneTag) -> bool {
+        state & LANDING != 0 && state & TAG_MASK == lane.0
+    }
+
+    /// Frames and fault addresses are checked against the RAM's size before a page index is made of them, so an
+    /// index past the end is a bug of ours; the slice's own bounds check stops it.
+    fn slot(&self, page: PageIndex) -> &AtomicU8 {
+        &self.states[usize::try_from(page.0).unwrap_or(usize::MAX)]
+    }
+}

@@ -1,0 +1,200 @@
+//! What the destination's pager counts and times, cheaply enough to leave on.
+
+use hdrhistogram::Histogram;
+use switchover_wire::clock::Nanos;
+
+/// Two significant digits more than anyone reads, at 190 KiB a histogram.
+const SIGNIFICANT_DIGITS: u8 = 3;
+/// One minute: whatever takes longer is as bad.
+const HIGHEST_NS: u64 = 60_000_000_000;
+
+/// Each slice of a [`RateSeries`]: fine enough to show the drain, coarse enough to plot.
+pub const SLICE_NS: u64 = 2_000_000;
+/// Slices kept: the first four minutes of a drain. What comes later is added to the last.
+const SLICES: usize = 120_000;
+
+/// A histogram of nanoseconds.
+pub type Latencies = Histogram<u64>;
+
+fn latencies() -> Latencies {
+    #[expect(clippy::expect_used, reason = "the bounds are constants that the crate accepts: 1 < 60e9, 3 digits")]
+    Histogram::new_with_bounds(1, HIGHEST_NS, SIGNIFICANT_DIGITS).expect("constant bounds are valid")
+}
+
+/// The instants of one remote fault.
+#[derive(Clone, Copy, Debug)]
+pub struct FaultTimes {
+    /// The fault was taken from the userfaultfd.
+    pub taken: Nanos,
+    /// Its request was about to be handed to the socket.
+    pub submitted: Nanos,
+    /// The last byte of its page was here.
+    pub arrived: Nanos,
+    /// The page was mapped.
+    pub placed: Nanos,
+    /// The wake-up call had returned.
+    pub woken: Nanos,
+}
+
+/// What faults cost.
+#[derive(Clone, Debug)]
+pub struct FaultStats {
+    /// Pages asked for that came as the answer.
+    pub remote: u64,
+    /// Pages asked for whose pushed copy won.
+    pub raced: u64,
+    /// Faults on pages that were here or landing already.
+    pub local: u64,
+    /// Faults on pages that another fault had asked for already.
+    pub joined: u64,
+    /// Remote and raced: taken to woken.
+    pub total: Latencies,
+    /// Remote: taken to submitted.
+    pub queue: Latencies,
+    /// Remote: submitted to arrived.
+    pub wire: Latencies,
+    /// Remote: arrived to placed.
+    pub place: Latencies,
+    /// Remote: placed to woken.
+    pub wake: Latencies,
+    /// Local: taken to woken. Faults on landing pages, which the lane wakes, are counted but not timed.
+    pub local_total: Latencies,
+    /// Remote and raced faults over time.
+    pub rate: RateSeries,
+}
+
+impl FaultStats {
+    /// Nothing counted; time slices start now.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            remote: 0,
+            raced: 0,
+            local: 0,
+            joined: 0,
+            total: latencies(),
+            queue: latencies(),
+            wire: latencies(),
+            place: latencies(),
+            wake: latencies(),
+            local_total: latencies(),
+            rate: RateSeries::new(),
+        }
+    }
+
+    /// Counts a fault whose page came as the answer.
+    pub fn record_remote(&mut self, times: FaultTimes) {
+        self.remote += 1;
+        self.rate.add(times.taken, 1);
+        self.total.saturating_record(times.woken.since(times.taken).max(1));
+        self.queue.saturating_record(times.submitted.since(times.taken).max(1));
+        self.wire.saturating_record(times.arrived.since(times.submitted).max(1));
+        self.place.saturating_record(times.placed.since(times.arrived).max(1));
+        self.wake.saturating_record(times.woken.since(times.placed).max(1));
+    }
+
+    /// Counts a fault whose pushed copy came first, and when that woke it, where that is known.
+    pub fn record_raced(&mut self, taken: Nanos, woken: Option<Nanos>) {
+        self.raced += 1;
+        self.rate.add(taken, 1);
+        if let Some(woken) = woken {
+            self.total.saturating_record(woken.since(taken).max(1));
+        }
+    }
+
+    /// Counts a fault on a page that was here.
+    pub fn record_local(&mut self, taken: Nanos, woken: Nanos) {
+        self.local += 1;
+        self.local_total.saturating_record(woken.since(taken).max(1));
+    }
+}
+
+impl Default for FaultStats {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Counts per slice of time.
+#[derive(Clone, Debug)]
+pub struct RateSeries {
+    /// The first slice's start: the first thing counted.
+    pub start: Option<Nanos>,
+    /// Counts, slice after slice.
+    pub counts: Vec<u32>,
+}
+
+impl RateSeries {
+    /// Empty, with room for the usual drain so that counting does not allocate.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { start: None, counts: Vec::with_capacity(4096) }
+    }
+
+    /// Counts `count` at `at`.
+    pub fn add(&mut self, at: Nanos, count: u32) {
+        let start = *self.start.get_or_insert(at);
+        let slice = usize::try_from(at.since(start) / SLICE_NS).unwrap_or(usize::MAX).min(SLICES - 1);
+        if self.counts.len() <= slice {
+            self.counts.resize(slice + 1, 0);
+        }
+        self.counts[slice] = self.counts[slice].saturating_add(count);
+    }
+
+    /// Adds the counts of several series over one common start.
+    #[must_use]
+    pub fn merged<'a>(all: impl Iterator<Item = &'a Self> + Clone, start: Nanos) -> Vec<u32> {
+        let mut merged = Self { start: Some(start), counts: Vec::new() };
+        for series in all {
+            let Some(own_start) = series.start else { continue };
+            for (slice, count) in series.counts.iter().enumerate().filter(|(_, count)| **count > 0) {
+                merged.add(Nanos(own_start.0 + slice as u64 * SLICE_NS), *count);
+            }
+        }
+        merged.counts
+    }
+}
+
+impl Default for RateSeries {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_remote_fault_is_split_without_remainder() {
+        let mut stats = FaultStats::new();
+        let at = |us: u64| Nanos(1_000_000 + us * 1000);
+        stats.record_remote(FaultTimes {
+            taken: at(0),
+            submitted: at(2),
+            arrived: at(52),
+            placed: at(53),
+            woken: at(54),
+        });
+        let parts = stats.queue.max() + stats.wire.max() + stats.place.max() + stats.wake.max();
+        assert_eq!((stats.remote, stats.total.len()), (1, 1));
+        assert!(parts.abs_diff(stats.total.max()) < 100, "{parts} against {}", stats.total.max());
+    }
+
+    #[test]
+    fn series_of_several_lanes_add_up() {
+        let (mut one, mut two) = (RateSeries::new(), RateSeries::new());
+        one.add(Nanos(10_000_000), 3);
+        two.add(Nanos(10_000_000 + 2 * SLICE_NS), 4);
+        one.add(Nanos(10_000_000 + 2 * SLICE_NS), 1);
+        assert_eq!(RateSeries::merged([&one, &two].into_iter(), Nanos(10_000_000)), vec![3, 0, 5]);
+    }
+
+    #[test]
+    fn a_time_far_off_does_not_allocate_without_bound() {
+        let mut series = RateSeries::new();
+        series.add(Nanos(0), 1);
+        series.add(Nanos(u64::MAX), 1);
+        assert_eq!(series.counts.len(), SLICES);
+    }
+}
