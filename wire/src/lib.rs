@@ -1,5 +1,8 @@
 //! What crosses the network.
 
+pub mod address;
 pub mod clock;
+pub mod counters;
 pub mod description;
+pub mod socket;
 pub mod types;
