@@ -4,5 +4,6 @@ pub mod address;
 pub mod clock;
 pub mod counters;
 pub mod description;
+pub mod ring;
 pub mod socket;
 pub mod types;
