@@ -4,6 +4,7 @@ pub mod address;
 pub mod clock;
 pub mod counters;
 pub mod description;
+pub mod frame;
 pub mod ring;
 pub mod socket;
 pub mod types;
