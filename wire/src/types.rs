@@ -45,7 +45,7 @@ impl PageCount {
     /// The whole pages in `bytes`, or `None` when `bytes` is not a multiple of the page size.
     #[must_use]
     pub const fn from_bytes(bytes: u64) -> Option<Self> {
-        if bytes % PAGE_SIZE_U64 == 0 { Some(Self(bytes / PAGE_SIZE_U64)) } else { None }
+        if bytes.is_multiple_of(PAGE_SIZE_U64) { Some(Self(bytes / PAGE_SIZE_U64)) } else { None }
     }
 
     /// The bytes in this many pages.

@@ -1,0 +1,255 @@
+//! Frames of a bulk lane: pages that the source pushes.
+//!
+//! All headers have 32 bytes: kind, mark, six reserved, then three numbers of 8 bytes each:
+//!
+//! | kind | first number | second | third |
+//! |---|---|---|---|
+//! | chunk | first page | data mask | zero mask |
+//! | zeros | first page | count | 0 |
+//! | end | data pages sent | 0 | 0 |
+
+use super::{FrameError, MARK, check_mark, check_page, check_zero, u64_at};
+use crate::types::{PAGE_SIZE, PageCount, PageIndex};
+
+/// Pages that one [`BulkFrame::Chunk`] can cover: one for each bit of its masks.
+pub const CHUNK_PAGES: u64 = 64;
+
+const CHUNK: u8 = 0xB1;
+const ZEROS: u8 = 0xB2;
+const END: u8 = 0xB3;
+
+const CHUNK_NAME: &str = "chunk";
+const ZEROS_NAME: &str = "zeros";
+const END_NAME: &str = "end";
+
+/// A header on a bulk lane.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BulkFrame {
+    /// Pages among the [`CHUNK_PAGES`] from `first`. Those with a bit in `data` follow the header, in order.
+    Chunk {
+        /// A multiple of [`CHUNK_PAGES`].
+        first: PageIndex,
+        /// Bit i: page `first + i` follows.
+        data: u64,
+        /// Bit i: page `first + i` is zero.
+        zero: u64,
+    },
+    /// A run of zero pages.
+    Zeros {
+        /// The run's first page.
+        first: PageIndex,
+        /// Its length, at least 1.
+        count: PageCount,
+    },
+    /// The source has pushed everything that this lane will carry.
+    End {
+        /// Data pages sent on this lane, to be compared with those received; never used as a size.
+        pages: u64,
+    },
+}
+
+impl BulkFrame {
+    /// Bytes of the header on the wire.
+    pub const LEN: usize = 32;
+
+    /// Bytes that follow the header.
+    #[must_use]
+    pub const fn payload(&self) -> usize {
+        match self {
+            Self::Chunk { data, .. } => data.count_ones() as usize * PAGE_SIZE,
+            Self::Zeros { .. } | Self::End { .. } => 0,
+        }
+    }
+
+    /// The header as bytes.
+    #[must_use]
+    pub fn encode(&self) -> [u8; Self::LEN] {
+        let (kind, numbers) = match *self {
+            Self::Chunk { first, data, zero } => (CHUNK, [first.0, data, zero]),
+            Self::Zeros { first, count } => (ZEROS, [first.0, count.0, 0]),
+            Self::End { pages } => (END, [pages, 0, 0]),
+        };
+        let mut bytes = [0; Self::LEN];
+        bytes[0] = kind;
+        bytes[1] = MARK;
+        for (field, number) in bytes[8..].chunks_exact_mut(8).zip(numbers) {
+            field.copy_from_slice(&number.to_le_bytes());
+        }
+        bytes
+    }
+
+    /// The header from bytes, for a machine with `ram` pages.
+    ///
+    /// # Errors
+    /// When they are no such frame.
+    pub fn decode(bytes: &[u8; Self::LEN], ram: PageCount) -> Result<Self, FrameError> {
+        let name = match bytes[0] {
+            CHUNK => CHUNK_NAME,
+            ZEROS => ZEROS_NAME,
+            END => END_NAME,
+            kind => {
+                return Err(FrameError::new("bulk", "kind", &format_args!("{kind:#04x}"), "0xb1, 0xb2 or 0xb3"));
+            }
+        };
+        check_mark(name, bytes[1])?;
+        check_zero(name, "reserved", &bytes[2..8])?;
+        let numbers = [u64_at(bytes, 8), u64_at(bytes, 16), u64_at(bytes, 24)];
+        match bytes[0] {
+            CHUNK => chunk(numbers, ram),
+            ZEROS => {
+                check_zero(name, "reserved", &bytes[24..])?;
+                zeros(numbers[0], numbers[1], ram)
+            }
+            _ => {
+                check_zero(name, "reserved", &bytes[16..])?;
+                Ok(Self::End { pages: numbers[0] })
+            }
+        }
+    }
+}
+
+fn chunk([first, data, zero]: [u64; 3], ram: PageCount) -> Result<BulkFrame, FrameError> {
+    let wrong =
+        |field, got: u64, allowed: String| Err(FrameError::new(CHUNK_NAME, field, &format_args!("{got:#x}"), allowed));
+    let page = check_page(CHUNK_NAME, "first page", first, ram)?;
+    if !first.is_multiple_of(CHUNK_PAGES) {
+        return wrong("first page", first, format!("a multiple of {CHUNK_PAGES}"));
+    }
+    // The bits of pages that exist.
+    let left = ram.0 - first;
+    let within = if left >= CHUNK_PAGES { u64::MAX } else { (1 << left) - 1 };
+    if data & !within != 0 {
+        return wrong("data mask", data, format!("a subset of {within:#x}"));
+    }
+    if zero & !within != 0 {
+        return wrong("zero mask", zero, format!("a subset of {within:#x}"));
+    }
+    if data & zero != 0 {
+        return wrong("zero mask", zero, format!("no bit of the data mask {data:#x}"));
+    }
+    if data | zero == 0 {
+        return wrong("data mask", data, "at least one bit in one of the masks".to_owned());
+    }
+    Ok(BulkFrame::Chunk { first: page, data, zero })
+}
+
+fn zeros(first: u64, count: u64, ram: PageCount) -> Result<BulkFrame, FrameError> {
+    let page = check_page(ZEROS_NAME, "first page", first, ram)?;
+    let left = ram.0 - first;
+    if count == 0 || count > left {
+        let allowed = format!("1 to {left:#x} pages from {first:#x}");
+        return Err(FrameError::new(ZEROS_NAME, "count", &format_args!("{count:#x}"), allowed));
+    }
+    Ok(BulkFrame::Zeros { first: page, count: PageCount(count) })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Not a multiple of [`CHUNK_PAGES`]: the last chunk is a short one of 40 pages.
+    const RAM: PageCount = PageCount(1000);
+
+    fn valid() -> impl Strategy<Value = BulkFrame> {
+        let chunk = (0..16_u64, any::<u64>(), any::<u64>()).prop_filter_map("empty", |(index, data, zero)| {
+            let within = if index == 15 { (1 << 40) - 1 } else { u64::MAX };
+            let (data, zero) = (data & within, zero & within & !data);
+            (data | zero != 0).then_some(BulkFrame::Chunk { first: PageIndex(index * CHUNK_PAGES), data, zero })
+        });
+        let zeros = (0..1000_u64).prop_flat_map(|first| {
+            (1..=1000 - first)
+                .prop_map(move |count| BulkFrame::Zeros { first: PageIndex(first), count: PageCount(count) })
+        });
+        prop_oneof![chunk, zeros, any::<u64>().prop_map(|pages| BulkFrame::End { pages })]
+    }
+
+    proptest! {
+        #[test]
+        fn frames_survive_the_wire(frame in valid()) {
+            prop_assert_eq!(BulkFrame::decode(&frame.encode(), RAM).unwrap(), frame);
+        }
+
+        #[test]
+        fn one_changed_byte_is_another_frame_or_none(frame in valid(), at in 0..32_usize, change in 1..=255_u8) {
+            let mut bytes = frame.encode();
+            bytes[at] ^= change;
+            if let Ok(other) = BulkFrame::decode(&bytes, RAM) {
+                prop_assert_eq!(other.encode(), bytes);
+                prop_assert_ne!(other, frame);
+                prop_assert!(!(1..8).contains(&at), "mark and reserved bytes are checked");
+            }
+        }
+
+        #[test]
+        fn whatever_decodes_is_within_ram(
+            kind in CHUNK..=END,
+            numbers in prop::array::uniform3(prop_oneof![0..1100_u64, any::<u64>(), Just(0), Just(u64::MAX)]),
+            ram in prop_oneof![0..1100_u64, any::<u64>()],
+        ) {
+            let mut bytes = [0; BulkFrame::LEN];
+            bytes[0] = kind;
+            bytes[1] = MARK;
+            for (field, number) in bytes[8..].chunks_exact_mut(8).zip(numbers) {
+                field.copy_from_slice(&number.to_le_bytes());
+            }
+            match BulkFrame::decode(&bytes, PageCount(ram)) {
+                Ok(BulkFrame::Chunk { first, data, zero }) => {
+                    let last = 63 - u64::from((data | zero).leading_zeros());
+                    prop_assert!(first.0 % CHUNK_PAGES == 0 && data & zero == 0 && data | zero != 0);
+                    prop_assert!(u128::from(first.0) + u128::from(last) < u128::from(ram));
+                }
+                Ok(BulkFrame::Zeros { first, count }) => {
+                    prop_assert!(count.0 > 0);
+                    prop_assert!(u128::from(first.0) + u128::from(count.0) <= u128::from(ram));
+                }
+                Ok(BulkFrame::End { .. }) | Err(_) => {}
+            }
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes: [u8; 32], ram: u64) {
+            let _ = BulkFrame::decode(&bytes, PageCount(ram));
+        }
+    }
+
+    #[test]
+    fn each_rule_has_its_refusal() {
+        let chunk = |first, data, zero| BulkFrame::Chunk { first: PageIndex(first), data, zero };
+        let zeros = |first, count| BulkFrame::Zeros { first: PageIndex(first), count: PageCount(count) };
+        for (frame, field, allowed) in [
+            (chunk(1024, 1, 0), "first page", "below"),
+            (chunk(u64::MAX, 1, 0), "first page", "below"),
+            (chunk(32, 1, 0), "first page", "multiple of 64"),
+            (chunk(960, 1 << 40, 0), "data mask", "subset"),
+            (chunk(960, 1, 1 << 63), "zero mask", "subset"),
+            (chunk(0, 3, 2), "zero mask", "no bit of the data mask"),
+            (chunk(0, 0, 0), "data mask", "at least one bit"),
+            (zeros(1000, 1), "first page", "below"),
+            (zeros(0, 0), "count", "1 to"),
+            (zeros(999, 2), "count", "1 to"),
+            (zeros(1, u64::MAX), "count", "1 to"),
+        ] {
+            let error = BulkFrame::decode(&frame.encode(), RAM).unwrap_err();
+            assert_eq!(error.field, field, "{frame:?}: {error}");
+            assert!(error.allowed.contains(allowed), "{frame:?}: {error}");
+        }
+        let mut end = BulkFrame::End { pages: 5 }.encode();
+        end[20] = 1;
+        assert_eq!(BulkFrame::decode(&end, RAM).unwrap_err().field, "reserved");
+        let mut run = zeros(0, 1).encode();
+        run[31] = 1;
+        assert_eq!(BulkFrame::decode(&run, RAM).unwrap_err().field, "reserved");
+        let mut other = chunk(0, 1, 0).encode();
+        other[0] = 0xB4;
+        assert_eq!(BulkFrame::decode(&other, RAM).unwrap_err().field, "kind");
+    }
+
+    #[test]
+    fn the_payload_is_the_data_pages() {
+        assert_eq!(BulkFrame::Chunk { first: PageIndex(0), data: 0b1011, zero: 0b100 }.payload(), 3 * PAGE_SIZE);
+        assert_eq!(BulkFrame::Chunk { first: PageIndex(0), data: u64::MAX, zero: 0 }.payload(), 64 * PAGE_SIZE);
+        assert_eq!(BulkFrame::End { pages: 9 }.payload(), 0);
+    }
+}
