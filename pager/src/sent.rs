@@ -37,12 +37,6 @@ impl SentPages {
         Self { words: (0..pages.0.div_ceil(CHUNK_PAGES)).map(|_| AtomicU64::new(0)).collect(), pages }
     }
 
-    /// The number of chunks, the last of which may be short.
-    #[must_use]
-    pub fn chunks(&self) -> u64 {
-        self.words.len() as u64
-    }
-
     /// The bits of the pages that `chunk` has.
     #[must_use]
     pub fn full(&self, chunk: ChunkIndex) -> u64 {
@@ -79,7 +73,6 @@ mod tests {
     #[test]
     fn a_page_is_claimed_once() {
         let sent = SentPages::new(PageCount(130));
-        assert_eq!(sent.chunks(), 3);
         sent.mark(PageIndex(65));
         assert_eq!(sent.claim(ChunkIndex(1), u64::MAX), !0b10);
         assert_eq!(sent.claim(ChunkIndex(1), u64::MAX), 0);

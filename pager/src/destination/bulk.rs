@@ -80,11 +80,7 @@ impl BulkReceiver {
     pub fn run(mut self) -> Result<(), BulkError> {
         let result = self.receive();
         let shared = &self.shared;
-        shared
-            .pushed_rates
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(std::mem::take(&mut self.rate));
+        shared.pushed_rates.lock().unwrap_or_else(PoisonError::into_inner).push(std::mem::take(&mut self.rate));
         result?;
         if shared.bulk_lanes_open.fetch_sub(1, Ordering::AcqRel) == 1 {
             check_nothing_forgotten(shared, self.lane.id);

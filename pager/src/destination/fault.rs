@@ -20,8 +20,8 @@ use thiserror::Error;
 
 use super::{Shared, poll_fd};
 use crate::lane::{PageLane, PagerEvent};
-use crate::stats::{FaultStats, FaultTimes};
 use crate::state::{Arrival, Claim, FaultVerdict, LaneTag};
+use crate::stats::{FaultStats, FaultTimes};
 use crate::uffd::{FaultBuffer, WatchError};
 
 /// Operations under way: two polls, one receive, one send; rounded up.
@@ -403,7 +403,13 @@ impl FaultService {
 }
 
 impl Drop for FaultService {
+    /// Closes the books: an answer that is still under way when memory is complete has lost its race.
     fn drop(&mut self) {
+        let receiving = self.receiving.take().map(|(asked, _)| asked);
+        let pending = receiving.into_iter().chain(std::mem::take(&mut self.asked));
+        for Asked { page, taken, .. } in pending.filter(|asked| self.shared.states.is_resident(asked.page)) {
+            self.raced.push(Raced { page, taken });
+        }
         self.match_raced();
         for raced in std::mem::take(&mut self.raced) {
             self.with_stats(|stats| stats.record_raced(raced.taken, None));
@@ -430,7 +436,9 @@ fn finished(attempted: &'static str, result: &io::Result<u32>, wanted: usize) ->
         Ok(_) => Err(LaneError::Closed),
         Err(error) => Err(LaneError::Socket {
             attempted,
-            source: error.raw_os_error().map_or_else(|| io::Error::other(error.to_string()), io::Error::from_raw_os_error),
+            source: error
+                .raw_os_error()
+                .map_or_else(|| io::Error::other(error.to_string()), io::Error::from_raw_os_error),
         }),
     }
 }

@@ -201,7 +201,9 @@ impl DestinationPager {
         let body = move || {
             let id = lane.id;
             let result = cpu.measure(|| match id.role {
-                LaneRole::Bulk => BulkReceiver::new(lane, tag, &shared).and_then(BulkReceiver::run).map_err(|e| e.to_string()),
+                LaneRole::Bulk => {
+                    BulkReceiver::new(lane, tag, &shared).and_then(BulkReceiver::run).map_err(|e| e.to_string())
+                }
                 _ => FaultService::new(lane, tag, &shared, wake).and_then(FaultService::run).map_err(|e| e.to_string()),
             });
             if let Err(reason) = result

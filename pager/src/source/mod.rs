@@ -85,7 +85,12 @@ impl SourcePager {
     ///
     /// # Errors
     /// When a thread cannot be started.
-    pub fn start(ram: Ram, lanes: Vec<PageLane>, max_bandwidth: u64, notify: &Notify) -> Result<Self, SourcePagerError> {
+    pub fn start(
+        ram: Ram,
+        lanes: Vec<PageLane>,
+        max_bandwidth: u64,
+        notify: &Notify,
+    ) -> Result<Self, SourcePagerError> {
         let pages = ram.pages();
         let pushers = lanes.iter().filter(|lane| lane.id.role == LaneRole::Bulk).count();
         let shared = Arc::new(Shared {
