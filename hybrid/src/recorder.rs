@@ -34,6 +34,8 @@ pub struct Record {
     pub instants: Instants,
     /// Source: when it was told that the guest runs on the destination.
     pub running_heard: Option<Nanos>,
+    /// Whether the guest was running when it was paused for the handoff.
+    pub was_running: bool,
     /// Both sides read one clock.
     pub same_clock: bool,
     /// Bytes of vCPU and device state.
@@ -55,6 +57,7 @@ impl Recorder {
             phases: Vec::new(),
             instants: Instants::default(),
             running_heard: None,
+            was_running: true,
             same_clock: false,
             state_bytes: 0,
             status_span: None,
@@ -77,6 +80,18 @@ impl Recorder {
     pub fn begin(&self) {
         self.write(|record| record.started = Nanos::now());
         self.set_status(MigrationStatus::Setup);
+    }
+
+    /// A destination's source has come: time counts from here, not from when it began to listen.
+    pub fn begin_again(&self, session: String) {
+        let now = Nanos::now();
+        self.write(|record| {
+            record.session = Some(session);
+            record.started = now;
+            if let Some(phase) = record.status_span.and_then(|span| record.phases.get_mut(span)) {
+                phase.start_ns = now.0;
+            }
+        });
     }
 
     /// Moves to `status`, ending the span of the last.

@@ -8,7 +8,10 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use hdrhistogram::Histogram;
 use hdrhistogram::serialization::{Deserializer, Serializer, V2Serializer};
 use serde::{Deserialize, Serialize};
-use switchover_wire::clock::HostClock;
+use switchover_pager::cpu::CpuTime;
+use switchover_pager::destination::DestinationPager;
+use switchover_pager::stats::{self, FaultStats, SLICE_NS};
+use switchover_wire::clock::{HostClock, Nanos};
 use thiserror::Error;
 
 use crate::status::MigrationStatus;
@@ -121,6 +124,8 @@ pub struct FaultReport {
     pub raced: u64,
     /// Faults whose page was here, or landing, already.
     pub local: u64,
+    /// Faults on a page that another fault had asked for already: its arrival woke both. Not timed.
+    pub joined: u64,
     /// Remote and raced faults, from taken to woken.
     pub total: EncodedHistogram,
     /// Remote faults, from taken to the request's submission.
@@ -157,6 +162,19 @@ pub struct CpuSeconds {
     pub system: f64,
 }
 
+impl From<CpuTime> for CpuSeconds {
+    fn from(time: CpuTime) -> Self {
+        Self { user: time.user.as_secs_f64(), system: time.system.as_secs_f64() }
+    }
+}
+
+impl std::ops::AddAssign for CpuSeconds {
+    fn add_assign(&mut self, other: Self) {
+        self.user += other.user;
+        self.system += other.system;
+    }
+}
+
 /// One side's report.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct SideReport {
@@ -188,6 +206,36 @@ pub struct SideReport {
     pub rates: Option<RateSeries>,
     /// CPU time of the migration's threads.
     pub cpu: CpuSeconds,
+}
+
+/// The pager's books as a report shows them.
+///
+/// # Errors
+/// When a histogram cannot be encoded.
+pub fn fault_report(stats: &FaultStats) -> Result<FaultReport, HistogramError> {
+    Ok(FaultReport {
+        remote: stats.remote,
+        raced: stats.raced,
+        local: stats.local,
+        joined: stats.joined,
+        total: EncodedHistogram::encode(&stats.total)?,
+        queue: EncodedHistogram::encode(&stats.queue)?,
+        wire: EncodedHistogram::encode(&stats.wire)?,
+        place: EncodedHistogram::encode(&stats.place)?,
+        wake: EncodedHistogram::encode(&stats.wake)?,
+        local_total: EncodedHistogram::encode(&stats.local_total)?,
+    })
+}
+
+/// Faults and pushed pages over time, from `start` on.
+#[must_use]
+pub fn rate_series(stats: &FaultStats, pager: &DestinationPager, start: Nanos) -> RateSeries {
+    RateSeries {
+        start_ns: start.0,
+        slice_ns: SLICE_NS,
+        faults: stats::RateSeries::merged(std::iter::once(&stats.rate), start),
+        pushed: pager.pushed_rate(start),
+    }
 }
 
 #[cfg(test)]

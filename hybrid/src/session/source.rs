@@ -30,7 +30,9 @@ pub enum SourceEvent {
     Running,
     /// The destination has all of it.
     Drained,
-    /// A lane or the destination is gone.
+    /// A lane that carries pages is gone.
+    LaneLost(String),
+    /// The control lane or the destination is gone.
     Lost(String),
 }
 
@@ -212,7 +214,7 @@ impl Handoff {
                 give_up(fail(reason), self.paused)
             }
             SourceEvent::Refused(reason) => give_up(fail(refusal(&reason)), self.paused),
-            SourceEvent::Lost(reason) => give_up(fail(reason), self.paused),
+            SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => give_up(fail(reason), self.paused),
             SourceEvent::Cancel => give_up(Outcome::Cancelled, self.paused),
             other => give_up(fail(breach(&other)), self.paused),
         }
@@ -230,7 +232,7 @@ impl Committed {
                 (SourceSession::Committed(self), Vec::new())
             }
             // Not even a refusal counts here: the commit is out, and a destination that has it runs.
-            SourceEvent::Lost(reason) => given_away(reason),
+            SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => given_away(reason),
             other => given_away(breach(&other)),
         }
     }
@@ -250,7 +252,7 @@ impl Postcopy {
             SourceEvent::StateSent | SourceEvent::Cancel | SourceEvent::StartPostcopy | SourceEvent::HandoffTimedOut => {
                 (SourceSession::Postcopy(self), Vec::new())
             }
-            SourceEvent::Lost(reason) => given_away(reason),
+            SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => given_away(reason),
             other => given_away(breach(&other)),
         }
     }
@@ -260,7 +262,7 @@ impl Postcopy {
 fn before_pause(event: SourceEvent) -> Step {
     match event {
         SourceEvent::Cancel => give_up(Outcome::Cancelled, false),
-        SourceEvent::Lost(reason) => give_up(fail(reason), false),
+        SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => give_up(fail(reason), false),
         SourceEvent::Refused(reason) => give_up(fail(refusal(&reason)), false),
         other => give_up(fail(breach(&other)), false),
     }

@@ -1,0 +1,36 @@
+//! What a caller of a migration is told at once. What happens later is in [`crate::progress::Progress::error`].
+
+use std::io;
+
+use switchover_wire::socket::SocketError;
+use thiserror::Error;
+
+/// A migration could not be started, or a wish of its controller not be met.
+#[derive(Debug, Error)]
+pub enum MigrationError {
+    /// Nothing but post-copy is built.
+    #[error("this version migrates by post-copy only: allow it (capability `postcopy-ram`) and try again")]
+    PostcopyNotAllowed,
+    /// A number of lanes that cannot be.
+    #[error("{asked} bulk lanes were asked for; between 1 and {limit} are possible")]
+    BulkLanes {
+        /// The number asked for.
+        asked: u8,
+        /// The most that are possible.
+        limit: u8,
+    },
+    /// The destination cannot listen.
+    #[error(transparent)]
+    Listen(#[from] SocketError),
+    /// No thread.
+    #[error("cannot start the migration's thread: {0}; is the number of threads limited (`ulimit -u`)?")]
+    Thread(#[source] io::Error),
+    /// A wish that comes too late.
+    #[error("cannot {wish}: {why}")]
+    TooLate {
+        /// "cancel", "start post-copy".
+        wish: &'static str,
+        /// Why not any more.
+        why: &'static str,
+    },
+}

@@ -1,0 +1,172 @@
+//! Who may connect to a destination: one source, with exactly the lanes that it announced. Pure: the sockets are
+//! whatever the caller stores.
+
+use std::time::{Duration, Instant};
+
+use switchover_wire::handshake::LaneCounts;
+use switchover_wire::types::{LaneId, LaneRole, SessionId};
+
+/// How long a source may take to open its other lanes after the control lane. One that died in between must not keep
+/// others out for ever.
+const GATHERING_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The lanes of one source, as they come in.
+#[derive(Debug)]
+pub enum Reception<S> {
+    /// Nobody has come.
+    Waiting,
+    /// A source has opened its control lane; others are missing.
+    Gathering(Gathering<S>),
+    /// A source has opened all of its lanes: this destination is taken.
+    Taken(SessionId),
+}
+
+/// The lanes that have come in so far.
+#[derive(Debug)]
+pub struct Gathering<S> {
+    session: SessionId,
+    since: Instant,
+    control: S,
+    fault: Vec<Option<S>>,
+    bulk: Vec<Option<S>>,
+}
+
+/// All lanes of a source.
+#[derive(Debug)]
+pub struct Lanes<S> {
+    /// The session that they belong to.
+    pub session: SessionId,
+    /// The control lane.
+    pub control: S,
+    /// The lanes that carry pages.
+    pub pages: Vec<(LaneId, S)>,
+}
+
+impl<S> Reception<S> {
+    /// A source's control lane. It has been checked for everything else.
+    ///
+    /// # Errors
+    /// Why it cannot be taken, for the source to read.
+    pub fn control(&mut self, session: SessionId, lanes: LaneCounts, lane: S, now: Instant) -> Result<(), String> {
+        match self {
+            Self::Taken(other) => {
+                return Err(format!("this destination already receives another guest (session {other})"));
+            }
+            Self::Gathering(other) if now.duration_since(other.since) < GATHERING_PATIENCE => {
+                let other = other.session;
+                return Err(format!("another source is connecting to this destination right now (session {other})"));
+            }
+            Self::Gathering(_) | Self::Waiting => {}
+        }
+        let room = |count: u8| (0..count).map(|_| None).collect();
+        *self = Self::Gathering(Gathering {
+            session,
+            since: now,
+            control: lane,
+            fault: room(lanes.fault),
+            bulk: room(lanes.bulk),
+        });
+        Ok(())
+    }
+
+    /// A lane that carries pages.
+    ///
+    /// # Errors
+    /// Why it cannot be taken, for the source to read.
+    pub fn page_lane(&mut self, session: SessionId, id: LaneId, lane: S) -> Result<(), String> {
+        let Self::Gathering(gathering) = self else {
+            return Err(format!("no session {session} is being opened here"));
+        };
+        if gathering.session != session {
+            return Err(format!("the session that is being opened here is not {session}"));
+        }
+        let slots = match id.role {
+            LaneRole::Fault => &mut gathering.fault,
+            LaneRole::Bulk => &mut gathering.bulk,
+            LaneRole::Control => return Err("the session has its control lane already".to_owned()),
+        };
+        match slots.get_mut(usize::from(id.index)) {
+            None => Err(format!("the {id} was not announced")),
+            Some(Some(_)) => Err(format!("the {id} is open already")),
+            Some(slot) => {
+                *slot = Some(lane);
+                Ok(())
+            }
+        }
+    }
+
+    /// Gives a session up whose source could not be answered.
+    pub fn forget(&mut self, session: SessionId) {
+        if matches!(self, Self::Gathering(gathering) if gathering.session == session) {
+            *self = Self::Waiting;
+        }
+    }
+
+    /// All lanes, once they are complete; this destination is taken then.
+    pub fn complete(&mut self) -> Option<Lanes<S>> {
+        let Self::Gathering(gathering) = self else { return None };
+        if gathering.fault.iter().chain(&gathering.bulk).any(Option::is_none) {
+            return None;
+        }
+        let session = gathering.session;
+        let Self::Gathering(gathering) = std::mem::replace(self, Self::Taken(session)) else { return None };
+        let numbered = |role, lanes: Vec<Option<S>>| {
+            (0_u8..).zip(lanes.into_iter().flatten()).map(move |(index, lane)| (LaneId { role, index }, lane))
+        };
+        let pages = numbered(LaneRole::Fault, gathering.fault).chain(numbered(LaneRole::Bulk, gathering.bulk)).collect();
+        Some(Lanes { session, control: gathering.control, pages })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: SessionId = SessionId([1; 16]);
+    const TWO: SessionId = SessionId([2; 16]);
+    const LANES: LaneCounts = LaneCounts { fault: 1, bulk: 2 };
+
+    fn id(role: LaneRole, index: u8) -> LaneId {
+        LaneId { role, index }
+    }
+
+    #[test]
+    fn a_source_takes_the_destination_when_all_its_lanes_are_open() {
+        let mut reception = Reception::Waiting;
+        reception.control(ONE, LANES, "control", Instant::now()).unwrap();
+        for (lane, name) in [(id(LaneRole::Bulk, 1), "b1"), (id(LaneRole::Fault, 0), "f0")] {
+            reception.page_lane(ONE, lane, name).unwrap();
+            assert!(reception.complete().is_none());
+        }
+        reception.page_lane(ONE, id(LaneRole::Bulk, 0), "b0").unwrap();
+        let lanes = reception.complete().unwrap();
+        assert_eq!(lanes.control, "control");
+        let names: Vec<_> = lanes.pages.iter().map(|(id, name)| (id.role, id.index, *name)).collect();
+        assert_eq!(names, [(LaneRole::Fault, 0, "f0"), (LaneRole::Bulk, 0, "b0"), (LaneRole::Bulk, 1, "b1")]);
+        assert!(reception.control(TWO, LANES, "late", Instant::now()).unwrap_err().contains("already receives"));
+        assert!(reception.page_lane(ONE, id(LaneRole::Bulk, 0), "again").is_err());
+    }
+
+    #[test]
+    fn nobody_joins_a_session_that_is_not_theirs() {
+        let mut reception = Reception::Waiting;
+        assert!(reception.page_lane(ONE, id(LaneRole::Fault, 0), "f").is_err());
+        reception.control(ONE, LANES, "c", Instant::now()).unwrap();
+        assert!(reception.page_lane(TWO, id(LaneRole::Fault, 0), "f").is_err());
+        assert!(reception.page_lane(ONE, id(LaneRole::Bulk, 2), "b").unwrap_err().contains("not announced"));
+        reception.page_lane(ONE, id(LaneRole::Fault, 0), "f").unwrap();
+        assert!(reception.page_lane(ONE, id(LaneRole::Fault, 0), "f").unwrap_err().contains("open already"));
+    }
+
+    #[test]
+    fn a_source_that_went_away_does_not_keep_others_out() {
+        let mut reception = Reception::Waiting;
+        let then = Instant::now();
+        reception.control(ONE, LANES, "one", then).unwrap();
+        assert!(reception.control(TWO, LANES, "two", then).is_err());
+        reception.control(TWO, LANES, "two", then + GATHERING_PATIENCE).unwrap();
+        assert!(reception.page_lane(ONE, id(LaneRole::Fault, 0), "f").is_err());
+        reception.forget(TWO);
+        reception.control(ONE, LANES, "one", then).unwrap();
+    }
+}
