@@ -1,7 +1,13 @@
 //! What a machine is, as far as the other side must match it.
 
+mod bounds;
+mod features;
+mod mismatch;
+
 use serde::{Deserialize, Serialize};
 
+pub use self::bounds::DescriptionError;
+pub use self::mismatch::{Mismatch, describe_mismatches};
 use crate::types::PageCount;
 
 /// A run of guest-physical addresses backed by RAM.
@@ -54,5 +60,76 @@ impl MachineDescription {
     #[must_use]
     pub fn pages(&self) -> PageCount {
         PageCount(self.ram.iter().fold(0, |sum: u64, region| sum.saturating_add(region.pages.0)))
+    }
+    /// Checks a description from outside before anything is computed from it: regions page-aligned, not empty,
+    /// ascending, apart and within the physical address space; lists bounded and without repetition.
+    ///
+    /// # Errors
+    /// The first rule that is broken, with what broke it.
+    pub fn check_bounds(&self) -> Result<(), DescriptionError> {
+        bounds::check(self)
+    }
+
+    /// Why a guest of `source` cannot go on on this machine, the destination: empty when it can. A destination may
+    /// have more features than the guest knows of, never fewer. Both descriptions must have passed
+    /// [`check_bounds`](Self::check_bounds).
+    #[must_use]
+    pub fn mismatches(&self, source: &Self) -> Vec<Mismatch> {
+        mismatch::compare(self, source)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::types::PAGE_SIZE;
+
+    /// A machine like those that are moved: 3 GiB below the hole and 1 GiB above it.
+    pub(crate) fn sample() -> MachineDescription {
+        let leaf = |function, index, registers| CpuidLeaf { function, index, registers };
+        MachineDescription {
+            architecture: "x86_64".to_owned(),
+            page_size: u32::try_from(PAGE_SIZE).unwrap(),
+            ram: vec![
+                RamRegion { guest_address: 0, pages: PageCount(0xC_0000) },
+                RamRegion { guest_address: 1 << 32, pages: PageCount(0x4_0000) },
+            ],
+            vcpus: 2,
+            cpuid: vec![
+                leaf(1, 0, [0, 0, 0x8000_0001, 0x0780_FBFF]),
+                leaf(7, 0, [0, 0x20, 0, 0]),
+                leaf(0xD, 1, [0xF, 0, 0, 0]),
+                leaf(0x8000_0001, 0, [0, 0, 1, 0x2010_0800]),
+            ],
+            xcr0: 7,
+            msrs: vec![0x10, 0x1B, 0xC000_0080],
+            tsc_khz: 2_445_000,
+            devices: vec!["ioapic".to_owned(), "serial".to_owned()],
+            state_version: 1,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_descriptions_never_panic(
+            regions in prop::collection::vec((any::<u64>(), any::<u64>()), 0..4),
+            page_size: u32, vcpus: u32, tsc_khz: u32, xcr0: u64,
+            msrs: Vec<u32>,
+            leaves in prop::collection::vec((0..8_u32, 0..2_u32, any::<[u32; 4]>()), 0..6),
+            architecture: String,
+        ) {
+            let ram = regions.iter().map(|&(guest_address, pages)| RamRegion { guest_address, pages: PageCount(pages) });
+            let cpuid = leaves.iter().map(|&(function, index, registers)| CpuidLeaf { function, index, registers });
+            let other = MachineDescription {
+                architecture, page_size, ram: ram.collect(), vcpus, cpuid: cpuid.collect(), xcr0, msrs, tsc_khz,
+                ..sample()
+            };
+            let _ = (other.check_bounds(), other.pages());
+            let _ = describe_mismatches(&other.mismatches(&sample()));
+            let _ = describe_mismatches(&sample().mismatches(&other));
+            prop_assert!(other.mismatches(&other.clone()).is_empty());
+        }
     }
 }

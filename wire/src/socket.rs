@@ -6,6 +6,7 @@ use std::io;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{
@@ -16,6 +17,7 @@ use thiserror::Error;
 
 pub use self::listener::Listener;
 use crate::address::Address;
+use crate::counters::LaneCounters;
 use crate::types::LaneRole;
 
 /// Buffer asked for on each end of a bulk lane over a unix socket, whose default (208 KiB) holds three 64 KiB
@@ -84,6 +86,7 @@ pub struct Socket {
     fd: OwnedFd,
     peer: String,
     family: Family,
+    counters: Arc<LaneCounters>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -102,7 +105,7 @@ impl Socket {
         match address {
             Address::Tcp { host, port } => connect_tcp(address, host, *port, timeout),
             Address::Unix(path) => connect_unix(path, timeout)
-                .map(|fd| Self { fd, peer: address.to_string(), family: Family::Unix })
+                .map(|fd| Self::new(fd, address.to_string(), Family::Unix))
                 .map_err(|source| SocketError::Connect { address: address.clone(), source }),
         }
     }
@@ -113,7 +116,7 @@ impl Socket {
     /// When this process has no file descriptor left.
     pub fn pair() -> io::Result<(Self, Self)> {
         let (a, b) = std::os::unix::net::UnixStream::pair()?;
-        let wrap = |fd: OwnedFd| Self { fd, peer: "unix:(pair)".to_owned(), family: Family::Unix };
+        let wrap = |fd: OwnedFd| Self::new(fd, "unix:(pair)".to_owned(), Family::Unix);
         Ok((wrap(a.into()), wrap(b.into())))
     }
 
@@ -121,6 +124,13 @@ impl Socket {
     #[must_use]
     pub fn peer(&self) -> &str {
         &self.peer
+    }
+
+    /// The bytes that crossed it so far. Handshake and control messages are counted by themselves; whoever
+    /// transfers on the descriptor adds their own.
+    #[must_use]
+    pub fn counters(&self) -> &Arc<LaneCounters> {
+        &self.counters
     }
 
     /// Ends the connection in both directions: whoever waits on it, in any thread, is woken with the end of the
@@ -155,6 +165,10 @@ impl Socket {
     /// When the kernel refuses.
     pub fn set_read_timeout(&self, timeout: Option<Duration>) -> Result<(), SocketError> {
         self.set("SO_RCVTIMEO", sockopt::ReceiveTimeout, &timeval(timeout))
+    }
+
+    fn new(fd: OwnedFd, peer: String, family: Family) -> Self {
+        Self { fd, peer, family, counters: Arc::default() }
     }
 
     fn set<O: nix::sys::socket::SetSockOpt>(
@@ -197,7 +211,7 @@ fn connect_tcp(address: &Address, host: &str, port: u16, timeout: Duration) -> R
         }
         match TcpStream::connect_timeout(&candidate, left) {
             Ok(stream) => {
-                return Ok(Socket { fd: stream.into(), peer: format!("tcp:{candidate}"), family: Family::Tcp });
+                return Ok(Socket::new(stream.into(), format!("tcp:{candidate}"), Family::Tcp));
             }
             Err(error) => last = error,
         }

@@ -99,12 +99,11 @@ impl Listener {
         match &self.kind {
             Kind::Tcp(listener) => {
                 let (stream, peer) = listener.accept()?;
-                Ok(Socket { fd: OwnedFd::from(stream), peer: format!("tcp:{peer}"), family: Family::Tcp })
+                Ok(Socket::new(OwnedFd::from(stream), format!("tcp:{peer}"), Family::Tcp))
             }
             Kind::Unix(listener) => {
                 let (stream, _) = listener.accept()?;
-                let peer = self.address.to_string();
-                Ok(Socket { fd: OwnedFd::from(stream), peer, family: Family::Unix })
+                Ok(Socket::new(OwnedFd::from(stream), self.address.to_string(), Family::Unix))
             }
         }
     }
