@@ -57,7 +57,6 @@ struct Shared {
 /// What a session's thread needs besides what it shares.
 struct Session {
     control: ControlWriter,
-    events: Sender<DestinationEvent>,
     /// States for the thread that loads them: loading may wait for pages, and the session must not.
     loader: Sender<Vec<u8>>,
     /// The state that has come, until it goes to the loader.
@@ -330,7 +329,7 @@ impl Shared {
                 }
             })
             .map_err(no_thread)?;
-        Ok(Session { control: writer, events: events.clone(), loader, state })
+        Ok(Session { control: writer, loader, state })
     }
 
     /// Reserves and watches memory, and serves its faults from now on.
@@ -357,12 +356,7 @@ impl Shared {
     }
 
     /// The control lane's thread: turns what the source says into events.
-    fn listen(
-        &self,
-        mut reader: ControlReader,
-        events: &Sender<DestinationEvent>,
-        arriving: &Mutex<Option<Vec<u8>>>,
-    ) {
+    fn listen(&self, mut reader: ControlReader, events: &Sender<DestinationEvent>, arriving: &Mutex<Option<Vec<u8>>>) {
         loop {
             let event = match reader.recv() {
                 Ok(ControlMessage::State { state, was_running }) => {
@@ -448,7 +442,8 @@ impl Shared {
             }
             DestinationAction::SendDrained => {
                 let first_entry_ns = self.machine.first_entry().map(|at| at.0);
-                let last_page = self.pager().as_ref().and_then(DestinationPager::last_placed).unwrap_or_else(Nanos::now);
+                let last_page =
+                    self.pager().as_ref().and_then(DestinationPager::last_placed).unwrap_or_else(Nanos::now);
                 self.recorder.write(|record| record.instants.first_entry_ns = first_entry_ns);
                 return session.say(&ControlMessage::Drained { first_entry_ns, last_page_ns: last_page.0 });
             }
@@ -466,7 +461,11 @@ impl Shared {
                 }
                 self.lanes.shut_down();
             }
-            DestinationAction::StopForGood(reason) => self.machine.stop_for_good(&reason),
+            DestinationAction::StopForGood(reason) => {
+                self.machine.stop_for_good(&reason);
+                // The source learns of it by losing its lanes. Faults on pages that are here are served on.
+                self.lanes.shut_down();
+            }
             DestinationAction::Finish(_) => {}
         }
         None

@@ -2,6 +2,7 @@
 
 pub mod capability;
 pub mod error;
+pub mod fake;
 pub mod incoming;
 mod lanes;
 pub mod machine;

@@ -292,7 +292,9 @@ impl Shared {
                     });
                     SourceEvent::Drained
                 }
-                Ok(other) => SourceEvent::Lost(format!("the destination sent {}, which only a source says", other.name())),
+                Ok(other) => {
+                    SourceEvent::Lost(format!("the destination sent {}, which only a source says", other.name()))
+                }
                 Err(error) => SourceEvent::Lost(error.to_string()),
             };
             let over = matches!(event, SourceEvent::Lost(_) | SourceEvent::Drained | SourceEvent::Refused(_));

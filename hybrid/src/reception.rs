@@ -113,7 +113,8 @@ impl<S> Reception<S> {
         let numbered = |role, lanes: Vec<Option<S>>| {
             (0_u8..).zip(lanes.into_iter().flatten()).map(move |(index, lane)| (LaneId { role, index }, lane))
         };
-        let pages = numbered(LaneRole::Fault, gathering.fault).chain(numbered(LaneRole::Bulk, gathering.bulk)).collect();
+        let pages =
+            numbered(LaneRole::Fault, gathering.fault).chain(numbered(LaneRole::Bulk, gathering.bulk)).collect();
         Some(Lanes { session, control: gathering.control, pages })
     }
 }

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use switchover_wire::counters::LaneCounters;
 use switchover_wire::socket::Socket;
 use switchover_wire::types::LaneId;
 
@@ -11,10 +10,8 @@ use switchover_wire::types::LaneId;
 pub struct PageLane {
     /// Its role and number.
     pub id: LaneId,
-    /// Its connection.
+    /// Its connection, which counts what crosses it.
     pub socket: Arc<Socket>,
-    /// What has crossed it.
-    pub counters: Arc<LaneCounters>,
 }
 
 /// What a pager tells the session that owns it.

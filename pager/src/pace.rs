@@ -7,8 +7,8 @@ use switchover_wire::clock::Nanos;
 
 /// What may be sent at once after a pause: 10 ms worth, so that the rate holds over any stretch that matters, but
 /// never less than a frame.
-const BURST: Duration = Duration::from_millis(10);
-const BURST_FLOOR: u64 = 512 * 1024;
+const BURST_MS: i128 = 10;
+const BURST_FLOOR: i128 = 512 * 1024;
 
 /// A token bucket that several lanes draw from.
 #[derive(Debug)]
@@ -38,7 +38,7 @@ impl Pacer {
             return Duration::ZERO;
         }
         let rate = i128::from(self.bytes_per_second);
-        let burst = (rate * i128::from(BURST.as_millis() as u64) / 1000).max(i128::from(BURST_FLOOR));
+        let burst = (rate * BURST_MS / 1000).max(BURST_FLOOR);
         let mut bucket = self.bucket.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let earned = i128::from(now.since(bucket.filled_at)) * rate / 1_000_000_000;
         if earned > 0 {

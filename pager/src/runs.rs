@@ -1,5 +1,8 @@
 //! The runs of set bits in a chunk's mask.
 
+/// How many pages a mask has bits for ([`switchover_wire::frame::bulk::CHUNK_PAGES`]), as the length of an array.
+pub const CHUNK_LEN: usize = u64::BITS as usize;
+
 /// The runs of ones in `mask`, lowest first: the first bit of each, and how many.
 pub fn runs(mask: u64) -> impl Iterator<Item = (u32, u32)> {
     let mut rest = mask;

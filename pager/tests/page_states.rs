@@ -1,7 +1,7 @@
 //! Every interleaving of the threads that contend for a page, explored by loom.
 //!
 //! The states are compiled a second time here, with loom's atomics in the place of the real ones.
-#![allow(missing_docs, dead_code, clippy::cast_possible_truncation)]
+#![allow(missing_docs, dead_code, clippy::unwrap_used)]
 
 mod sync {
     pub use loom::sync::atomic::{AtomicU8, Ordering};

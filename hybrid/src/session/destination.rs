@@ -163,10 +163,9 @@ impl Prepared {
 impl Loading {
     fn on(self, event: DestinationEvent) -> Step {
         match event {
-            DestinationEvent::Loaded if !self.loaded => (
-                DestinationSession::Loading(Self { loaded: true, ..self }),
-                vec![DestinationAction::SendRestored],
-            ),
+            DestinationEvent::Loaded if !self.loaded => {
+                (DestinationSession::Loading(Self { loaded: true, ..self }), vec![DestinationAction::SendRestored])
+            }
             DestinationEvent::Complete => (DestinationSession::Loading(Self { complete: true, ..self }), Vec::new()),
             // The commit makes this side the one that may run, and the only one.
             DestinationEvent::Commit if self.loaded => {

@@ -102,8 +102,15 @@ pub struct Active(());
 
 /// Phase data of [`SourceSession::Handoff`].
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Handoff {
-    paused: bool,
+pub enum Handoff {
+    /// The machine is being asked to pause. What ends the migration meanwhile has to wait for its answer: whether the
+    /// guest must be resumed is not known before.
+    Pausing {
+        /// How it will end.
+        doomed: Option<Outcome>,
+    },
+    /// The guest is paused.
+    Paused,
 }
 
 /// Phase data of [`SourceSession::Committed`].
@@ -186,7 +193,7 @@ impl Active {
     fn start(self) -> Step {
         let Self(()) = self;
         (
-            SourceSession::Handoff(Handoff { paused: false }),
+            SourceSession::Handoff(Handoff::Pausing { doomed: None }),
             vec![SourceAction::Status(MigrationStatus::Device), SourceAction::Pause],
         )
     }
@@ -194,29 +201,37 @@ impl Active {
 
 impl Handoff {
     fn on(self, event: SourceEvent) -> Step {
+        match self {
+            Self::Pausing { doomed } => Self::while_pausing(doomed, event),
+            Self::Paused => Self::while_paused(event),
+        }
+    }
+
+    fn while_pausing(doomed: Option<Outcome>, event: SourceEvent) -> Step {
+        match (event, doomed) {
+            (SourceEvent::Paused, None) => {
+                (SourceSession::Handoff(Self::Paused), vec![SourceAction::ServePages, SourceAction::SendState])
+            }
+            (SourceEvent::Paused, Some(outcome)) => give_up(outcome, true),
+            (SourceEvent::PauseFailed(reason), doomed) => give_up(doomed.unwrap_or_else(|| fail(reason)), false),
+            (SourceEvent::StartPostcopy, doomed) => (SourceSession::Handoff(Self::Pausing { doomed }), Vec::new()),
+            (event, doomed) => {
+                let doomed = Some(doomed.unwrap_or_else(|| ending(event)));
+                (SourceSession::Handoff(Self::Pausing { doomed }), Vec::new())
+            }
+        }
+    }
+
+    fn while_paused(event: SourceEvent) -> Step {
         match event {
-            SourceEvent::StartPostcopy => (SourceSession::Handoff(self), Vec::new()),
-            SourceEvent::Paused if !self.paused => (
-                SourceSession::Handoff(Self { paused: true }),
-                vec![SourceAction::ServePages, SourceAction::SendState],
-            ),
-            SourceEvent::StateSent if self.paused => (SourceSession::Handoff(self), Vec::new()),
+            SourceEvent::StartPostcopy | SourceEvent::StateSent => (SourceSession::Handoff(Self::Paused), Vec::new()),
             // The point of no return. The right to run goes before the commit is submitted: whatever becomes of the
             // commit on its way, nothing on this side can run the guest any more.
-            SourceEvent::Restored if self.paused => (
+            SourceEvent::Restored => (
                 SourceSession::Committed(Committed(())),
                 vec![SourceAction::SurrenderRightToRun, SourceAction::SendCommit],
             ),
-            SourceEvent::PauseFailed(reason) => give_up(fail(reason), false),
-            SourceEvent::StateFailed(reason) => give_up(fail(reason), self.paused),
-            SourceEvent::HandoffTimedOut => {
-                let reason = "the destination did not confirm the guest's state in time".to_owned();
-                give_up(fail(reason), self.paused)
-            }
-            SourceEvent::Refused(reason) => give_up(fail(refusal(&reason)), self.paused),
-            SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => give_up(fail(reason), self.paused),
-            SourceEvent::Cancel => give_up(Outcome::Cancelled, self.paused),
-            other => give_up(fail(breach(&other)), self.paused),
+            other => give_up(ending(other), true),
         }
     }
 }
@@ -224,13 +239,13 @@ impl Handoff {
 impl Committed {
     fn on(self, event: SourceEvent) -> Step {
         match event {
-            SourceEvent::Running => (
-                SourceSession::Postcopy(Postcopy(())),
-                vec![SourceAction::Status(MigrationStatus::PostcopyActive)],
-            ),
-            SourceEvent::StateSent | SourceEvent::Cancel | SourceEvent::StartPostcopy | SourceEvent::HandoffTimedOut => {
-                (SourceSession::Committed(self), Vec::new())
+            SourceEvent::Running => {
+                (SourceSession::Postcopy(Postcopy(())), vec![SourceAction::Status(MigrationStatus::PostcopyActive)])
             }
+            SourceEvent::StateSent
+            | SourceEvent::Cancel
+            | SourceEvent::StartPostcopy
+            | SourceEvent::HandoffTimedOut => (SourceSession::Committed(self), Vec::new()),
             // Not even a refusal counts here: the commit is out, and a destination that has it runs.
             SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => given_away(reason),
             other => given_away(breach(&other)),
@@ -249,9 +264,10 @@ impl Postcopy {
                     SourceAction::Finish(Outcome::Completed),
                 ],
             ),
-            SourceEvent::StateSent | SourceEvent::Cancel | SourceEvent::StartPostcopy | SourceEvent::HandoffTimedOut => {
-                (SourceSession::Postcopy(self), Vec::new())
-            }
+            SourceEvent::StateSent
+            | SourceEvent::Cancel
+            | SourceEvent::StartPostcopy
+            | SourceEvent::HandoffTimedOut => (SourceSession::Postcopy(self), Vec::new()),
             SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => given_away(reason),
             other => given_away(breach(&other)),
         }
@@ -260,11 +276,17 @@ impl Postcopy {
 
 /// What every phase in which the guest still runs makes of an event that is not its own.
 fn before_pause(event: SourceEvent) -> Step {
+    give_up(ending(event), false)
+}
+
+/// How a migration ends by an event that no phase before the commit can go on from.
+fn ending(event: SourceEvent) -> Outcome {
     match event {
-        SourceEvent::Cancel => give_up(Outcome::Cancelled, false),
-        SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => give_up(fail(reason), false),
-        SourceEvent::Refused(reason) => give_up(fail(refusal(&reason)), false),
-        other => give_up(fail(breach(&other)), false),
+        SourceEvent::Cancel => Outcome::Cancelled,
+        SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) | SourceEvent::StateFailed(reason) => fail(reason),
+        SourceEvent::Refused(reason) => fail(refusal(&reason)),
+        SourceEvent::HandoffTimedOut => fail("the destination did not confirm the guest's state in time".to_owned()),
+        other => fail(breach(&other)),
     }
 }
 

@@ -27,14 +27,8 @@ enum Mishap {
     AllPagesArrive,
 }
 
-const ALL_MISHAPS: [Mishap; 6] = [
-    Mishap::Cut,
-    Mishap::Cancel,
-    Mishap::TimeOut,
-    Mishap::MachineFails,
-    Mishap::LaneFails,
-    Mishap::AllPagesArrive,
-];
+const ALL_MISHAPS: [Mishap; 6] =
+    [Mishap::Cut, Mishap::Cancel, Mishap::TimeOut, Mishap::MachineFails, Mishap::LaneFails, Mishap::AllPagesArrive];
 
 /// The answers that actions call for are queued beside the messages, in the order in which they arise.
 struct World {

@@ -14,7 +14,7 @@ use thiserror::Error;
 
 use super::Shared;
 use crate::lane::{PageLane, PagerEvent};
-use crate::runs::runs;
+use crate::runs::{CHUNK_LEN, runs};
 use crate::state::{Arrival, Claim, LaneTag};
 use crate::stats::RateSeries;
 use crate::uffd::WatchError;
@@ -92,7 +92,7 @@ impl BulkReceiver {
         let mut header = [0; BulkFrame::LEN];
         loop {
             self.ring.recv_exact(self.lane.socket.as_fd(), &mut [IoSliceMut::new(&mut header)])?;
-            self.lane.counters.add_received(BulkFrame::LEN as u64);
+            self.lane.socket.counters().add_received(BulkFrame::LEN as u64);
             match BulkFrame::decode(&header, self.shared.states.pages())? {
                 BulkFrame::Chunk { first, data, zero } => {
                     self.take_zeros(first, zero)?;
@@ -137,7 +137,7 @@ impl BulkReceiver {
         }
         let pages = u64::from(data.count_ones());
         self.received += pages;
-        self.lane.counters.add_received(pages * PAGE_SIZE_U64);
+        self.lane.socket.counters().add_received(pages * PAGE_SIZE_U64);
 
         let mut present = 0_u64;
         for bit in bits(won) {
@@ -163,7 +163,7 @@ impl BulkReceiver {
 
     /// One vectored receive for all pages of `data`: those of `won` into the alias, the others into scratch.
     fn receive_pages(&mut self, first: PageIndex, data: u64, won: u64) -> Result<(), BulkError> {
-        let mut parts = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; CHUNK_PAGES as usize];
+        let mut parts = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; CHUNK_LEN];
         let mut used = 0;
         for (bit, count) in runs(data) {
             let mut at = bit;

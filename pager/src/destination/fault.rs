@@ -246,7 +246,7 @@ impl FaultService {
         self.sending = false;
         let wanted = self.buffers.outgoing.len();
         finished("send page requests", result, wanted)?;
-        self.lane.counters.add_sent(wanted as u64);
+        self.lane.socket.counters().add_sent(wanted as u64);
         Ok(Next::Nothing)
     }
 
@@ -260,7 +260,7 @@ impl FaultService {
     /// The header of an answer is here: claim its page, and receive it where the claim says.
     fn header_came(&mut self, result: &io::Result<u32>) -> Result<Next, LaneError> {
         finished("receive an answer", result, FaultReply::LEN)?;
-        self.lane.counters.add_received(FaultReply::LEN as u64);
+        self.lane.socket.counters().add_received(FaultReply::LEN as u64);
         let reply = FaultReply::decode(&self.buffers.header, self.shared.states.pages())?;
         let asked = self.asked.pop_front().ok_or(LaneError::Unasked(reply.page))?;
         self.unsubmitted = self.unsubmitted.min(self.asked.len());
@@ -285,7 +285,7 @@ impl FaultService {
             }
             return Err(error);
         }
-        self.lane.counters.add_received(PAGE_SIZE_U64);
+        self.lane.socket.counters().add_received(PAGE_SIZE_U64);
         Ok(received.map_or(Next::Nothing, |(asked, to_alias)| Next::Arrived(asked, to_alias)))
     }
 

@@ -15,7 +15,7 @@ use thiserror::Error;
 use super::Shared;
 use super::queue::Next;
 use crate::lane::PageLane;
-use crate::runs::runs;
+use crate::runs::{CHUNK_LEN, runs};
 use crate::sent::ChunkIndex;
 use crate::zero::{Holes, is_zero};
 
@@ -155,7 +155,7 @@ impl Pusher {
             thread::sleep(wait);
         }
         // A chunk has at most 32 runs: every other page.
-        let mut parts = [IoSlice::new(&[]); 1 + CHUNK_PAGES as usize / 2];
+        let mut parts = [IoSlice::new(&[]); 1 + CHUNK_LEN / 2];
         parts[0] = IoSlice::new(&header);
         let mut used = 1;
         for (bit, count) in runs(data) {
@@ -163,7 +163,7 @@ impl Pusher {
             used += 1;
         }
         self.ring.send_all(self.lane.socket.as_fd(), &parts[..used])?;
-        self.lane.counters.add_sent(bytes);
+        self.lane.socket.counters().add_sent(bytes);
         Ok(())
     }
 }

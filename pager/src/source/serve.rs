@@ -56,7 +56,7 @@ impl FaultServer {
         let mut request = [0; FaultRequest::LEN];
         loop {
             self.ring.recv_exact(self.lane.socket.as_fd(), &mut [IoSliceMut::new(&mut request)])?;
-            self.lane.counters.add_received(FaultRequest::LEN as u64);
+            self.lane.socket.counters().add_received(FaultRequest::LEN as u64);
             let request = FaultRequest::decode(&request, self.shared.ram.pages())?;
             if !self.shared.serving.load(Ordering::Acquire) {
                 return Err(ServeError::TooEarly(request.page));
@@ -79,7 +79,7 @@ impl FaultServer {
         let parts = if zero { &parts[..1] } else { &parts[..] };
         self.shared.sent.mark(request.page);
         let sent = self.ring.send_all(self.lane.socket.as_fd(), parts)?;
-        self.lane.counters.add_sent(sent as u64);
+        self.lane.socket.counters().add_sent(sent as u64);
         let counts = &self.shared.counts;
         counts.requests.fetch_add(1, Ordering::Relaxed);
         if zero { &counts.zero } else { &counts.data }.fetch_add(1, Ordering::Relaxed);

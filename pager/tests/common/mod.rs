@@ -6,7 +6,6 @@ use std::sync::Arc;
 use crossbeam::channel::{Receiver, unbounded};
 use switchover_pager::lane::{Notify, PageLane, PagerEvent};
 use switchover_pager::ram::Ram;
-use switchover_wire::counters::LaneCounters;
 use switchover_wire::socket::Socket;
 use switchover_wire::types::{LaneId, LaneRole, PAGE_SIZE, PageIndex};
 
@@ -28,11 +27,7 @@ pub fn userfaultfd_or_skip(test: &str) -> bool {
 /// Both ends of a new lane.
 pub fn lane_pair(role: LaneRole, index: u8) -> (PageLane, PageLane) {
     let (one, two) = Socket::pair().unwrap();
-    let lane = |socket| PageLane {
-        id: LaneId { role, index },
-        socket: Arc::new(socket),
-        counters: Arc::new(LaneCounters::default()),
-    };
+    let lane = |socket| PageLane { id: LaneId { role, index }, socket: Arc::new(socket) };
     (lane(one), lane(two))
 }
 

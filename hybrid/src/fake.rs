@@ -1,0 +1,229 @@
+//! A machine without KVM: its memory is real, its one vCPU is a thread that writes pages, its state a counter.
+//!
+//! It exists to test migrations where KVM is not at hand, and to show what an embedder's [`Machine`] must do. Its
+//! memory is moved by the real pager; only the guest is made up.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use switchover_pager::ram::{Ram, RamError};
+use switchover_wire::clock::Nanos;
+use switchover_wire::description::{MachineDescription, RamRegion};
+use switchover_wire::types::{PAGE_SIZE_U64, PageCount, PageIndex};
+
+use crate::machine::{Machine, MachineError, Paused};
+
+/// The multiplier of a full-period sequence over any power of two (Knuth): the "guest" visits pages in an order that
+/// no sweep has.
+const STEP: u64 = 6_364_136_223_846_793_005;
+
+/// A machine whose guest is a thread.
+pub struct FakeMachine {
+    ram: Ram,
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    control: Mutex<Control>,
+    changed: Condvar,
+    first_entry: AtomicU64,
+    corrupt: AtomicU64,
+    ended: AtomicBool,
+}
+
+struct Control {
+    has_right: bool,
+    run: bool,
+    in_guest: bool,
+    visits: u64,
+    stopped: Option<String>,
+}
+
+impl FakeMachine {
+    /// A machine that may run, with `pages` (a power of two) of memory; it is paused.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub fn new(pages: PageCount) -> Result<Arc<Self>, RamError> {
+        Self::build(pages, true)
+    }
+
+    /// A machine that waits for a migration.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub fn incoming(pages: PageCount) -> Result<Arc<Self>, RamError> {
+        Self::build(pages, false)
+    }
+
+    fn build(pages: PageCount, has_right: bool) -> Result<Arc<Self>, RamError> {
+        let ram = Ram::new(pages)?;
+        let inner = Arc::new(Inner {
+            control: Mutex::new(Control { has_right, run: false, in_guest: false, visits: 0, stopped: None }),
+            changed: Condvar::new(),
+            first_entry: AtomicU64::new(0),
+            corrupt: AtomicU64::new(0),
+            ended: AtomicBool::new(false),
+        });
+        let (guest, guest_ram) = (Arc::clone(&inner), ram.clone());
+        thread::spawn(move || guest.run(&guest_ram));
+        Ok(Arc::new(Self { ram, inner }))
+    }
+
+    /// Visits made so far: each read one page, checked it, and wrote it.
+    #[must_use]
+    pub fn visits(&self) -> u64 {
+        self.inner.lock().visits
+    }
+
+    /// Visits that found something else in a page than the visit before had left there.
+    #[must_use]
+    pub fn corrupt_visits(&self) -> u64 {
+        self.inner.corrupt.load(Ordering::Acquire)
+    }
+
+    /// Whether the guest runs.
+    #[must_use]
+    pub fn runs(&self) -> bool {
+        self.inner.lock().run
+    }
+
+    /// Why it was stopped for good.
+    #[must_use]
+    pub fn stopped(&self) -> Option<String> {
+        self.inner.lock().stopped.clone()
+    }
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, Control> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self, ram: &Ram) {
+        let pages = ram.pages().0;
+        loop {
+            let visit = {
+                let mut control = self.lock();
+                control.in_guest = false;
+                self.changed.notify_all();
+                while !control.run {
+                    if self.ended.load(Ordering::Acquire) {
+                        return;
+                    }
+                    control = self.changed.wait(control).unwrap_or_else(PoisonError::into_inner);
+                }
+                if self.ended.load(Ordering::Acquire) {
+                    return;
+                }
+                control.in_guest = true;
+                control.visits
+            };
+            let now = Nanos::now().0;
+            let _ = self.first_entry.compare_exchange(0, now, Ordering::AcqRel, Ordering::Acquire);
+            // A quarter of memory is never touched, and so stays zero.
+            let page = PageIndex(visit.wrapping_mul(STEP) % pages * 3 / 4);
+            let word = ram.guest_base().wrapping_add(usize::try_from(page.offset()).unwrap_or(0)).cast::<u64>();
+            // SAFETY: the page lies in the guest mapping, which `ram` keeps mapped; this thread is its only writer but
+            // for the pager, which writes pages that this thread cannot have seen yet.
+            unsafe {
+                let seen = word.read_volatile();
+                // The page's own word says how often it was visited, tagged with its number.
+                if seen != 0 && seen >> 32 != page.0 {
+                    self.corrupt.fetch_add(1, Ordering::AcqRel);
+                }
+                let count = (seen & 0xffff_ffff) + 1;
+                word.write_volatile(page.0 << 32 | (count & 0xffff_ffff));
+            }
+            self.lock().visits += 1;
+        }
+    }
+}
+
+impl Machine for FakeMachine {
+    fn describe(&self) -> MachineDescription {
+        MachineDescription {
+            architecture: "fake".to_owned(),
+            page_size: u32::try_from(PAGE_SIZE_U64).unwrap_or(u32::MAX),
+            ram: vec![RamRegion { guest_address: 0, pages: self.ram.pages() }],
+            vcpus: 1,
+            cpuid: Vec::new(),
+            xcr0: 0,
+            msrs: Vec::new(),
+            tsc_khz: 0,
+            devices: Vec::new(),
+            state_version: 1,
+        }
+    }
+
+    fn ram(&self) -> Ram {
+        self.ram.clone()
+    }
+
+    fn pause(&self) -> Result<Paused, MachineError> {
+        let mut control = self.inner.lock();
+        let was_running = control.run;
+        control.run = false;
+        while control.in_guest {
+            control = self.inner.changed.wait(control).unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(Paused { last_exit: Nanos::now(), was_running })
+    }
+
+    fn resume(&self) -> Result<(), MachineError> {
+        let mut control = self.inner.lock();
+        if !control.has_right {
+            return Err(MachineError::new("run the guest", "this machine has not the right to run"));
+        }
+        self.inner.first_entry.store(0, Ordering::Release);
+        control.run = true;
+        self.inner.changed.notify_all();
+        Ok(())
+    }
+
+    fn surrender_right_to_run(&self) {
+        self.inner.lock().has_right = false;
+    }
+
+    fn take_right_to_run(&self) {
+        self.inner.lock().has_right = true;
+    }
+
+    fn first_pages(&self) -> Vec<PageIndex> {
+        let next = self.visits();
+        (next..next + 8).map(|visit| PageIndex(visit.wrapping_mul(STEP) % self.ram.pages().0 * 3 / 4)).collect()
+    }
+
+    fn save_state(&self) -> Result<Vec<u8>, MachineError> {
+        Ok(self.visits().to_le_bytes().to_vec())
+    }
+
+    fn load_state(&self, state: &[u8]) -> Result<(), MachineError> {
+        let bytes = state.try_into().map_err(|_| {
+            MachineError::new("load the state", format!("it has {} bytes where 8 were expected", state.len()))
+        })?;
+        self.inner.lock().visits = u64::from_le_bytes(bytes);
+        Ok(())
+    }
+
+    fn first_entry(&self) -> Option<Nanos> {
+        match self.inner.first_entry.load(Ordering::Acquire) {
+            0 => None,
+            at => Some(Nanos(at)),
+        }
+    }
+
+    fn stop_for_good(&self, reason: &str) {
+        let mut control = self.inner.lock();
+        control.run = false;
+        control.stopped = Some(reason.to_owned());
+    }
+}
+
+impl Drop for FakeMachine {
+    fn drop(&mut self) {
+        self.inner.ended.store(true, Ordering::Release);
+        self.inner.changed.notify_all();
+    }
+}
