@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use switchover_pager::cpu::CpuMeter;
@@ -35,6 +35,9 @@ use crate::status::MigrationStatus;
 /// Connections that may be in their handshake at once. Each may cost a thread and 64 KiB for as long as the handshake
 /// may last, whoever connects.
 const HANDSHAKES_LIMIT: usize = 16;
+
+/// How long to wait for a vCPU that was told to run to note its first entry: a wake-up takes some ten microseconds.
+const FIRST_ENTRY_PATIENCE: Duration = Duration::from_millis(20);
 
 /// A migration on its destination. Clones are handles to the same one; dropping them changes nothing.
 #[derive(Clone)]
@@ -437,7 +440,7 @@ impl Shared {
                 }
             }
             DestinationAction::SendRunning => {
-                let first_entry_ns = self.machine.first_entry().map(|at| at.0);
+                let first_entry_ns = self.first_entry().map(|at| at.0);
                 return session.say(&ControlMessage::Running { first_entry_ns });
             }
             DestinationAction::SendDrained => {
@@ -467,6 +470,18 @@ impl Shared {
                 self.lanes.shut_down();
             }
             DestinationAction::Finish(_) => {}
+        }
+        None
+    }
+
+    /// When the guest entered. It runs already, so that a moment's wait for the vCPUs to have said so costs it nothing.
+    fn first_entry(&self) -> Option<Nanos> {
+        let deadline = Instant::now() + FIRST_ENTRY_PATIENCE;
+        while self.recorder.read().was_running && Instant::now() < deadline {
+            if let Some(at) = self.machine.first_entry() {
+                return Some(at);
+            }
+            thread::yield_now();
         }
         None
     }

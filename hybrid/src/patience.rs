@@ -48,13 +48,16 @@ pub fn next_event<E>(
     if !lane_lost(&event) {
         return Some(event);
     }
-    match events.recv_timeout(LANE_LOSS_HELD) {
-        Ok(better) => {
-            waiting.push_back(event);
-            Some(better)
+    waiting.push_back(event);
+    let held_until = Instant::now() + LANE_LOSS_HELD;
+    while let Ok(next) = events.recv_deadline(held_until) {
+        if lane_lost(&next) {
+            waiting.push_back(next);
+        } else {
+            return Some(next);
         }
-        Err(_) => Some(event),
     }
+    waiting.pop_front()
 }
 
 #[cfg(test)]
@@ -67,11 +70,12 @@ mod tests {
     fn a_lost_lane_waits_for_the_better_reason() {
         let (sender, events) = unbounded();
         sender.send("lane lost").unwrap();
+        sender.send("lane lost").unwrap();
         sender.send("aborted").unwrap();
         let mut waiting = VecDeque::new();
         let mut next = || next_event(&events, &mut Patience::endless(), |e| *e == "lane lost", &mut waiting);
         assert_eq!(next(), Some("aborted"));
-        assert_eq!(waiting, ["lane lost"]);
+        assert_eq!(waiting, ["lane lost", "lane lost"]);
     }
 
     #[test]

@@ -69,6 +69,11 @@ fn start(from: &Arc<FakeMachine>, to: Address, bulk_lanes: u8) -> Outgoing {
     Outgoing::start(machine, to, settings, no_observer()).unwrap()
 }
 
+fn both_complete(outgoing: &Outgoing, incoming: &Incoming) {
+    assert_eq!(outgoing.wait(), MigrationStatus::Completed, "{:?}", outgoing.progress().error);
+    assert_eq!(incoming.wait(), MigrationStatus::Completed, "{:?}", incoming.progress().error);
+}
+
 #[test]
 fn a_guest_moves_and_goes_on() {
     if !userfaultfd_or_skip("a_guest_moves_and_goes_on") {
@@ -81,8 +86,7 @@ fn a_guest_moves_and_goes_on() {
         let before = from.visits();
         until("the guest goes on in active", || from.visits() > before);
         outgoing.start_postcopy().unwrap();
-        assert_eq!(outgoing.wait(), MigrationStatus::Completed, "{:?}", outgoing.progress().error);
-        assert_eq!(incoming.wait(), MigrationStatus::Completed, "{:?}", incoming.progress().error);
+        both_complete(&outgoing, &incoming);
         let moved = from.visits();
         until("the guest goes on at the destination", || to.visits() > moved + 50_000);
         assert_eq!((from.visits(), from.runs(), to.corrupt_visits()), (moved, false, 0));
@@ -95,7 +99,8 @@ fn a_guest_moves_and_goes_on() {
         assert_eq!(classes.zero + classes.pushed + classes.requested, PAGES.0);
         assert!(classes.zero >= PAGES.0 / 4);
         let blackout = destination.instants.first_entry_ns.unwrap() - source.instants.last_exit_ns.unwrap();
-        assert!(blackout > 0 && Some(blackout) == outgoing.progress().downtime_ns);
+        assert!(blackout > 0);
+        assert_eq!(Some(blackout), outgoing.progress().downtime_ns);
         let faults = destination.faults.unwrap();
         assert_eq!(faults.total.decode().unwrap().len(), faults.remote + faults.raced);
         let (sent, received) = (&source.lanes[1], &destination.lanes[1]);
@@ -127,7 +132,8 @@ fn a_cancelled_migration_leaves_the_guest_running() {
     outgoing.cancel().unwrap();
     assert_eq!(outgoing.wait(), MigrationStatus::Cancelled);
     assert_eq!(incoming.wait(), MigrationStatus::Failed);
-    assert!(incoming.progress().error.unwrap().contains("cancelled on the source"));
+    let error = incoming.progress().error.unwrap();
+    assert!(error.contains("cancelled on the source"), "{error}");
     let before = from.visits();
     until("the guest goes on", || from.visits() > before);
     assert!(!to.runs() && to.resume().is_err());
@@ -151,7 +157,7 @@ fn a_paused_guest_arrives_paused() {
     let visits = from.visits();
     let outgoing = start(&from, incoming.address(), 1);
     outgoing.start_postcopy().unwrap();
-    assert_eq!((outgoing.wait(), incoming.wait()), (MigrationStatus::Completed, MigrationStatus::Completed));
+    both_complete(&outgoing, &incoming);
     assert_eq!((to.visits(), to.runs()), (visits, false));
     to.resume().unwrap();
     until("the guest goes on", || to.visits() > visits + 10_000);
@@ -190,7 +196,7 @@ fn a_machine_that_does_not_match_is_refused_before_the_guest_is_touched() {
     let fitting = FakeMachine::new(PageCount(PAGES.0 * 2)).unwrap();
     let outgoing = start(&fitting, incoming.address(), 1);
     outgoing.start_postcopy().unwrap();
-    assert_eq!((outgoing.wait(), incoming.wait()), (MigrationStatus::Completed, MigrationStatus::Completed));
+    both_complete(&outgoing, &incoming);
 }
 
 #[test]
@@ -213,7 +219,7 @@ fn garbage_and_a_second_source_do_not_disturb_a_migration() {
     assert!(refused.progress().error.unwrap().contains("already receives another guest"));
     assert!(second.runs());
     outgoing.start_postcopy().unwrap();
-    assert_eq!((outgoing.wait(), incoming.wait()), (MigrationStatus::Completed, MigrationStatus::Completed));
+    both_complete(&outgoing, &incoming);
     assert_eq!(to.corrupt_visits(), 0);
     for mut stream in garbage {
         let mut rest = Vec::new();

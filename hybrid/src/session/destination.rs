@@ -85,14 +85,16 @@ pub enum DestinationSession {
 pub struct Preparing(());
 
 /// Phase data of [`DestinationSession::Prepared`].
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Prepared(());
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Prepared {
+    /// Pages come as soon as the source is paused: all of a small guest's can be here before its state is.
+    complete: bool,
+}
 
 /// Phase data of [`DestinationSession::Loading`].
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Loading {
     loaded: bool,
-    /// Small or idle guests can have all their pages before the commit comes.
     complete: bool,
 }
 
@@ -139,7 +141,7 @@ impl Preparing {
         let Self(()) = self;
         match event {
             DestinationEvent::Prepared => (
-                DestinationSession::Prepared(Prepared(())),
+                DestinationSession::Prepared(Prepared::default()),
                 vec![DestinationAction::Status(MigrationStatus::Active), DestinationAction::SendPrepared],
             ),
             other => never_ran(other),
@@ -149,10 +151,10 @@ impl Preparing {
 
 impl Prepared {
     fn on(self, event: DestinationEvent) -> Step {
-        let Self(()) = self;
         match event {
+            DestinationEvent::Complete => (DestinationSession::Prepared(Self { complete: true }), Vec::new()),
             DestinationEvent::State => (
-                DestinationSession::Loading(Loading::default()),
+                DestinationSession::Loading(Loading { loaded: false, complete: self.complete }),
                 vec![DestinationAction::Status(MigrationStatus::Device), DestinationAction::LoadState],
             ),
             other => never_ran(other),

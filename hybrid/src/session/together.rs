@@ -93,7 +93,9 @@ impl World {
             return;
         }
         self.to_source.retain(|event| matches!(event, SourceEvent::Paused | SourceEvent::StateSent));
-        self.to_destination.retain(|event| matches!(event, DestinationEvent::Loaded | DestinationEvent::Prepared));
+        self.to_destination.retain(|event| {
+            matches!(event, DestinationEvent::Loaded | DestinationEvent::Prepared | DestinationEvent::Complete)
+        });
         self.to_source.push_back(SourceEvent::Lost("cut".into()));
         self.to_destination.push_back(DestinationEvent::Lost("cut".into()));
     }
