@@ -225,6 +225,10 @@ impl World {
         if self.source_outcome == Some(Outcome::Completed) {
             assert!(self.destination_runs && self.pages_complete, "{context}: success without a running guest");
         }
+        if self.destination_outcome == Some(Outcome::Completed) {
+            let source = &self.source_outcome;
+            assert_eq!(*source, Some(Outcome::Completed), "{context}: the source does not know that it is done");
+        }
         if let Some(Outcome::Failed(failure)) = &self.source_outcome {
             let expected = if self.commit_submitted { GuestAfter::GivenAway } else { GuestAfter::OnSource };
             assert_eq!(failure.guest, expected, "{context}");
