@@ -147,12 +147,10 @@ impl Ring {
                     done += count;
                     rest = skip(rest, count);
                 }
-                Err(error) => match error.raw_os_error() {
-                    Some(libc::EINTR) => {}
-                    // The socket is in non-blocking mode: wait for it apart, rather than spin.
-                    Some(libc::EAGAIN) => self.wait_ready(fd, direction)?,
-                    _ => return Err(RingError::Io { operation, source: error }),
-                },
+                // A socket in non-blocking mode makes no difference to io_uring: it waits unless the operation's own
+                // flags say otherwise. So neither of these comes back at once, and again and again.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {}
+                Err(source) => return Err(RingError::Io { operation, source }),
             }
         }
         Ok(done)
@@ -195,21 +193,6 @@ impl Ring {
         // SAFETY: parts and header outlive this call, and `run` does not return while the kernel may use them.
         let result = unsafe { self.run(&entry, direction.name()) }?;
         Ok(outcome(result).map(|count| count as usize))
-    }
-
-    fn wait_ready(&mut self, fd: BorrowedFd<'_>, direction: Direction) -> Result<(), RingError> {
-        let events = match direction {
-            Direction::Send => libc::POLLOUT,
-            Direction::Receive => libc::POLLIN,
-        };
-        let events = u32::from(events.cast_unsigned());
-        let entry = opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), events).build();
-        // SAFETY: a poll refers to no memory.
-        let result = unsafe { self.run(&entry, "wait for a socket") }?;
-        match outcome(result) {
-            Ok(_) => Ok(()),
-            Err(source) => Err(RingError::Io { operation: "wait for a socket", source }),
-        }
     }
 
     /// Submits `entry` and waits for its result.

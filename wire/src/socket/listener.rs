@@ -73,15 +73,15 @@ impl Listener {
     /// descriptors, does not end it.
     pub fn accept(&self) -> Result<Option<Socket>, SocketError> {
         loop {
+            let accepted = self.accept_once();
+            // Looked at afterwards: connections may still be in the queue of a closed listener.
             if self.closed.load(Ordering::SeqCst) {
                 return Ok(None);
             }
-            match self.accept_once() {
-                // Connections may still be in the queue of a closed listener.
-                Ok(socket) => return Ok((!self.closed.load(Ordering::SeqCst)).then_some(socket)),
+            match accepted {
+                Ok(socket) => return Ok(Some(socket)),
                 Err(error) if exhausted(&error) => thread::sleep(EXHAUSTED_PAUSE),
                 Err(error) if transient(&error) => {}
-                Err(_) if self.closed.load(Ordering::SeqCst) => return Ok(None),
                 Err(source) => return Err(SocketError::Accept { address: self.address.clone(), source }),
             }
         }

@@ -163,3 +163,23 @@ fn an_error_of_the_socket_leaves_the_ring_usable() {
     ring.send_all(near.as_fd(), &[IoSlice::new(b"a")]).unwrap();
     ring.recv_exact(far.as_fd(), &mut [IoSliceMut::new(&mut [0; 1])]).unwrap();
 }
+
+#[test]
+fn a_short_transfer_goes_on_where_it_ended() {
+    let memory = [0_u8; 100];
+    let part = |at: usize, length| libc::iovec { iov_base: memory[at..].as_ptr().cast_mut().cast(), iov_len: length };
+    // The offset and length of the first part that remains, and how many there are.
+    let rest = |count| {
+        let mut parts = [part(0, 0), part(0, 10), part(20, 0), part(20, 5), part(40, 60)];
+        let rest = skip(&mut parts, count);
+        let first = rest.first().map(|first| (first.iov_base as usize - memory.as_ptr() as usize, first.iov_len));
+        (first, rest.len())
+    };
+    assert_eq!(rest(0), (Some((0, 10)), 4));
+    assert_eq!(rest(3), (Some((3, 7)), 4));
+    assert_eq!(rest(10), (Some((20, 5)), 2));
+    assert_eq!(rest(14), (Some((24, 1)), 2));
+    assert_eq!(rest(15), (Some((40, 60)), 1));
+    assert_eq!(rest(74), (Some((99, 1)), 1));
+    assert_eq!(rest(75), (None, 0));
+}

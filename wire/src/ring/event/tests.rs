@@ -114,6 +114,8 @@ fn a_timeout_is_no_error() {
     let (_near, far) = UnixStream::pair().unwrap();
     let mut ring = EventRing::new(8).unwrap();
     ring.poll_multishot(far.as_fd(), 3).unwrap();
+    // Apart from the wait, which reports a success where it also submits something.
+    ring.submit().unwrap();
     ring.submit_and_wait(1, Some(Duration::from_millis(1))).unwrap();
     assert!(ring.next().is_none());
 }
@@ -157,22 +159,44 @@ fn more_operations_than_entries_may_be_under_way() {
 
 #[test]
 fn dropping_the_ring_takes_the_kernel_off_the_memory() {
-    let (mut near, far) = UnixStream::pair().unwrap();
-    for drop_before_submission in [true, false] {
-        let mut buffer = [0_u8; 4];
+    let mut pairs: Vec<_> = (0..64).map(|_| UnixStream::pair().unwrap()).collect();
+    for submitted in [false, true, true, true, true] {
+        let mut buffers = [[0_u8; 4]; 64];
         let mut ring = EventRing::new(8).unwrap();
-        ring.poll_multishot(far.as_fd(), 2).unwrap();
-        // SAFETY: the ring goes before the buffer.
-        unsafe { ring.recv(far.as_fd(), buffer.as_mut_ptr(), 4, 1) }.unwrap();
-        if !drop_before_submission {
+        ring.poll_multishot(pairs[0].1.as_fd(), 2).unwrap();
+        for ((_, far), buffer) in pairs.iter().zip(&mut buffers) {
+            // SAFETY: the ring goes before the buffers.
+            unsafe { ring.recv(far.as_fd(), buffer.as_mut_ptr(), 4, 1) }.unwrap();
+        }
+        if submitted {
             ring.submit().unwrap();
         }
         drop(ring);
-        near.write_all(b"late").unwrap();
-        let mut read = [0; 4];
-        (&far).read_exact(&mut read).unwrap();
-        assert_eq!((&read, buffer), (b"late", [0; 4]), "the ring took what came after it had gone");
+        for (near, far) in &mut pairs {
+            near.write_all(b"late").unwrap();
+            let mut read = [0; 4];
+            far.set_nonblocking(true).unwrap();
+            far.read_exact(&mut read).expect("the ring took what came after it had gone");
+            assert_eq!(&read, b"late");
+        }
+        assert_eq!(buffers, [[0; 4]; 64]);
     }
+}
+
+#[test]
+fn cancelling_leaves_nothing_under_way() {
+    let (_near, far) = UnixStream::pair().unwrap();
+    let mut ring = EventRing::new(2).unwrap();
+    let mut buffer = [0_u8; 4];
+    ring.poll_multishot(far.as_fd(), 1).unwrap();
+    for _ in 0..8 {
+        // SAFETY: the ring goes before the buffer; nothing is ever sent, so nothing is written twice.
+        unsafe { ring.recv(far.as_fd(), buffer.as_mut_ptr(), 4, 2) }.unwrap();
+    }
+    assert_eq!(ring.transfers, 8);
+    ring.cancel_all().unwrap();
+    assert_eq!(ring.transfers, 0);
+    assert!(ring.slots.iter().all(|slot| matches!(slot, Slot::Free)));
 }
 
 #[test]
