@@ -1,0 +1,35 @@
+//! What a virtual machine is built from.
+
+use std::path::PathBuf;
+
+use switchover_wire::types::PageCount;
+
+/// Where the guest's serial port leads.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum SerialTarget {
+    /// This process' standard output; standard input too, where it is a terminal or a pipe.
+    Stdio,
+    /// A file, created or emptied first.
+    File(PathBuf),
+    /// Nowhere.
+    Null,
+}
+
+/// A virtual machine to build.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VmConfig {
+    /// The 64-bit ELF with a PVH note to boot. An incoming machine loads none: its memory brings its own.
+    pub kernel: Option<PathBuf>,
+    /// The kernel's command line, handed over byte for byte.
+    pub append: String,
+    /// A file that the guest finds as its first boot module.
+    pub initrd: Option<PathBuf>,
+    /// Guest RAM.
+    pub memory: PageCount,
+    /// Number of vCPUs, at least 1.
+    pub vcpus: u8,
+    /// Where the serial port leads.
+    pub serial: SerialTarget,
+    /// Whether an incoming machine may take its memory from the host only as pages arrive.
+    pub lazy_memory: bool,
+}

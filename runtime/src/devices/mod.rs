@@ -1,0 +1,5 @@
+//! The devices that are not KVM's own.
+
+pub mod debug_exit;
+pub mod output;
+pub mod serial;

@@ -1,0 +1,249 @@
+//! The virtual machine: built, started, stopped, moved, torn down.
+
+use std::fs;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::channel::Receiver;
+use kvm_ioctls::{Kvm, VcpuFd};
+use switchover_hybrid::machine::{Machine, MachineError, Paused};
+use switchover_pager::ram::Ram;
+use switchover_wire::clock::Nanos;
+use switchover_wire::description::MachineDescription;
+use switchover_wire::types::PageIndex;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::arch::{LEAST_MEMORY, MOST_MEMORY, Platform, Ports, ram_regions};
+use crate::config::{SerialTarget, VmConfig};
+use crate::control::{Control, VmEvent};
+use crate::devices::output::Output;
+use crate::devices::serial::SerialPort;
+use crate::error::VmError;
+use crate::kick::ExitByte;
+use crate::lock;
+use crate::memory::GuestMemory;
+use crate::run_state::{ExitReason, RunFlags, RunState};
+use crate::vcpu::{Shared, Vcpu, spawn};
+
+/// How long a pause waits for the vCPUs. Out of the guest takes microseconds; handling an exit at most as long as
+/// [`crate::devices::output`] waits for its reader.
+const PAUSE_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a machine that is dropped waits for its threads. One that waits for a page that will never come is left behind,
+/// with the memory that it needs.
+const DROP_PATIENCE: Duration = Duration::from_secs(2);
+
+/// A virtual machine on KVM.
+///
+/// It runs on threads of its own, one a vCPU, until it is dropped. All methods may be called from any thread.
+pub struct Vm {
+    platform: Platform,
+    vcpus: Vec<Arc<Vcpu>>,
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Vm {
+    /// A machine with a kernel in it, paused; [`Self::cont`] starts it.
+    ///
+    /// # Errors
+    /// When the host cannot give what the configuration asks for, or the kernel cannot be booted.
+    pub fn boot(config: &VmConfig) -> Result<Arc<Self>, VmError> {
+        let path = config.kernel.as_deref().ok_or(VmError::NoKernel)?;
+        let kernel = read(path)?;
+        let initrd = config.initrd.as_deref().map(read).transpose()?;
+        let vm = Self::build(config, RunFlags::booting(), Ram::new(config.memory)?)?;
+        if let Some(first) = vm.vcpus.first() {
+            vm.platform
+                .boot(&lock(&first.fd), &kernel, &config.append, initrd.as_deref())
+                .map_err(|source| VmError::Boot { path: path.to_owned(), source })?;
+        }
+        Ok(vm)
+    }
+
+    /// A machine that waits for a migration to bring its memory and state. Its memory is taken from the host now, unless the
+    /// configuration says otherwise. Nothing of it touches that memory before it runs.
+    ///
+    /// # Errors
+    /// When the host cannot give what the configuration asks for.
+    pub fn incoming(config: &VmConfig) -> Result<Arc<Self>, VmError> {
+        let ram = Ram::new(config.memory)?;
+        if !config.lazy_memory {
+            ram.populate()?;
+        }
+        Self::build(config, RunFlags::incoming(), ram)
+    }
+
+    /// The state that a controller sees.
+    #[must_use]
+    pub fn run_state(&self) -> RunState {
+        self.shared.control.run_state()
+    }
+
+    /// Pauses the guest on behalf of its user. Returns at once: a vCPU that waits for a page comes out when it is here.
+    ///
+    /// # Errors
+    /// During a handoff, and before the guest has arrived.
+    pub fn stop(&self) -> Result<(), VmError> {
+        Ok(self.shared.control.change(RunFlags::stop)?)
+    }
+
+    /// Starts the guest, or lets it go on.
+    ///
+    /// # Errors
+    /// Without the right to run, during a handoff, and after its end.
+    pub fn cont(&self) -> Result<(), VmError> {
+        Ok(self.shared.control.change(RunFlags::cont)?)
+    }
+
+    /// Ends the machine on behalf of its user.
+    pub fn quit(&self) {
+        self.shared.control.change(|flags| flags.end(ExitReason::Quit));
+    }
+
+    /// Ends the machine because it has no future: its incoming migration failed, say.
+    pub fn fail(&self, reason: String) {
+        self.shared.control.change(|flags| flags.end(ExitReason::Failed(reason)));
+    }
+
+    /// Blocks until the machine is over. What the guest had written to its serial port has been written through by then.
+    pub fn wait_exit(&self) -> ExitReason {
+        self.shared.control.wait_exit()
+    }
+
+    /// The events from now on. Each call makes a new subscription.
+    pub fn events(&self) -> Receiver<VmEvent> {
+        self.shared.control.subscribe()
+    }
+
+    /// Why the guest was stopped for good, if it was. The machine may still answer its controller.
+    #[must_use]
+    pub fn status_reason(&self) -> Option<String> {
+        self.shared.control.reason()
+    }
+
+    fn build(config: &VmConfig, flags: RunFlags, ram: Ram) -> Result<Arc<Self>, VmError> {
+        let kvm = Kvm::new().map_err(|error| VmError::OpenKvm { source: error.into() })?;
+        let most = kvm.get_max_vcpus();
+        if config.vcpus == 0 || usize::from(config.vcpus) > most {
+            return Err(VmError::VcpuCount { asked: config.vcpus, most });
+        }
+        let regions = ram_regions(config.memory).ok_or(VmError::MemorySize {
+            asked: config.memory,
+            least: LEAST_MEMORY,
+            most: MOST_MEMORY,
+        })?;
+        let memory = GuestMemory::new(ram, regions)?;
+        let fd = Arc::new(kvm.create_vm().map_err(VmError::kvm("create a VM"))?);
+        let (platform, fds) = Platform::build(&kvm, Arc::clone(&fd), memory.clone(), config.vcpus)?;
+
+        let output = match &config.serial {
+            SerialTarget::Stdio => Output::stdout()?,
+            SerialTarget::File(path) => Output::file(path)?,
+            SerialTarget::Null => Output::null(),
+        };
+        let host = |attempted: &str| {
+            let attempted = attempted.to_owned();
+            move |source| VmError::Host { attempted, source }
+        };
+        let input = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(host("make an eventfd"))?);
+        let ports = Ports { serial: SerialPort::new(fd, output, input) };
+
+        let mut vcpus = Vec::new();
+        for (index, fd) in fds.into_iter().enumerate() {
+            let exit_byte = Arc::new(ExitByte::of(&fd).map_err(host(&format!("map the shared page of vCPU {index}")))?);
+            vcpus.push(Arc::new(Vcpu { index, fd: Mutex::new(fd), exit_byte }));
+        }
+        let control = Control::new(flags, vcpus.iter().map(|vcpu| Arc::clone(&vcpu.exit_byte)).collect());
+        let shared = Arc::new(Shared { control, ports, memory });
+        let vm = Arc::new(Self { platform, vcpus, shared, threads: Mutex::default() });
+        for vcpu in &vm.vcpus {
+            let thread = spawn(Arc::clone(vcpu), Arc::clone(&vm.shared))
+                .map_err(host(&format!("start the thread of vCPU {}", vcpu.index)))?;
+            lock(&vm.threads).push(thread);
+        }
+        Ok(vm)
+    }
+
+    fn fds(&self) -> Vec<&Mutex<VcpuFd>> {
+        self.vcpus.iter().map(|vcpu| &vcpu.fd).collect()
+    }
+}
+
+impl Machine for Vm {
+    fn describe(&self) -> MachineDescription {
+        self.platform.description().clone()
+    }
+
+    fn ram(&self) -> Ram {
+        self.shared.memory.ram().clone()
+    }
+
+    fn pause(&self) -> Result<Paused, MachineError> {
+        self.shared.control.pause(PAUSE_PATIENCE).map_err(|error| MachineError::new("pause the guest", error))
+    }
+
+    fn resume(&self) -> Result<(), MachineError> {
+        self.shared.control.resume().map_err(|error| MachineError::new("resume the guest", error))
+    }
+
+    fn surrender_right_to_run(&self) {
+        self.shared.control.change(RunFlags::surrender);
+    }
+
+    fn take_right_to_run(&self) {
+        if !self.shared.control.change(RunFlags::take) {
+            tracing::error!("the right to run was given to a machine without a state, and not taken");
+        }
+    }
+
+    fn first_pages(&self) -> Vec<PageIndex> {
+        match self.shared.control.change(|flags| flags.check_saving()) {
+            Ok(()) => self.platform.first_pages(&self.fds()),
+            Err(_) => Vec::new(),
+        }
+    }
+
+    fn save_state(&self) -> Result<Vec<u8>, MachineError> {
+        let failed = |error: VmError| MachineError::new("save the guest's state", error);
+        self.shared.control.change(|flags| flags.check_saving()).map_err(|error| failed(error.into()))?;
+        self.platform.save(&self.fds(), &self.shared.ports).map_err(failed)
+    }
+
+    fn load_state(&self, state: &[u8]) -> Result<(), MachineError> {
+        let failed = |error: VmError| MachineError::new("load the guest's state", error);
+        self.shared.control.change(|flags| flags.check_loading()).map_err(|error| failed(error.into()))?;
+        self.platform.load(state, &self.fds(), &self.shared.ports).map_err(failed)?;
+        self.shared.control.change(RunFlags::loaded);
+        Ok(())
+    }
+
+    fn first_entry(&self) -> Option<Nanos> {
+        self.shared.control.first_entry()
+    }
+
+    fn stop_for_good(&self, reason: &str) {
+        tracing::error!(reason, "the guest is stopped for good");
+        self.shared.control.change(|flags| flags.break_down(reason));
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let all_gone = self.shared.control.tear_down(DROP_PATIENCE);
+        if !all_gone {
+            tracing::error!(
+                "a vCPU waits for a page that does not come: its thread and the guest's memory are left behind"
+            );
+            return;
+        }
+        for thread in lock(&self.threads).drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, VmError> {
+    fs::read(path).map_err(|source| VmError::ReadFile { path: path.to_owned(), source })
+}
