@@ -1,1 +1,3 @@
 //! The virtual machine on KVM.
+
+pub mod qmp;

@@ -1,0 +1,3 @@
+//! QMP: QEMU's control protocol.
+
+pub mod framing;
