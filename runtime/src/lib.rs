@@ -38,6 +38,7 @@ pub mod devices;
 pub mod error;
 mod kick;
 pub mod memory;
+pub mod qmp;
 pub mod run_state;
 pub mod state;
 mod vcpu;

@@ -1,1 +1,3 @@
-//! The virtual machine on KVM.
+//! The `switchover` binary, and what tests and benchmarks share with it.
+
+pub mod qmp_client;

@@ -1,0 +1,130 @@
+//! The `uri` or `channels` of `migrate` and `migrate-incoming`.
+
+use serde_json::Value;
+use switchover_wire::address::Address;
+
+use super::arguments::{Arguments, objects};
+use super::refusal::Refusal;
+
+/// Takes `uri` or `channels` out of a command's arguments.
+///
+/// # Errors
+/// When neither or both are there, or what is there names no address.
+pub fn take_address(arguments: &mut Arguments) -> Result<Address, Refusal> {
+    let uri: Option<String> = arguments.optional("uri")?;
+    let channels: Vec<Value> = arguments.optional("channels")?.unwrap_or_default();
+    let mut channels = objects("channels", channels)?.into_iter();
+    match (uri, channels.next(), channels.next()) {
+        (Some(uri), None, _) => parse(&uri),
+        (None, Some(channel), None) => main_channel(channel),
+        (None, Some(_), Some(_)) => Err(Refusal::generic("Channel list has more than one entries")),
+        _ => Err(Refusal::generic("need either 'uri' or 'channels' argument")),
+    }
+}
+
+fn main_channel(mut channel: Arguments) -> Result<Address, Refusal> {
+    let name: String = channel.required("channel-type")?;
+    let mut address: Arguments = channel.required("addr")?;
+    channel.finish()?;
+    match name.as_str() {
+        "main" => {}
+        "cpr" => return Err(Refusal::generic("Channel type 'cpr' is not built; give one channel of type 'main'")),
+        other => return Err(does_not_accept("channel-type", other)),
+    }
+    let transport: String = address.required("transport")?;
+    match transport.as_str() {
+        "socket" => {}
+        "exec" | "rdma" | "file" => return Err(not_built("transport", &transport)),
+        other => return Err(does_not_accept("transport", other)),
+    }
+    let kind: String = address.required("type")?;
+    let found = match kind.as_str() {
+        "inet" => {
+            let host: String = address.required("host")?;
+            let port: String = address.required("port")?;
+            if host.contains(':') { format!("tcp:[{host}]:{port}") } else { format!("tcp:{host}:{port}") }
+        }
+        "unix" => format!("unix:{}", address.required::<String>("path")?),
+        "vsock" | "fd" => return Err(not_built("type", &kind)),
+        other => return Err(does_not_accept("type", other)),
+    };
+    address.finish()?;
+    parse(&found)
+}
+
+fn parse(text: &str) -> Result<Address, Refusal> {
+    text.parse().map_err(Refusal::generic)
+}
+
+fn does_not_accept(name: &str, value: &str) -> Refusal {
+    Refusal::generic(format_args!("Parameter '{name}' does not accept value '{value}'"))
+}
+
+fn not_built(name: &str, value: &str) -> Refusal {
+    Refusal::generic(format_args!(
+        "Parameter '{name}' cannot be '{value}' here: migrations go over sockets of type 'inet' or 'unix'"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn take(value: &Value) -> Result<String, String> {
+        let mut arguments = Arguments::new(value.as_object().unwrap().clone());
+        take_address(&mut arguments).map(|address| address.to_string()).map_err(|refusal| refusal.desc)
+    }
+
+    fn channel(addr: &Value) -> Value {
+        json!({ "channels": [{ "channel-type": "main", "addr": addr }] })
+    }
+
+    #[test]
+    fn both_spellings_name_the_same_address() {
+        for (arguments, address) in [
+            (json!({"uri": "tcp:10.0.0.2:4444"}), "tcp:10.0.0.2:4444"),
+            (json!({"uri": "unix:/run/m", "channels": []}), "unix:/run/m"),
+            (
+                channel(&json!({"transport": "socket", "type": "inet", "host": "10.0.0.2", "port": "4444"})),
+                "tcp:10.0.0.2:4444",
+            ),
+            (channel(&json!({"transport": "socket", "type": "inet", "host": "::1", "port": "1"})), "tcp:[::1]:1"),
+            (channel(&json!({"transport": "socket", "type": "unix", "path": "/run/m"})), "unix:/run/m"),
+        ] {
+            assert_eq!(take(&arguments), Ok(address.to_owned()));
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        let inet = json!({"transport": "socket", "type": "inet", "host": "h", "port": "1"});
+        for (arguments, part) in [
+            (json!({}), "need either 'uri' or 'channels' argument"),
+            (json!({"channels": []}), "need either 'uri' or 'channels' argument"),
+            (json!({"uri": "tcp:h:1", "channels": channel(&inet)["channels"]}), "need either 'uri' or 'channels'"),
+            (json!({"uri": "foo:bar"}), "`foo:bar` is no address"),
+            (json!({"channels": [{"channel-type": "x", "addr": {}}]}), "'channel-type' does not accept value 'x'"),
+            (json!({"channels": [{"channel-type": "main"}]}), "'channels[0].addr' is missing"),
+            (channel(&json!({"transport": "rdma"})), "'transport' cannot be 'rdma' here"),
+            (channel(&json!({"transport": "blah"})), "'transport' does not accept value 'blah'"),
+            (channel(&json!({"transport": "socket", "type": "vsock"})), "'type' cannot be 'vsock' here"),
+            (
+                channel(&json!({"transport": "socket", "type": "inet", "host": "h"})),
+                "Parameter 'channels[0].addr.port' is missing",
+            ),
+            (
+                channel(&json!({"transport": "socket", "type": "inet", "host": "h", "port": 1})),
+                "Invalid parameter type for 'channels[0].addr.port', expected: string",
+            ),
+            (
+                channel(&json!({"transport": "socket", "type": "inet", "host": "h", "port": "1", "to": 5})),
+                "Parameter 'channels[0].addr.to' is unexpected",
+            ),
+        ] {
+            let error = take(&arguments).unwrap_err();
+            assert!(error.contains(part), "{arguments}: {error}");
+        }
+    }
+}

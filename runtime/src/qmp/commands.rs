@@ -1,0 +1,252 @@
+//! The commands: what each takes, what it does, what it returns.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde_json::{Value, json};
+use switchover_hybrid::settings::Settings;
+
+use super::arguments::Arguments;
+use super::capabilities::Capabilities;
+use super::channel::take_address;
+use super::controller::Controller;
+use super::parameters::Parameters;
+use super::query;
+use super::refusal::Refusal;
+use crate::run_state::RunState;
+
+/// The version of QEMU whose protocol this is: what clients decide by which fields they may expect.
+const QEMU_VERSION: [u64; 3] = [10, 0, 0];
+
+/// Carries commands out. All connections share one: capabilities and parameters are the machine's, not a client's.
+pub struct Commands {
+    controller: Arc<dyn Controller>,
+    options: Mutex<Options>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Options {
+    capabilities: Capabilities,
+    parameters: Parameters,
+}
+
+type Command = fn(&Commands, Arguments) -> Result<Value, Refusal>;
+
+/// Every command, by name. `qmp_capabilities` is here to be listed; a session answers it itself.
+const TABLE: [(&str, Command); 20] = [
+    ("cont", Commands::cont),
+    ("migrate", Commands::migrate),
+    ("migrate-incoming", Commands::migrate_incoming),
+    ("migrate-set-capabilities", Commands::set_capabilities),
+    ("migrate-set-parameters", Commands::set_parameters),
+    ("migrate-start-postcopy", Commands::start_postcopy),
+    ("migrate_cancel", Commands::cancel),
+    ("qmp_capabilities", Commands::negotiated_already),
+    ("query-commands", Commands::query_commands),
+    ("query-kvm", Commands::query_kvm),
+    ("query-migrate", Commands::query_migrate),
+    ("query-migrate-capabilities", Commands::query_capabilities),
+    ("query-migrate-parameters", Commands::query_parameters),
+    ("query-name", Commands::query_name),
+    ("query-status", Commands::query_status),
+    ("query-target", Commands::query_target),
+    ("query-version", Commands::query_version),
+    ("quit", Commands::quit),
+    ("stop", Commands::stop),
+    ("x-switchover-report", Commands::report),
+];
+
+/// What `query-version` returns, and the greeting holds.
+#[must_use]
+pub fn version() -> Value {
+    let [major, minor, micro] = QEMU_VERSION;
+    json!({
+        "qemu": { "major": major, "minor": minor, "micro": micro },
+        "package": concat!("switchover ", env!("CARGO_PKG_VERSION")),
+    })
+}
+
+impl Commands {
+    /// Commands that act on `controller`.
+    #[must_use]
+    pub fn new(controller: Arc<dyn Controller>) -> Self {
+        Self { controller, options: Mutex::default() }
+    }
+
+    /// Carries the command `name` out. `quit` is only checked: [`end`](Self::end) does it, when its reply is out.
+    ///
+    /// # Errors
+    /// When there is no such command, its arguments are not right, or it cannot be done now.
+    pub fn execute(&self, name: &str, arguments: Arguments) -> Result<Value, Refusal> {
+        let found = TABLE.iter().find(|(known, _)| *known == name);
+        let (_, command) =
+            found.ok_or_else(|| Refusal::not_found(format_args!("The command {name} has not been found")))?;
+        command(self, arguments)
+    }
+
+    /// Ends the machine.
+    pub fn end(&self) {
+        self.controller.quit();
+    }
+
+    /// Whether the capability `events` is on.
+    #[must_use]
+    pub fn tells_migration_events(&self) -> bool {
+        self.options().capabilities.has("events")
+    }
+
+    fn options(&self) -> MutexGuard<'_, Options> {
+        self.options.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn cont(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        arguments.finish()?;
+        self.controller.cont().map_err(Refusal::generic).map(|()| json!({}))
+    }
+
+    fn stop(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        arguments.finish()?;
+        self.controller.stop().map_err(Refusal::generic).map(|()| json!({}))
+    }
+
+    fn quit(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        arguments.finish().map(|()| json!({}))
+    }
+
+    fn negotiated_already(&self, _: Arguments) -> Result<Value, Refusal> {
+        Err(Refusal::not_found("Capabilities negotiation is already complete, command ignored"))
+    }
+
+    fn migrate(&self, mut arguments: Arguments) -> Result<Value, Refusal> {
+        let to = take_address(&mut arguments)?;
+        let resume = arguments.optional::<bool>("resume")?.unwrap_or(false);
+        // QEMU takes and ignores it, since its migrations always go on by themselves.
+        arguments.optional::<bool>("detach")?;
+        arguments.finish()?;
+        if resume {
+            return Err(Refusal::generic("A migration cannot be resumed: recovery of a lost link is not built yet"));
+        }
+        let settings = self.settings();
+        if !settings.postcopy {
+            return Err(Refusal::generic(
+                "Only post-copy migration is built yet: switch on the capability 'postcopy-ram' with \
+                 migrate-set-capabilities, migrate, and hand off with migrate-start-postcopy",
+            ));
+        }
+        self.controller.migrate(to, settings).map_err(Refusal::generic).map(|()| json!({}))
+    }
+
+    fn migrate_incoming(&self, mut arguments: Arguments) -> Result<Value, Refusal> {
+        let at = take_address(&mut arguments)?;
+        let exits = arguments.optional::<bool>("exit-on-error")?.unwrap_or(true);
+        arguments.finish()?;
+        if !exits {
+            return Err(Refusal::generic(
+                "Parameter 'exit-on-error' cannot be false: a destination always ends when its migration fails before \
+                 the handoff",
+            ));
+        }
+        self.controller.listen(&at, self.settings()).map_err(Refusal::generic).map(|()| json!({}))
+    }
+
+    fn start_postcopy(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        arguments.finish()?;
+        if !self.options().capabilities.has("postcopy-ram") {
+            return Err(Refusal::generic(
+                "Enable postcopy with migrate-set-capabilities before the start of migration",
+            ));
+        }
+        self.controller.start_postcopy().map_err(Refusal::generic).map(|()| json!({}))
+    }
+
+    fn cancel(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        arguments.finish()?;
+        self.controller.cancel().map_err(Refusal::generic).map(|()| json!({}))
+    }
+
+    fn set_capabilities(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        self.refuse_under_way()?;
+        let mut options = self.options();
+        options.capabilities = options.capabilities.set(arguments)?;
+        Ok(json!({}))
+    }
+
+    fn set_parameters(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        self.refuse_under_way()?;
+        let mut options = self.options();
+        options.parameters = options.parameters.set(arguments)?;
+        Ok(json!({}))
+    }
+
+    /// A migration takes its settings along when it begins; changing them afterwards would change nothing.
+    fn refuse_under_way(&self) -> Result<(), Refusal> {
+        match self.controller.migration() {
+            Some(view) if view.listening_at.is_none() && view.progress.status.is_under_way() => {
+                Err(Refusal::generic("There's a migration process in progress"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn query_capabilities(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        arguments.finish()?;
+        Ok(self.options().capabilities.to_value())
+    }
+
+    fn query_parameters(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        arguments.finish()?;
+        Ok(self.options().parameters.to_value())
+    }
+
+    fn query_migrate(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        arguments.finish()?;
+        Ok(query::migration(self.controller.migration().as_ref()))
+    }
+
+    fn query_commands(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        arguments.finish()?;
+        Ok(TABLE.iter().map(|(name, _)| json!({ "name": name })).collect())
+    }
+
+    fn query_kvm(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        arguments.finish()?;
+        Ok(json!({ "enabled": true, "present": true }))
+    }
+
+    fn query_name(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        arguments.finish()?;
+        Ok(json!({}))
+    }
+
+    fn query_status(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        arguments.finish()?;
+        let state = self.controller.run_state();
+        Ok(json!({ "status": state, "running": state == RunState::Running }))
+    }
+
+    fn query_target(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        arguments.finish()?;
+        Ok(json!({ "arch": std::env::consts::ARCH }))
+    }
+
+    fn query_version(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        arguments.finish()?;
+        Ok(version())
+    }
+
+    fn report(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        arguments.finish()?;
+        let none = || Refusal::generic("There has been no migration to report on");
+        serde_json::to_value(self.controller.report().ok_or_else(none)?).map_err(Refusal::generic)
+    }
+
+    fn settings(&self) -> Settings {
+        let Options { capabilities, parameters } = *self.options();
+        Settings {
+            postcopy: capabilities.has("postcopy-ram"),
+            bulk_lanes: if capabilities.has("multifd") { parameters.multifd_channels } else { 1 },
+            max_postcopy_bandwidth: parameters.max_postcopy_bandwidth,
+            // The machine's own, which its controller knows.
+            lazy_memory: false,
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! What QMP commands act on, seen from the protocol's side.
+
+use std::error::Error;
+use std::time::SystemTime;
+
+use switchover_hybrid::progress::Progress;
+use switchover_hybrid::report::SideReport;
+use switchover_hybrid::settings::Settings;
+use switchover_hybrid::status::MigrationStatus;
+use switchover_wire::address::Address;
+use thiserror::Error;
+
+use crate::run_state::RunState;
+
+/// A machine and its migration. Every method returns at once: what takes time goes on behind it.
+pub trait Controller: Send + Sync + 'static {
+    /// The machine's state.
+    fn run_state(&self) -> RunState;
+
+    /// Pauses the guest for its user.
+    ///
+    /// # Errors
+    /// When it is not here, or in the middle of a handoff.
+    fn stop(&self) -> Result<(), ControlError>;
+
+    /// Starts the guest, or lets it go on.
+    ///
+    /// # Errors
+    /// When it is not here.
+    fn cont(&self) -> Result<(), ControlError>;
+
+    /// Ends the machine and its process.
+    fn quit(&self);
+
+    /// Begins to move the guest to the destination that listens at `to`.
+    ///
+    /// # Errors
+    /// When it cannot begin. Whatever fails later is seen in [`migration`](Self::migration).
+    fn migrate(&self, to: Address, settings: Settings) -> Result<(), ControlError>;
+
+    /// Listens at `at` for a source.
+    ///
+    /// # Errors
+    /// When this machine waits for none, or the address cannot be had.
+    fn listen(&self, at: &Address, settings: Settings) -> Result<(), ControlError>;
+
+    /// Hands the guest over now.
+    ///
+    /// # Errors
+    /// When there is no migration that could.
+    fn start_postcopy(&self) -> Result<(), ControlError>;
+
+    /// Cancels the migration. Nothing to cancel is no error.
+    ///
+    /// # Errors
+    /// When the guest has been given away already.
+    fn cancel(&self) -> Result<(), ControlError>;
+
+    /// The last migration, if there was one.
+    fn migration(&self) -> Option<MigrationView>;
+
+    /// What this side knows of the last migration, if there was one.
+    fn report(&self) -> Option<SideReport>;
+}
+
+/// A look at a migration.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct MigrationView {
+    /// How far it has come.
+    pub progress: Progress,
+    /// On a destination, where it listens for its source. `None` on a source.
+    pub listening_at: Option<Address>,
+}
+
+/// Something that a controller's observers are told.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Event {
+    /// The guest was paused.
+    Stop,
+    /// The guest runs again, or for the first time.
+    Resume,
+    /// The machine is over.
+    Shutdown {
+        /// Whether the guest itself ended it.
+        guest: bool,
+        /// QEMU's name of the cause: `host-qmp-quit`, `host-signal`, `guest-shutdown`, `guest-reset`, `host-error`.
+        reason: &'static str,
+    },
+    /// A migration's status has changed to this.
+    Migration(MigrationStatus),
+}
+
+/// An event and the time of day at which it happened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TimedEvent {
+    /// What happened.
+    pub event: Event,
+    /// When.
+    pub at: SystemTime,
+}
+
+impl TimedEvent {
+    /// `event`, happening now.
+    #[must_use]
+    pub fn now(event: Event) -> Self {
+        Self { event, at: SystemTime::now() }
+    }
+}
+
+/// Why a command could not be carried out.
+#[derive(Debug, Error)]
+pub enum ControlError {
+    /// One migration at a time.
+    #[error("There's a migration process in progress")]
+    Underway,
+    /// A destination has no guest to send.
+    #[error("Guest is waiting for an incoming migration")]
+    NotArrived,
+    /// The guest has left.
+    #[error("the guest has moved to another host already, and can be moved again only from there")]
+    MovedAway,
+    /// The machine is over.
+    #[error("the guest was stopped for good and cannot be moved: {reason}")]
+    Ended {
+        /// Why it was stopped.
+        reason: String,
+    },
+    /// This machine was started with a guest of its own.
+    #[error(
+        "'-incoming' was not specified on the command line: only a machine started with --incoming can wait for one"
+    )]
+    NotIncoming,
+    /// It listens already.
+    #[error("The incoming migration has already been started")]
+    ListensAlready,
+    /// There is no migration whose guest could be handed over.
+    #[error("Postcopy must be started after migration has been started")]
+    NothingToHandOver,
+    /// The machine refused.
+    #[error(transparent)]
+    Machine(Box<dyn Error + Send + Sync>),
+    /// The migration refused.
+    #[error(transparent)]
+    Migration(Box<dyn Error + Send + Sync>),
+}

@@ -1,0 +1,306 @@
+//! The protocol end to end, over a real socket, with a fake machine behind it.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
+
+use crossbeam::channel::{Sender, unbounded};
+use serde_json::{Value, json};
+use switchover_hybrid::status::MigrationStatus;
+
+use super::controller::{Event, TimedEvent};
+use super::endpoint::Endpoint;
+use super::fake::Fake;
+use super::server::Server;
+use crate::run_state::RunState;
+
+struct Setup {
+    server: Server,
+    fake: Arc<Fake>,
+    events: Sender<TimedEvent>,
+    endpoint: Endpoint,
+    _directory: tempfile::TempDir,
+}
+
+fn serve(run_state: RunState) -> Setup {
+    let directory = tempfile::tempdir().unwrap();
+    let endpoint = Endpoint::at(directory.path().join("qmp"));
+    let fake = Arc::new(Fake::new(run_state));
+    let (events, told) = unbounded();
+    let server = Server::start(&endpoint, Arc::<Fake>::clone(&fake), told).unwrap();
+    Setup { server, fake, events, endpoint, _directory: directory }
+}
+
+struct Client {
+    stream: UnixStream,
+    lines: std::io::Lines<BufReader<UnixStream>>,
+}
+
+impl Client {
+    /// Connects and reads the greeting.
+    fn connect(setup: &Setup) -> Self {
+        let stream = UnixStream::connect(setup.endpoint.path()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let mut client = Self { lines: BufReader::new(stream.try_clone().unwrap()).lines(), stream };
+        assert!(client.next()["QMP"]["version"]["qemu"]["major"].is_u64());
+        client
+    }
+
+    fn negotiated(setup: &Setup) -> Self {
+        let mut client = Self::connect(setup);
+        assert_eq!(client.ask(&json!({"execute": "qmp_capabilities"})), json!({"return": {}}));
+        client
+    }
+
+    fn send(&mut self, text: &str) {
+        self.stream.write_all(text.as_bytes()).unwrap();
+    }
+
+    fn next(&mut self) -> Value {
+        serde_json::from_str(&self.lines.next().unwrap().unwrap()).unwrap()
+    }
+
+    fn ask(&mut self, command: &Value) -> Value {
+        self.send(&command.to_string());
+        self.next()
+    }
+
+    fn execute(&mut self, name: &str, arguments: &Value) -> Value {
+        self.ask(&json!({"execute": name, "arguments": arguments}))
+    }
+
+    fn error(&mut self, name: &str, arguments: &Value) -> String {
+        let reply = self.execute(name, arguments);
+        reply["error"]["desc"].as_str().unwrap_or_else(|| panic!("{name} was not refused: {reply}")).to_owned()
+    }
+
+    fn postcopy(&mut self) {
+        let on = json!({"capabilities": [{"capability": "postcopy-ram", "state": true}]});
+        assert_eq!(self.execute("migrate-set-capabilities", &on), json!({"return": {}}));
+    }
+}
+
+#[test]
+fn negotiation_comes_first_and_only_once() {
+    let setup = serve(RunState::Running);
+    let mut client = Client::connect(&setup);
+    for (input, class, desc) in [
+        (json!({"execute": "query-status", "id": 1}), "CommandNotFound", "Expecting capabilities negotiation"),
+        (json!({"execute": "nonsense"}), "CommandNotFound", "Expecting capabilities negotiation"),
+        (json!({"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}), "GenericError", "not offered"),
+        (json!({"execute": "qmp_capabilities", "arguments": {"x": 1}}), "GenericError", "'x' is unexpected"),
+    ] {
+        let reply = client.ask(&input);
+        assert_eq!(reply["error"]["class"], class, "{reply}");
+        assert!(reply["error"]["desc"].as_str().unwrap().contains(desc), "{reply}");
+        assert_eq!(reply.get("id"), input.get("id"));
+    }
+    assert_eq!(
+        client.ask(&json!({"execute": "qmp_capabilities", "id": {"a": [1]}})),
+        json!({"return": {}, "id": {"a": [1]}})
+    );
+    let again = client.ask(&json!({"execute": "qmp_capabilities", "id": "x"}));
+    assert_eq!(again["error"]["class"], "CommandNotFound");
+    assert_eq!(again["id"], "x");
+}
+
+#[test]
+fn what_is_no_command_is_refused_in_qemus_words_and_the_next_is_answered() {
+    let setup = serve(RunState::Running);
+    let mut client = Client::negotiated(&setup);
+    for (text, class, desc) in [
+        (r#"{"execute":"nonsense"}"#, "CommandNotFound", "The command nonsense has not been found"),
+        (r#"{"exec":"stop"}"#, "GenericError", "QMP input member 'exec' is unexpected"),
+        (r#"{"exec-oob":"stop"}"#, "GenericError", "QMP input member 'exec-oob' is unexpected"),
+        (r#"{"execute":5}"#, "GenericError", "QMP input member 'execute' must be a string"),
+        (r#"{"execute":"stop","foo":1}"#, "GenericError", "QMP input member 'foo' is unexpected"),
+        (r#"{"execute":"stop","arguments":[]}"#, "GenericError", "QMP input member 'arguments' must be an object"),
+        (r#"{"execute":"stop","arguments":{"z":1}}"#, "GenericError", "Parameter 'z' is unexpected"),
+        (r#"{"arguments":{}}"#, "GenericError", "QMP input lacks member 'execute'"),
+        ("[1,2]", "GenericError", "QMP input must be a JSON object"),
+        ("5 ", "GenericError", "QMP input must be a JSON object"),
+        ("{\"execute\": stop}", "GenericError", "JSON parse error"),
+        ("\u{0}\u{1} ", "GenericError", "JSON parse error"),
+    ] {
+        client.send(text);
+        let reply = client.next();
+        assert_eq!(reply["error"]["class"], class, "{text}: {reply}");
+        assert!(reply["error"]["desc"].as_str().unwrap().starts_with(desc), "{text}: {reply}");
+        assert_eq!(client.execute("query-status", &json!({}))["return"]["status"], "running", "after {text}");
+    }
+    assert!(setup.fake.told().is_empty());
+}
+
+#[test]
+fn objects_may_come_in_pieces_and_several_at_once() {
+    let setup = serve(RunState::Running);
+    let mut client = Client::negotiated(&setup);
+    for piece in [
+        r#"{"execute":"query-"#,
+        r#"name","id":"#,
+        r#"1}{"execute":"query-status","id":2}{"execute""#,
+        r#":"stop","id":3}"#,
+    ] {
+        client.send(piece);
+        std::thread::yield_now();
+    }
+    let ids: Vec<_> = (0..3).map(|_| client.next()["id"].clone()).collect();
+    assert_eq!(ids, [json!(1), json!(2), json!(3)]);
+}
+
+#[test]
+fn a_command_of_more_than_a_megabyte_is_refused_and_skipped() {
+    let setup = serve(RunState::Running);
+    let mut client = Client::negotiated(&setup);
+    let reply = client.execute("migrate", &json!({"uri": "x".repeat(2 << 20)}));
+    assert!(reply["error"]["desc"].as_str().unwrap().contains("more than 1048576 bytes"), "{reply}");
+    assert_eq!(client.execute("query-name", &json!({})), json!({"return": {}}));
+}
+
+#[test]
+fn a_guest_is_stopped_and_continued() {
+    let setup = serve(RunState::Prelaunch);
+    let mut client = Client::negotiated(&setup);
+    assert_eq!(client.execute("query-status", &json!({}))["return"], json!({"status": "prelaunch", "running": false}));
+    client.execute("cont", &json!({}));
+    assert_eq!(client.execute("query-status", &json!({}))["return"], json!({"status": "running", "running": true}));
+    client.execute("stop", &json!({}));
+    assert_eq!(client.execute("query-status", &json!({}))["return"], json!({"status": "paused", "running": false}));
+    assert_eq!(setup.fake.told(), ["cont", "stop"]);
+}
+
+#[test]
+fn a_migration_takes_the_settings_of_its_beginning() {
+    let setup = serve(RunState::Running);
+    let mut client = Client::negotiated(&setup);
+    assert_eq!(client.execute("query-migrate", &json!({})), json!({"return": {}}));
+    assert!(client.error("migrate-start-postcopy", &json!({})).contains("Enable postcopy"));
+    assert!(client.error("migrate", &json!({"uri": "tcp:h:1"})).contains("Only post-copy migration is built"));
+    client.postcopy();
+    assert_eq!(
+        client.error("migrate-start-postcopy", &json!({})),
+        "Postcopy must be started after migration has been started"
+    );
+    assert!(client.error("migrate", &json!({"uri": "tcp:h:1", "resume": true})).contains("not built yet"));
+    assert!(client.error("migrate", &json!({"uri": "tcp:h:1", "zzz": 1})).contains("'zzz' is unexpected"));
+    let parameters = json!({"multifd-channels": 3, "max-postcopy-bandwidth": 1000});
+    client.execute("migrate-set-parameters", &parameters);
+    assert_eq!(client.execute("query-migrate-parameters", &json!({}))["return"]["multifd-channels"], 3);
+    assert_eq!(client.execute("migrate", &json!({"uri": "tcp:h:1", "detach": true})), json!({"return": {}}));
+    assert_eq!(setup.fake.told(), ["migrate to tcp:h:1 over 1 at 1000"]);
+    for name in ["migrate-set-parameters", "migrate-set-capabilities"] {
+        assert!(client.error(name, &json!({"capabilities": []})).contains("in progress"), "{name}");
+    }
+    assert_eq!(client.execute("migrate-start-postcopy", &json!({})), json!({"return": {}}));
+    assert_eq!(client.execute("query-migrate", &json!({}))["return"]["status"], "postcopy-active");
+    setup.fake.stand(MigrationStatus::Failed);
+    let multifd = json!({"capabilities": [{"capability": "multifd", "state": true}]});
+    client.execute("migrate-set-capabilities", &multifd);
+    client.execute("migrate", &json!({"uri": "unix:/run/m"}));
+    assert_eq!(setup.fake.told().last().unwrap(), "migrate to unix:/run/m over 3 at 1000");
+    client.execute("migrate_cancel", &json!({}));
+    assert_eq!(setup.fake.told().last().unwrap(), "cancel");
+}
+
+#[test]
+fn only_a_machine_that_waits_can_be_told_to_listen() {
+    let booted = serve(RunState::Running);
+    let error = Client::negotiated(&booted).error("migrate-incoming", &json!({"uri": "tcp:127.0.0.1:0"}));
+    assert!(error.starts_with("'-incoming' was not specified"), "{error}");
+    let waiting = serve(RunState::Inmigrate);
+    let mut client = Client::negotiated(&waiting);
+    assert!(
+        client
+            .error("migrate-incoming", &json!({"uri": "tcp:h:1", "exit-on-error": false}))
+            .contains("cannot be false")
+    );
+    assert_eq!(client.execute("migrate-incoming", &json!({"uri": "tcp:127.0.0.1:0"})), json!({"return": {}}));
+    assert_eq!(waiting.fake.told(), ["listen at tcp:127.0.0.1:0"]);
+}
+
+#[test]
+fn every_listed_command_exists_and_takes_no_argument_that_it_does_not_know() {
+    let setup = serve(RunState::Running);
+    let mut client = Client::negotiated(&setup);
+    let listed = client.execute("query-commands", &json!({}))["return"].take();
+    let names: Vec<_> = listed.as_array().unwrap().iter().map(|entry| entry["name"].as_str().unwrap()).collect();
+    for needed in ["migrate", "migrate_cancel", "query-migrate", "quit", "x-switchover-report"] {
+        assert!(names.contains(&needed), "{needed} is not listed");
+    }
+    for name in names.into_iter().filter(|name| *name != "qmp_capabilities") {
+        let mut arguments = json!({"no-such-thing": 1});
+        match name {
+            "migrate" | "migrate-incoming" => arguments["uri"] = json!("tcp:127.0.0.1:1"),
+            "migrate-set-capabilities" => arguments["capabilities"] = json!([]),
+            _ => {}
+        }
+        assert_eq!(client.error(name, &arguments), "Parameter 'no-such-thing' is unexpected", "{name}");
+    }
+    assert!(setup.fake.told().is_empty());
+}
+
+#[test]
+fn events_reach_every_negotiated_client_and_no_other() {
+    let setup = serve(RunState::Running);
+    let mut first = Client::negotiated(&setup);
+    let mut second = Client::negotiated(&setup);
+    let mut silent = Client::connect(&setup);
+    // A command answered after it means that the flag of the negotiation is set.
+    first.execute("query-name", &json!({}));
+    second.execute("query-name", &json!({}));
+    let at = UNIX_EPOCH + Duration::from_micros(1_700_000_000_250_000);
+    setup.events.send(TimedEvent { event: Event::Migration(MigrationStatus::Setup), at }).unwrap();
+    setup.events.send(TimedEvent { event: Event::Stop, at }).unwrap();
+    for client in [&mut first, &mut second] {
+        assert_eq!(
+            client.next(),
+            json!({"event": "STOP", "timestamp": {"seconds": 1_700_000_000, "microseconds": 250_000}}),
+            "MIGRATION is told only with the capability `events`"
+        );
+    }
+    let on = json!({"capabilities": [{"capability": "events", "state": true}]});
+    first.execute("migrate-set-capabilities", &on);
+    setup.events.send(TimedEvent { event: Event::Migration(MigrationStatus::PostcopyActive), at }).unwrap();
+    let told = second.next();
+    assert_eq!((&told["event"], &told["data"]), (&json!("MIGRATION"), &json!({"status": "postcopy-active"})));
+    assert_eq!(silent.ask(&json!({"execute": "qmp_capabilities"})), json!({"return": {}}));
+}
+
+#[test]
+fn quit_is_answered_before_the_end_and_the_last_events_are_told() {
+    let setup = serve(RunState::Running);
+    let mut client = Client::negotiated(&setup);
+    client.execute("query-name", &json!({}));
+    assert_eq!(client.ask(&json!({"execute": "quit", "id": 9})), json!({"return": {}, "id": 9}));
+    let shutdown = Event::Shutdown { guest: false, reason: "host-qmp-quit" };
+    setup.events.send(TimedEvent::now(shutdown)).unwrap();
+    let path = setup.endpoint.path().to_owned();
+    setup.server.close();
+    assert_eq!(client.next()["data"], json!({"guest": false, "reason": "host-qmp-quit"}));
+    assert!(client.lines.next().is_none(), "the connection is closed");
+    assert!(!path.exists(), "the socket's file is gone");
+    assert_eq!(setup.fake.told(), ["quit"]);
+}
+
+#[test]
+fn a_client_that_does_not_read_holds_nobody_up() {
+    let setup = serve(RunState::Running);
+    let mut deaf = Client::negotiated(&setup);
+    let mut other = Client::negotiated(&setup);
+    deaf.execute("query-name", &json!({}));
+    for _ in 0..5_000 {
+        setup.events.send(TimedEvent::now(Event::Resume)).unwrap();
+        assert_eq!(other.next()["event"], "RESUME");
+    }
+    assert_eq!(other.execute("query-status", &json!({}))["return"]["running"], true);
+}
+
+#[test]
+fn a_dead_servers_socket_is_replaced_and_a_live_ones_is_not() {
+    let setup = serve(RunState::Running);
+    let (_events, told) = unbounded();
+    let error = Server::start(&setup.endpoint, Arc::<Fake>::clone(&setup.fake), told).err().unwrap();
+    assert!(error.to_string().contains("another process listens"), "{error}");
+    Client::negotiated(&setup);
+}

@@ -1,0 +1,3 @@
+//! `switchover`: moves a running KVM guest.
+
+fn main() {}
