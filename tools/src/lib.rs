@@ -1,1 +1,3 @@
-//! The virtual machine on KVM.
+//! The `switchover` binary.
+
+pub mod guests;
