@@ -96,6 +96,10 @@ fn a_long_reason_is_cut_between_characters() {
         }
         other => panic!("{other:?}"),
     }
+    // Cut by whoever sends it, too: a destination must not fail at refusing.
+    let (near, far) = Socket::pair().unwrap();
+    refuse(&far, &"x".repeat(2 * envelope::MAX_BODY)).unwrap();
+    assert!(envelope::read(&near, &Deadline::after(SHORT)).unwrap().len() < MAX_REASON + 8);
 }
 
 #[test]

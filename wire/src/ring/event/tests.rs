@@ -184,6 +184,24 @@ fn dropping_the_ring_takes_the_kernel_off_the_memory() {
 }
 
 #[test]
+fn when_the_ring_has_gone_the_kernel_holds_nothing_for_it() {
+    for _ in 0..20 {
+        let (mut near, far) = UnixStream::pair().unwrap();
+        let mut ring = EventRing::new(8).unwrap();
+        let mut buffer = [0_u8; 4];
+        ring.poll_multishot(far.as_fd(), 2).unwrap();
+        // SAFETY: the ring goes before the buffer.
+        unsafe { ring.recv(far.as_fd(), buffer.as_mut_ptr(), 4, 1) }.unwrap();
+        ring.submit().unwrap();
+        drop(far);
+        near.set_nonblocking(true).unwrap();
+        assert_eq!(near.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock, "the operations hold it open");
+        drop(ring);
+        assert_eq!(near.read(&mut [0]).expect("the last reference has gone with the ring"), 0);
+    }
+}
+
+#[test]
 fn cancelling_leaves_nothing_under_way() {
     let (_near, far) = UnixStream::pair().unwrap();
     let mut ring = EventRing::new(2).unwrap();
