@@ -345,6 +345,11 @@ impl Shared {
                     pager.start_serving(&first);
                 }
             }
+            SourceAction::PushPages => {
+                if let Some(pager) = self.pager().as_ref() {
+                    pager.start_sweep();
+                }
+            }
             SourceAction::SendState => {
                 *patience = Patience::until(Instant::now() + HANDOFF_PATIENCE);
                 return Some(self.send_state(control));

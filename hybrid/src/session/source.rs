@@ -43,8 +43,11 @@ pub enum SourceAction {
     Status(MigrationStatus),
     /// Pause the machine; answer with `Paused` or `PauseFailed`.
     Pause,
-    /// Serve pages from now on: memory no longer changes.
+    /// Serve pages from now on, and push the few that the guest's first instructions will want: memory no longer
+    /// changes.
     ServePages,
+    /// Push all others. Not before the commit: until then the handoff needs the processors more.
+    PushPages,
     /// Save the state and send it; answer with `StateSent`, `StateFailed` or `Lost`.
     SendState,
     /// Give up the right to run, for good.
@@ -229,7 +232,7 @@ impl Handoff {
             // commit on its way, nothing on this side can run the guest any more.
             SourceEvent::Restored => (
                 SourceSession::Committed(Committed(())),
-                vec![SourceAction::SurrenderRightToRun, SourceAction::SendCommit],
+                vec![SourceAction::SurrenderRightToRun, SourceAction::SendCommit, SourceAction::PushPages],
             ),
             other => give_up(ending(other), true),
         }

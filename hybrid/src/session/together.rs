@@ -151,7 +151,11 @@ impl World {
                 self.source_runs = false;
                 self.to_source.push_back(SourceEvent::Paused);
             }
-            SourceAction::ServePages => self.source_serves = true,
+            SourceAction::ServePages => {
+                assert!(!self.source_runs, "pages are served while the guest changes them");
+                self.source_serves = true;
+            }
+            SourceAction::PushPages => assert!(self.source_serves),
             SourceAction::SendState if std::mem::take(&mut self.machine_fails) => {
                 self.to_source.push_back(SourceEvent::StateFailed("tired".into()));
             }

@@ -156,11 +156,16 @@ impl SourcePager {
     }
 
     /// The guest is paused, and its memory will not change until this pager is stopped: serve requests, and push
-    /// everything, `first` before all else, the most urgent first.
+    /// `first`, the most urgent first.
     pub fn start_serving(&mut self, first: &[PageIndex]) {
         self.shared.queue.put_first(first);
         self.shared.serving.store(true, Ordering::Release);
         self.start = None;
+    }
+
+    /// Push everything else too. The sweep takes both processors of a small host, so it waits for the handoff.
+    pub fn start_sweep(&self) {
+        self.shared.queue.open_sweep();
     }
 
     /// How far it has come.
@@ -184,6 +189,7 @@ impl SourcePager {
     /// Ends all threads and shuts the lanes down. No guest memory is read afterwards. Safe to repeat.
     pub fn stop(&mut self) {
         self.shared.stopping.store(true, Ordering::Release);
+        self.shared.queue.open_sweep();
         self.start = None;
         for lane in &self.lanes {
             lane.socket.shutdown();

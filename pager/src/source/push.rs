@@ -39,6 +39,8 @@ pub struct Pusher {
     shared: Arc<Shared>,
     ring: Ring,
     pushed: u64,
+    /// The sweep has not been waited for yet.
+    sweep_closed: bool,
 }
 
 impl Pusher {
@@ -47,7 +49,7 @@ impl Pusher {
     /// # Errors
     /// When there is no ring for it.
     pub(super) fn new(lane: PageLane, shared: &Arc<Shared>) -> Result<Self, PushError> {
-        Ok(Self { lane, shared: Arc::clone(shared), ring: Ring::new(RING_ENTRIES)?, pushed: 0 })
+        Ok(Self { lane, shared: Arc::clone(shared), ring: Ring::new(RING_ENTRIES)?, pushed: 0, sweep_closed: true })
     }
 
     /// Pushes until nothing is left, and says so on the lane.
@@ -74,6 +76,10 @@ impl Pusher {
                 None => {}
             }
             if span.is_empty() {
+                if std::mem::take(&mut self.sweep_closed) {
+                    shared.queue.wait_for_sweep();
+                    continue;
+                }
                 match shared.queue.next_span() {
                     Some(next) => span = next,
                     None => break,

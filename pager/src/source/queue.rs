@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
 
 use crossbeam::queue::{ArrayQueue, SegQueue};
 use switchover_wire::frame::bulk::CHUNK_PAGES;
@@ -32,6 +33,8 @@ pub struct PushQueue {
     recent: ArrayQueue<PageIndex>,
     swept: AtomicU64,
     chunks: u64,
+    open: Mutex<bool>,
+    opened: Condvar,
 }
 
 impl PushQueue {
@@ -43,6 +46,8 @@ impl PushQueue {
             recent: ArrayQueue::new(RECENT_FAULTS),
             swept: AtomicU64::new(0),
             chunks: pages.0.div_ceil(CHUNK_PAGES),
+            open: Mutex::new(false),
+            opened: Condvar::new(),
         }
     }
 
@@ -62,6 +67,20 @@ impl PushQueue {
     pub fn urgent(&self) -> Option<Next> {
         let page = self.first.pop().map(Next::Page);
         page.or_else(|| self.recent.pop().map(|page| Next::Around(ChunkIndex::of(page))))
+    }
+
+    /// Lets the sweep begin.
+    pub fn open_sweep(&self) {
+        *self.open.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.opened.notify_all();
+    }
+
+    /// Waits until the sweep may begin.
+    pub fn wait_for_sweep(&self) {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        while !*open {
+            open = self.opened.wait(open).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// The next stretch of the sweep, or `None` when it has reached the end.
