@@ -1,0 +1,51 @@
+//! The memory functions that compiled code calls and that a C library would otherwise provide.
+
+use core::arch::global_asm;
+
+// `rep movsb` is fast enough for the few small copies there are, and in assembly no compiler can turn a loop
+// in `memcpy` into a call of `memcpy`.
+global_asm!(
+    ".section .text.memory, \"ax\"",
+    ".globl memcpy",
+    "memcpy:",
+    "    movq %rdi, %rax",
+    "    movq %rdx, %rcx",
+    "    rep movsb",
+    "    ret",
+    ".globl memmove",
+    "memmove:",
+    "    movq %rdi, %rcx",
+    "    subq %rsi, %rcx",
+    "    cmpq %rdx, %rcx", // Unsigned: at or above the length unless the destination begins inside the source.
+    "    jae memcpy",
+    "    movq %rdi, %rax",
+    "    movq %rdx, %rcx",
+    "    leaq -1(%rdi, %rdx), %rdi",
+    "    leaq -1(%rsi, %rdx), %rsi",
+    "    std",
+    "    rep movsb",
+    "    cld",
+    "    ret",
+    ".globl memset",
+    "memset:",
+    "    movq %rdi, %r8",
+    "    movl %esi, %eax",
+    "    movq %rdx, %rcx",
+    "    rep stosb",
+    "    movq %r8, %rax",
+    "    ret",
+    ".globl memcmp",
+    ".globl bcmp",
+    "memcmp:",
+    "bcmp:",
+    "    xorl %eax, %eax",
+    "    movq %rdx, %rcx",
+    "    testq %rcx, %rcx",
+    "    jz 1f",
+    "    repe cmpsb",
+    "    movzbl -1(%rdi), %ecx",
+    "    movzbl -1(%rsi), %eax",
+    "    subl %ecx, %eax",
+    "1:  ret",
+    options(att_syntax),
+);
