@@ -1,7 +1,10 @@
 //! A guest's state moves from one machine to another on real KVM, and the guest goes on.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking; its helpers are tests too")]
+
 mod common;
 
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use common::{COUNTER, COUNTING, Guest, SECOND_COUNTER, kvm, starting_another, until, word};
@@ -148,4 +151,25 @@ fn a_guest_that_was_paused_arrives_paused_and_starts_when_told() {
     let then = word(&destination, COUNTER);
     destination.cont().unwrap();
     until("the guest goes on", || word(&destination, COUNTER) != then);
+}
+
+#[test]
+fn an_incoming_machine_leaves_its_memory_alone() {
+    if !kvm("an_incoming_machine_leaves_its_memory_alone") {
+        return;
+    }
+    let guest = Guest::new(COUNTING);
+    let source = guest.boot(1);
+    source.cont().unwrap();
+    until("the guest counts", || word(&source, COUNTER) > 0);
+    source.pause().unwrap();
+    let state = source.save_state().unwrap();
+    let mut config = guest.config(1);
+    config.lazy_memory = true;
+    let destination = Vm::incoming(&config).unwrap();
+    destination.load_state(&state).unwrap();
+    assert_eq!(destination.ram().file().metadata().unwrap().blocks(), 0, "something touched guest RAM");
+    config.lazy_memory = false;
+    let populated = Vm::incoming(&config).unwrap().ram();
+    assert_eq!(populated.file().metadata().unwrap().blocks() * 512, populated.pages().bytes());
 }

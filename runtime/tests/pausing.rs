@@ -1,5 +1,7 @@
 //! A guest is paused and resumed on real KVM without losing or repeating anything.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking; its helpers are tests too")]
+
 mod common;
 
 use std::time::{Duration, Instant};
