@@ -8,7 +8,14 @@ use switchover_runtime::run_state::ExitReason;
 use switchover_runtime::vm::Vm;
 use switchover_wire::types::PageCount;
 
-fn main() -> Result<ExitCode, Box<dyn Error>> {
+fn main() -> ExitCode {
+    boot().unwrap_or_else(|error| {
+        eprintln!("{error}");
+        ExitCode::FAILURE
+    })
+}
+
+fn boot() -> Result<ExitCode, Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
     let kernel = arguments.next().ok_or("usage: boot KERNEL [COMMAND-LINE [MIB [VCPUS]]]")?;
     let append = arguments.next().unwrap_or_default();

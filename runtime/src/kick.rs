@@ -17,6 +17,7 @@ use kvm_ioctls::VcpuFd;
 use libc::{c_int, c_void, pthread_t, siginfo_t};
 use memmap2::{MmapOptions, MmapRaw};
 use switchover_wire::types::PAGE_SIZE;
+use vmm_sys_util::errno;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 
 const EXIT_BYTE: usize = offset_of!(kvm_run, immediate_exit);
@@ -66,8 +67,7 @@ extern "C" fn ignore(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
 pub fn prepare_thread() -> io::Result<()> {
     static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
     // No SA_RESTART: KVM_RUN must return.
-    let installed =
-        INSTALLED.get_or_init(|| register_signal_handler(SIGRTMIN(), ignore).map_err(|error| error.errno()));
+    let installed = INSTALLED.get_or_init(|| register_signal_handler(SIGRTMIN(), ignore).map_err(errno::Error::errno));
     installed.map_err(io::Error::from_raw_os_error)?;
     // Threads inherit the mask of whoever starts them.
     unblock_signal(SIGRTMIN()).map_err(|error| io::Error::other(error.to_string()))

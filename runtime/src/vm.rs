@@ -13,13 +13,13 @@ use switchover_pager::ram::Ram;
 use switchover_wire::clock::Nanos;
 use switchover_wire::description::MachineDescription;
 use switchover_wire::types::PageIndex;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::arch::{LEAST_MEMORY, MOST_MEMORY, Platform, Ports, ram_regions};
 use crate::config::{SerialTarget, VmConfig};
 use crate::control::{Control, VmEvent};
+use crate::devices::input::InputPump;
 use crate::devices::output::Output;
-use crate::devices::serial::SerialPort;
+use crate::devices::serial::{InputGate, SerialPort};
 use crate::error::VmError;
 use crate::kick::ExitByte;
 use crate::lock;
@@ -42,6 +42,7 @@ pub struct Vm {
     vcpus: Vec<Arc<Vcpu>>,
     shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    input: Mutex<Option<InputPump>>,
 }
 
 impl Vm {
@@ -94,7 +95,9 @@ impl Vm {
     /// # Errors
     /// Without the right to run, during a handoff, and after its end.
     pub fn cont(&self) -> Result<(), VmError> {
-        Ok(self.shared.control.change(RunFlags::cont)?)
+        self.shared.control.change(RunFlags::cont)?;
+        self.shared.ports.serial.open_input();
+        Ok(())
     }
 
     /// Ends the machine on behalf of its user.
@@ -147,7 +150,7 @@ impl Vm {
             let attempted = attempted.to_owned();
             move |source| VmError::Host { attempted, source }
         };
-        let input = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(host("make an eventfd"))?);
+        let input = Arc::new(InputGate::new().map_err(host("make an eventfd"))?);
         let ports = Ports { serial: SerialPort::new(fd, output, input) };
 
         let mut vcpus = Vec::new();
@@ -157,11 +160,15 @@ impl Vm {
         }
         let control = Control::new(flags, vcpus.iter().map(|vcpu| Arc::clone(&vcpu.exit_byte)).collect());
         let shared = Arc::new(Shared { control, ports, memory });
-        let vm = Arc::new(Self { platform, vcpus, shared, threads: Mutex::default() });
+        let vm = Arc::new(Self { platform, vcpus, shared, threads: Mutex::default(), input: Mutex::default() });
         for vcpu in &vm.vcpus {
             let thread = spawn(Arc::clone(vcpu), Arc::clone(&vm.shared))
                 .map_err(host(&format!("start the thread of vCPU {}", vcpu.index)))?;
             lock(&vm.threads).push(thread);
+        }
+        if config.serial == SerialTarget::Stdio {
+            // Started now, with the gate closed: starting a thread would cost the blackout more than opening a gate.
+            *lock(&vm.input) = InputPump::start(Arc::clone(&vm.shared)).map_err(host("read standard input"))?;
         }
         Ok(vm)
     }
@@ -185,7 +192,9 @@ impl Machine for Vm {
     }
 
     fn resume(&self) -> Result<(), MachineError> {
-        self.shared.control.resume().map_err(|error| MachineError::new("resume the guest", error))
+        self.shared.control.resume().map_err(|error| MachineError::new("resume the guest", error))?;
+        self.shared.ports.serial.open_input();
+        Ok(())
     }
 
     fn surrender_right_to_run(&self) {
@@ -231,6 +240,7 @@ impl Machine for Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
+        drop(lock(&self.input).take());
         let all_gone = self.shared.control.tear_down(DROP_PATIENCE);
         if !all_gone {
             tracing::error!(

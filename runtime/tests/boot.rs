@@ -1,5 +1,7 @@
 //! A kernel is booted on real KVM, or refused with a reason.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking; its helpers are tests too")]
+
 mod common;
 
 use std::io::Write;

@@ -1,6 +1,8 @@
 //! The serial port: a 16550 at 0x3f8 on interrupt line 4.
 
 use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -8,7 +10,7 @@ use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use vm_superio::serial::{Serial, SerialEvents};
 use vm_superio::{SerialState, Trigger};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::devices::output::Output;
 use crate::lock;
@@ -20,9 +22,19 @@ const SERIAL_IRQ: u32 = 4;
 
 /// The port. Any thread may use it.
 pub struct SerialPort {
-    device: Mutex<Serial<Line, Wake, Output>>,
+    device: Mutex<Serial<Line, Feeder, Output>>,
     line: Arc<InterruptLine>,
-    input: Arc<EventFd>,
+    input: Arc<InputGate>,
+}
+
+/// Between the port and whoever feeds it.
+#[derive(Debug)]
+pub struct InputGate {
+    wake: EventFd,
+    /// The feeder has more than fitted.
+    more: AtomicBool,
+    /// The guest is here to take it.
+    open: AtomicBool,
 }
 
 /// What a guest can see of the port, in a saved state.
@@ -56,25 +68,53 @@ impl Trigger for Line {
     }
 }
 
-/// Wakes whoever feeds the port when the guest has read all there was.
-struct Wake(Arc<EventFd>);
+impl InputGate {
+    /// A closed one.
+    ///
+    /// # Errors
+    /// When the host gives no descriptor.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { wake: EventFd::new(EFD_NONBLOCK)?, more: AtomicBool::new(false), open: AtomicBool::new(false) })
+    }
 
-impl SerialEvents for Wake {
+    /// Wakes the feeder.
+    pub fn wake(&self) {
+        // The counter is never near its end: the feeder takes it to zero.
+        let _ = self.wake.write(1);
+    }
+
+    /// Readable when the feeder should look again; [`Self::woken`] ends that.
+    #[must_use]
+    pub fn wakeups(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open for as long as `self` is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.wake.as_raw_fd()) }
+    }
+
+    /// The feeder is awake.
+    pub fn woken(&self) {
+        let _ = self.wake.read();
+    }
+}
+
+struct Feeder(Arc<InputGate>);
+
+impl SerialEvents for Feeder {
     fn buffer_read(&self) {}
     fn out_byte(&self) {}
     fn tx_lost_byte(&self) {}
     fn in_buffer_empty(&self) {
-        // A full counter is a wake-up that nobody has looked at yet.
-        let _ = self.0.write(1);
+        if self.0.more.swap(false, Ordering::SeqCst) {
+            self.0.wake();
+        }
     }
 }
 
 impl SerialPort {
-    /// A port as after power-on. `input` is signalled when the guest has read all there was.
+    /// A port as after power-on, fed through `input`.
     #[must_use]
-    pub fn new(vm: Arc<VmFd>, output: Output, input: Arc<EventFd>) -> Self {
+    pub fn new(vm: Arc<VmFd>, output: Output, input: Arc<InputGate>) -> Self {
         let line = Arc::new(InterruptLine { vm, muted: AtomicBool::new(false) });
-        let device = Serial::with_events(Line(Arc::clone(&line)), Wake(Arc::clone(&input)), output);
+        let device = Serial::with_events(Line(Arc::clone(&line)), Feeder(Arc::clone(&input)), output);
         Self { device: Mutex::new(device), line, input }
     }
 
@@ -92,27 +132,46 @@ impl SerialPort {
         lock(&self.device).read(register)
     }
 
-    /// Puts what has come in before the guest, as much of it as fits, and takes it out of `bytes`.
+    /// Puts what has come in before the guest, as much of it as fits, and takes it out of `bytes`. What is left fits when the
+    /// feeder is woken.
     pub fn feed(&self, bytes: &mut VecDeque<u8>) {
         let mut device = lock(&self.device);
-        while device.fifo_capacity() > 0
+        while self.accepts_input()
+            && device.fifo_capacity() > 0
             && let Some(byte) = bytes.front()
             && device.enqueue_raw_bytes(&[*byte]).is_ok_and(|taken| taken == 1)
         {
             bytes.pop_front();
         }
+        self.input.more.store(!bytes.is_empty(), Ordering::SeqCst);
     }
 
-    /// Signalled when the guest has read all there was.
+    /// Whether there is a guest here that could read.
     #[must_use]
-    pub fn input_wanted(&self) -> &Arc<EventFd> {
+    pub fn accepts_input(&self) -> bool {
+        self.input.open.load(Ordering::SeqCst)
+    }
+
+    /// The guest runs here: input is for it.
+    pub fn open_input(&self) {
+        if !self.input.open.swap(true, Ordering::SeqCst) {
+            self.input.wake();
+        }
+    }
+
+    /// Where the feeder is woken.
+    #[must_use]
+    pub fn input(&self) -> &Arc<InputGate> {
         &self.input
     }
 
-    /// What a guest can see of it.
+    /// What a guest can see of it. No input is taken from here on, so that none is lost with a machine that is given up;
+    /// [`Self::open_input`] ends that.
     #[must_use]
     pub fn save(&self) -> SavedSerial {
-        let state = lock(&self.device).state();
+        let device = lock(&self.device);
+        self.input.open.store(false, Ordering::SeqCst);
+        let state = device.state();
         SavedSerial {
             registers: [
                 state.baud_divisor_low,
@@ -150,7 +209,7 @@ impl SerialPort {
         let mut device = lock(&self.device);
         let output = device.writer().clone();
         self.line.muted.store(true, Ordering::SeqCst);
-        let loaded = Serial::from_state(&state, Line(Arc::clone(&self.line)), Wake(Arc::clone(&self.input)), output);
+        let loaded = Serial::from_state(&state, Line(Arc::clone(&self.line)), Feeder(Arc::clone(&self.input)), output);
         self.line.muted.store(false, Ordering::SeqCst);
         *device = loaded.map_err(|error| format!("the serial port's input: {error}"))?;
         Ok(())

@@ -13,21 +13,23 @@ ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 ioctl_iow_nr!(KVM_HAS_DEVICE_ATTR, KVMIO, 0xe3, kvm_device_attr);
 
-/// What is added to the host's TSC to give the guest's; `None` where this host's KVM has no such attribute.
+/// Whether this host's KVM tells and sets what is added to the host's TSC to give the guest's.
+#[must_use]
+pub fn has_tsc_offset(vcpu: &VcpuFd) -> bool {
+    // SAFETY: the call only looks at which attribute is meant.
+    unsafe { ioctl_with_ref(vcpu, KVM_HAS_DEVICE_ATTR(), &attribute(0)) == 0 }
+}
+
+/// What is added to the host's TSC to give the guest's.
 ///
 /// # Errors
-/// When KVM has it and does not give it.
-pub fn tsc_offset(vcpu: &VcpuFd) -> Result<Option<u64>, errno::Error> {
+/// When KVM does not tell.
+pub fn tsc_offset(vcpu: &VcpuFd) -> Result<u64, errno::Error> {
     let mut offset: u64 = 0;
-    let attribute = attribute(&raw mut offset as u64);
-    // SAFETY: the call only looks at which attribute is meant.
-    if unsafe { ioctl_with_ref(vcpu, KVM_HAS_DEVICE_ATTR(), &attribute) } != 0 {
-        return Ok(None);
-    }
     // SAFETY: the attribute is a u64 (Documentation/virt/kvm/devices/vcpu.rst), and the address is that of `offset`, which
     // lives until after the call.
-    answer(unsafe { ioctl_with_ref(vcpu, KVM_GET_DEVICE_ATTR(), &attribute) })?;
-    Ok(Some(offset))
+    answer(unsafe { ioctl_with_ref(vcpu, KVM_GET_DEVICE_ATTR(), &attribute(&raw mut offset as u64)) })?;
+    Ok(offset)
 }
 
 /// Sets what [`tsc_offset`] gives.

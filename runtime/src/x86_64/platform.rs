@@ -11,7 +11,7 @@ use super::boot::{self, BootError};
 use super::chipset::{self, SavedChipset};
 use super::clock::SavedClock;
 use super::vcpu_state::{self, CpuStateError, SavedVcpu, VcpuPlan};
-use super::{cpuid, msrs, ports::Ports, start, walk};
+use super::{cpuid, ioctls, msrs, ports::Ports, start, walk};
 use crate::error::VmError;
 use crate::lock;
 use crate::memory::GuestMemory;
@@ -59,8 +59,9 @@ impl Platform {
             let in_kvm = cpuid::to_kvm(&table).map_err(refused)?;
             fd.set_cpuid2(&in_kvm).map_err(VmError::kvm(format!("set the CPUID of vCPU {index}")))?;
             let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
+            let has_tsc_offset = ioctls::has_tsc_offset(&fd);
             fds.push(fd);
-            plans.push(VcpuPlan { cpuid: table, msrs: Vec::new(), xsave_size, tsc_khz });
+            plans.push(VcpuPlan { cpuid: table, msrs: Vec::new(), xsave_size, has_tsc_offset, tsc_khz });
         }
         let msrs = fds.first().map(|fd| msrs::of_host(kvm, fd)).transpose()?.unwrap_or_default();
         for plan in &mut plans {

@@ -49,6 +49,8 @@ pub struct VcpuPlan {
     pub msrs: Vec<u32>,
     /// Bytes of extended state.
     pub xsave_size: usize,
+    /// Whether KVM tells the TSC's offset.
+    pub has_tsc_offset: bool,
     /// The guest TSC's frequency.
     pub tsc_khz: u32,
 }
@@ -76,7 +78,10 @@ pub fn save(fd: &VcpuFd, plan: &VcpuPlan) -> Result<SavedVcpu, String> {
         events: fd.get_vcpu_events().map_err(failed("read the pending events"))?,
         lapic: fd.get_lapic().map_err(failed("read the local APIC"))?,
         msrs: msrs::read(fd, &plan.msrs)?,
-        tsc_offset: ioctls::tsc_offset(fd).map_err(failed("read the TSC offset"))?,
+        tsc_offset: plan
+            .has_tsc_offset
+            .then(|| ioctls::tsc_offset(fd).map_err(failed("read the TSC offset")))
+            .transpose()?,
         cpuid: plan.cpuid.clone(),
     })
 }
@@ -182,7 +187,11 @@ impl<'de> Deserialize<'de> for Bytes {
             }
 
             fn visit_bytes<E: serde::de::Error>(self, bytes: &[u8]) -> Result<Bytes, E> {
-                if bytes.len() % 4 == 0 { Ok(Bytes(bytes.to_vec())) } else { Err(E::custom("not a number of words")) }
+                if bytes.len().is_multiple_of(4) {
+                    Ok(Bytes(bytes.to_vec()))
+                } else {
+                    Err(E::custom("not a number of words"))
+                }
             }
         }
         deserializer.deserialize_bytes(Whole).map_err(D::Error::custom)

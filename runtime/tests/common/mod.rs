@@ -14,7 +14,7 @@ use tempfile::NamedTempFile;
 
 /// Where guests are linked.
 pub const BASE: u32 = 0x10_0000;
-/// Where guests count; the second vCPU in the next word.
+/// Where guests count.
 pub const COUNTER: u32 = 0x20_0000;
 
 /// Whether this host can run guests; says so when not.
@@ -126,12 +126,15 @@ pub const PRINTER: &[u8] = &[
     0xf4, // hlt
 ];
 
-/// Counts at [`COUNTER`], and each time writes the count's low byte to the serial port's scratch register, reads it back,
-/// and ends with exit status 3 where it is another.
+/// Counts at [`COUNTER`]. The serial port loops back: each count's low byte is written and read again, and must come back.
+/// An `out` or `in` that happens twice or not at all makes it another, and the guest ends with exit status 3.
 pub const COUNTING: &[u8] = &[
+    0x66, 0xba, 0xfc, 0x03, // mov dx, 0x3fc
+    0xb0, 0x10, // mov al, 0x10
+    0xee, // out dx, al
+    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
     0x31, 0xc0, // xor eax, eax
-    0x66, 0xba, 0xff, 0x03, // mov dx, 0x3ff
-    0xbf, 0x00, 0x00, 0x20, 0x00, // mov edi, 0x200000
+    0xbf, 0x00, 0x00, 0x20, 0x00, // mov edi, COUNTER
     // again:
     0x40, // inc eax
     0xee, // out dx, al
@@ -146,3 +149,31 @@ pub const COUNTING: &[u8] = &[
     0xe6, 0xf4, // out 0xf4, al
     0xf4, // hlt
 ];
+
+/// Where the second vCPU of [`starting_another`] counts.
+pub const SECOND_COUNTER: u32 = 0x9000;
+
+/// Starts a second vCPU, which counts at [`SECOND_COUNTER`] in real mode, and goes on as [`COUNTING`].
+pub fn starting_another() -> Vec<u8> {
+    const SECOND: &[u8] = &[
+        0x31, 0xc0, // xor ax, ax
+        0x8e, 0xd8, // mov ds, ax
+        0x66, 0xff, 0x06, 0x00, 0x90, // inc dword [0x9000]
+        0xeb, 0xf9, // jmp inc
+    ];
+    let mut code = vec![0xbf, 0x00, 0x80, 0x00, 0x00]; // mov edi, 0x8000
+    for byte in SECOND {
+        code.extend([0xb0, *byte, 0xaa]); // mov al, byte; stosb
+    }
+    // The local APIC on; INIT to the other; SIPI to 0x8000.
+    let spurious = 0xfee0_00f0_u32.to_le_bytes();
+    let icr_high = 0xfee0_0310_u32.to_le_bytes();
+    let icr_low = 0xfee0_0300_u32.to_le_bytes();
+    for (register, value) in [(spurious, 0x1ff), (icr_high, 0x0100_0000_u32), (icr_low, 0x4500), (icr_low, 0x4608)] {
+        code.extend([0xc7, 0x05]); // mov dword [register], value
+        code.extend(register);
+        code.extend(value.to_le_bytes());
+    }
+    code.extend(COUNTING);
+    code
+}
