@@ -34,6 +34,7 @@
 
 pub mod config;
 pub mod control;
+pub mod controller;
 pub mod devices;
 pub mod error;
 mod kick;

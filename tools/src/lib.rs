@@ -1,4 +1,21 @@
 //! The `switchover` binary, and what tests and benchmarks share with it.
+//!
+//! ```text
+//!  switchover run      a machine, its QMP socket, and a migration into it or out of it     (switchover-runtime)
+//!  switchover migrate  a QMP client that moves the guest of a running machine
+//!  switchover check    what this host lacks
+//! ```
+//!
+//! Commands promise: exit status 0 when what was asked for is done, 1 when it failed, 2 when it made no sense; errors on
+//! stderr, each with what was tried, on what, and what to do next; nothing left behind, neither a process nor a
+//! socket's file nor a changed terminal.
 
+pub mod check;
+pub mod cli;
+pub mod failure;
 pub mod guests;
+pub mod migrate;
 pub mod qmp_client;
+pub mod run;
+pub mod signals;
+pub mod size;

@@ -1,3 +1,7 @@
-//! `switchover`: moves a running KVM guest.
+//! The `switchover` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    switchover_tools::cli::main()
+}

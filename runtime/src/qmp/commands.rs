@@ -109,7 +109,8 @@ impl Commands {
     }
 
     fn quit(&self, arguments: Arguments) -> Result<Value, Refusal> {
-        arguments.finish().map(|()| json!({}))
+        arguments.finish()?;
+        self.controller.may_quit().map_err(Refusal::generic).map(|()| json!({}))
     }
 
     fn negotiated_already(&self, _: Arguments) -> Result<Value, Refusal> {

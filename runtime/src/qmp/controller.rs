@@ -1,8 +1,8 @@
 //! What QMP commands act on, seen from the protocol's side.
 
-use std::error::Error;
 use std::time::SystemTime;
 
+use switchover_hybrid::error::MigrationError;
 use switchover_hybrid::progress::Progress;
 use switchover_hybrid::report::SideReport;
 use switchover_hybrid::settings::Settings;
@@ -10,6 +10,7 @@ use switchover_hybrid::status::MigrationStatus;
 use switchover_wire::address::Address;
 use thiserror::Error;
 
+use crate::error::VmError;
 use crate::run_state::RunState;
 
 /// A machine and its migration. Every method returns at once: what takes time goes on behind it.
@@ -28,6 +29,12 @@ pub trait Controller: Send + Sync + 'static {
     /// # Errors
     /// When it is not here.
     fn cont(&self) -> Result<(), ControlError>;
+
+    /// Whether ending the machine now would lose a guest that lives elsewhere.
+    ///
+    /// # Errors
+    /// When this is a source that still holds memory of the guest that it has given away.
+    fn may_quit(&self) -> Result<(), ControlError>;
 
     /// Ends the machine and its process.
     fn quit(&self);
@@ -133,13 +140,26 @@ pub enum ControlError {
     /// It listens already.
     #[error("The incoming migration has already been started")]
     ListensAlready,
+    /// The destination runs the guest and wants its memory from here.
+    #[error(
+        "the guest has moved, but {} KiB of its memory are only here yet: to quit now would lose it; wait until \
+         `query-migrate` says `completed`",
+        remaining >> 10
+    )]
+    StillNeeded {
+        /// Bytes that have not been sent.
+        remaining: u64,
+    },
+    /// Nobody cancels from there.
+    #[error("an incoming migration is cancelled at its source, or by ending this machine with `quit`")]
+    CancelAtSource,
     /// There is no migration whose guest could be handed over.
     #[error("Postcopy must be started after migration has been started")]
     NothingToHandOver,
     /// The machine refused.
     #[error(transparent)]
-    Machine(Box<dyn Error + Send + Sync>),
+    Machine(#[from] VmError),
     /// The migration refused.
     #[error(transparent)]
-    Migration(Box<dyn Error + Send + Sync>),
+    Migration(#[from] MigrationError),
 }

@@ -60,6 +60,15 @@ impl Controller for Fake {
         Ok(())
     }
 
+    fn may_quit(&self) -> Result<(), ControlError> {
+        match self.migration() {
+            Some(view) if view.progress.status == MigrationStatus::PostcopyActive => {
+                Err(ControlError::StillNeeded { remaining: 4096 })
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn quit(&self) {
         self.note("quit".to_owned());
     }

@@ -284,6 +284,17 @@ fn quit_is_answered_before_the_end_and_the_last_events_are_told() {
 }
 
 #[test]
+fn a_source_whose_memory_is_still_needed_does_not_quit() {
+    let setup = serve(RunState::Postmigrate);
+    let mut client = Client::negotiated(&setup);
+    setup.fake.stand(MigrationStatus::PostcopyActive);
+    assert!(client.error("quit", &json!({})).contains("4 KiB of its memory are only here yet"));
+    assert!(setup.fake.told().is_empty());
+    setup.fake.stand(MigrationStatus::Completed);
+    assert_eq!(client.execute("quit", &json!({})), json!({"return": {}}));
+}
+
+#[test]
 fn a_client_that_does_not_read_holds_nobody_up() {
     let setup = serve(RunState::Running);
     let mut deaf = Client::negotiated(&setup);

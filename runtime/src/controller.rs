@@ -1,0 +1,242 @@
+//! A virtual machine and its migrations as QMP commands see them.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::{io, thread};
+
+use crossbeam::channel::{Receiver, Sender, unbounded};
+use switchover_hybrid::error::MigrationError;
+use switchover_hybrid::incoming::Incoming;
+use switchover_hybrid::machine::Machine;
+use switchover_hybrid::outgoing::Outgoing;
+use switchover_hybrid::progress::Progress;
+use switchover_hybrid::report::SideReport;
+use switchover_hybrid::settings::{Notice, Observer, Settings};
+use switchover_hybrid::status::MigrationStatus;
+use switchover_wire::address::Address;
+
+use crate::control::VmEvent;
+use crate::lock;
+use crate::qmp::controller::{ControlError, Controller, Event, MigrationView, TimedEvent};
+use crate::run_state::{ExitReason, RunState};
+use crate::vm::Vm;
+
+/// Drives a [`Vm`] and its migrations: at most one at a time, into it or out of it.
+pub struct VmController {
+    vm: Arc<Vm>,
+    /// The destination's wish not to reserve its memory: the machine's own, whatever a client sets.
+    lazy_memory: bool,
+    migration: Mutex<Migration>,
+    events: Sender<TimedEvent>,
+    quit_by_client: AtomicBool,
+}
+
+/// The last migration. A machine that a guest has moved into may be the source of its next one.
+enum Migration {
+    None,
+    Outgoing(Outgoing),
+    Incoming(Incoming),
+}
+
+impl VmController {
+    /// A controller of `vm`, and what a QMP server tells of it.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn new(vm: Arc<Vm>, lazy_memory: bool) -> io::Result<(Arc<Self>, Receiver<TimedEvent>)> {
+        let (events, told) = unbounded();
+        let (seen, tell) = (vm.events(), events.clone());
+        thread::Builder::new().name("vm-events".to_owned()).spawn(move || forward(&seen, &tell))?;
+        let controller = Self {
+            vm,
+            lazy_memory,
+            migration: Mutex::new(Migration::None),
+            events,
+            quit_by_client: AtomicBool::new(false),
+        };
+        Ok((Arc::new(controller), told))
+    }
+
+    /// Tells clients that the machine is over, the last thing that they are told.
+    pub fn announce_exit(&self, reason: &ExitReason) {
+        let (guest, reason) = match reason {
+            ExitReason::Guest(_) => (true, "guest-shutdown"),
+            ExitReason::Shutdown => (true, "guest-reset"),
+            ExitReason::Quit if self.quit_by_client.load(Ordering::SeqCst) => (false, "host-qmp-quit"),
+            ExitReason::Quit => (false, "host-signal"),
+            ExitReason::Failed(_) => (false, "host-error"),
+        };
+        tell(&self.events, Event::Shutdown { guest, reason });
+    }
+
+    /// Ends the machine, on behalf of whoever runs this process.
+    pub fn end(&self) {
+        self.vm.quit();
+    }
+
+    fn migration(&self) -> MutexGuard<'_, Migration> {
+        lock(&self.migration)
+    }
+
+    fn machine(&self) -> Arc<dyn Machine> {
+        Arc::<Vm>::clone(&self.vm)
+    }
+
+    fn observer(&self) -> Observer {
+        let events = self.events.clone();
+        Arc::new(move |Notice::Status(status)| tell(&events, Event::Migration(status)))
+    }
+}
+
+impl Controller for VmController {
+    fn run_state(&self) -> RunState {
+        self.vm.run_state()
+    }
+
+    fn stop(&self) -> Result<(), ControlError> {
+        Ok(self.vm.stop()?)
+    }
+
+    fn cont(&self) -> Result<(), ControlError> {
+        Ok(self.vm.cont()?)
+    }
+
+    fn may_quit(&self) -> Result<(), ControlError> {
+        match self.migration().progress() {
+            Some((Direction::Outgoing, Progress { status: MigrationStatus::PostcopyActive, remaining, .. })) => {
+                Err(ControlError::StillNeeded { remaining })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn quit(&self) {
+        self.quit_by_client.store(true, Ordering::SeqCst);
+        self.vm.quit();
+    }
+
+    fn migrate(&self, to: Address, settings: Settings) -> Result<(), ControlError> {
+        let mut migration = self.migration();
+        match self.vm.run_state() {
+            RunState::Inmigrate => return Err(ControlError::NotArrived),
+            _ if migration.is_under_way() => return Err(ControlError::Underway),
+            RunState::Postmigrate => return Err(ControlError::MovedAway),
+            RunState::InternalError | RunState::Shutdown => {
+                let reason = self.vm.status_reason().unwrap_or_else(|| "it has ended".to_owned());
+                return Err(ControlError::Ended { reason });
+            }
+            RunState::Prelaunch | RunState::Running | RunState::Paused | RunState::FinishMigrate => {}
+        }
+        *migration = Migration::Outgoing(Outgoing::start(self.machine(), to, settings, self.observer())?);
+        Ok(())
+    }
+
+    fn listen(&self, at: &Address, settings: Settings) -> Result<(), ControlError> {
+        let mut migration = self.migration();
+        if matches!(*migration, Migration::Incoming(_)) {
+            return Err(ControlError::ListensAlready);
+        }
+        if self.vm.run_state() != RunState::Inmigrate {
+            return Err(ControlError::NotIncoming);
+        }
+        let settings = Settings { lazy_memory: self.lazy_memory, ..settings };
+        let incoming = Incoming::listen(self.machine(), at, settings, self.observer())?;
+        let (vm, watched) = (Arc::clone(&self.vm), incoming.clone());
+        thread::Builder::new()
+            .name("incoming-end".to_owned())
+            .spawn(move || fail_without_a_guest(&vm, &watched))
+            .map_err(MigrationError::Thread)?;
+        *migration = Migration::Incoming(incoming);
+        Ok(())
+    }
+
+    fn start_postcopy(&self) -> Result<(), ControlError> {
+        match &*self.migration() {
+            Migration::Outgoing(outgoing) if outgoing.progress().status.is_under_way() => {
+                Ok(outgoing.start_postcopy()?)
+            }
+            _ => Err(ControlError::NothingToHandOver),
+        }
+    }
+
+    fn cancel(&self) -> Result<(), ControlError> {
+        let migration = self.migration();
+        if !migration.is_under_way() {
+            return Ok(());
+        }
+        match &*migration {
+            Migration::None => Ok(()),
+            Migration::Incoming(_) => Err(ControlError::CancelAtSource),
+            Migration::Outgoing(outgoing) => match outgoing.cancel() {
+                // It ended by itself meanwhile.
+                Err(_) if outgoing.progress().status.is_final() => Ok(()),
+                done => Ok(done?),
+            },
+        }
+    }
+
+    fn migration(&self) -> Option<MigrationView> {
+        let migration = self.migration();
+        let (_, progress) = migration.progress()?;
+        let listening_at = match &*migration {
+            Migration::Incoming(incoming) => Some(incoming.address()),
+            Migration::Outgoing(_) | Migration::None => None,
+        };
+        Some(MigrationView { progress, listening_at })
+    }
+
+    fn report(&self) -> Option<SideReport> {
+        match &*self.migration() {
+            Migration::None => None,
+            Migration::Outgoing(outgoing) => Some(outgoing.report()),
+            Migration::Incoming(incoming) => Some(incoming.report()),
+        }
+    }
+}
+
+/// Which way a guest goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Direction {
+    Outgoing,
+    Incoming,
+}
+
+impl Migration {
+    fn progress(&self) -> Option<(Direction, Progress)> {
+        match self {
+            Self::None => None,
+            Self::Outgoing(outgoing) => Some((Direction::Outgoing, outgoing.progress())),
+            Self::Incoming(incoming) => Some((Direction::Incoming, incoming.progress())),
+        }
+    }
+
+    fn is_under_way(&self) -> bool {
+        self.progress().is_some_and(|(_, progress)| progress.status.is_under_way())
+    }
+}
+
+/// A destination whose migration fails before the commit has no guest, and never will: its process ends, as QEMU's
+/// does. One that fails later was stopped by the pager, and stays to say so.
+fn fail_without_a_guest(vm: &Vm, incoming: &Incoming) {
+    let status = incoming.wait();
+    if status != MigrationStatus::Completed && incoming.report().instants.commit_ns.is_none() {
+        let reason = incoming.progress().error.unwrap_or_else(|| "it was cancelled".to_owned());
+        vm.fail(format!("the incoming migration failed: {reason}"));
+    }
+}
+
+/// The end is told by [`VmController::announce_exit`], when the process is ready for it.
+fn forward(seen: &Receiver<VmEvent>, events: &Sender<TimedEvent>) {
+    for event in seen {
+        match event {
+            VmEvent::Stop => tell(events, Event::Stop),
+            VmEvent::Resume => tell(events, Event::Resume),
+            VmEvent::Shutdown => {}
+        }
+    }
+}
+
+fn tell(events: &Sender<TimedEvent>, event: Event) {
+    // Nobody listens where no QMP socket was asked for.
+    let _ = events.send(TimedEvent::now(event));
+}

@@ -1,0 +1,102 @@
+//! The command line: its commands, its help, and how each ends.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::failure::Failure;
+use crate::{check, migrate, run};
+
+/// The environment variable that says what is logged.
+const LOG_VARIABLE: &str = "SWITCHOVER_LOG";
+
+const ABOUT: &str = "Moves a running KVM guest from one host to another";
+
+const LONG_ABOUT: &str = "\
+Moves a running KVM guest from one host to another by post-copy: the guest stops for a few milliseconds, goes on at \
+the destination at once, and its memory follows, the pages that it touches first.
+
+`run` boots a guest, or waits for one. `migrate` moves it, as any QMP client written for QEMU can. `bench` does both \
+on this host, checks that no byte was lost, and reports how long the guest stood still and what its faults cost.";
+
+const AFTER: &str = "\
+Begin with:
+  switchover check                  can this host do it, and what to change where not
+  switchover bench --quick          a real guest moved under load, with a report
+  switchover COMMAND --help         units, defaults and examples
+
+Exit status: 0 done, 1 failed, 2 bad usage. Errors are on stderr.
+SWITCHOVER_LOG=info (or debug, trace, or switchover_hybrid=debug,…) says more there; the default is warn.";
+
+/// The command line.
+#[derive(Parser, Debug)]
+#[command(name = "switchover", version, about = ABOUT, long_about = LONG_ABOUT, after_help = AFTER)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Run a machine: boot a guest, or wait for one to move here
+    Run(run::RunArgs),
+    /// Move the guest of a running machine to a destination
+    Migrate(migrate::MigrateArgs),
+    /// Say whether this host can do it: kvm, userfaultfd, io_uring, limits; and what to change where not
+    Check,
+}
+
+/// Does what the command line says.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = log().and_then(|()| match cli.command {
+        Command::Run(args) => run::main(args),
+        Command::Migrate(args) => migrate::main(&args),
+        Command::Check => check::main(),
+    });
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+fn log() -> Result<(), Failure> {
+    let wanted = std::env::var(LOG_VARIABLE).unwrap_or_else(|_| "warn".to_owned());
+    let filter = EnvFilter::try_new(&wanted).map_err(|error| {
+        Failure::usage(format_args!("{LOG_VARIABLE}=`{wanted}` makes no sense: {error}; write for example info"))
+    })?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn bad_usage_is_told_apart_from_failure() {
+        for arguments in [
+            &["switchover"][..],
+            &["switchover", "no-such-command"],
+            &["switchover", "migrate", "--qmp", "unix:/q"],
+            &["switchover", "migrate", "--qmp", "tcp:1", "--to", "tcp:h:1"],
+            &["switchover", "migrate", "--qmp", "unix:/q", "--to", "h:1"],
+            &["switchover", "run", "--memory", "512"],
+            &["switchover", "run", "--vcpus", "0"],
+            &["switchover", "run", "--serial", "nowhere"],
+            &["switchover", "run", "--incoming", "later"],
+        ] {
+            let error = Cli::try_parse_from(arguments).expect_err(&arguments.join(" "));
+            assert_eq!(error.exit_code(), 2, "{arguments:?}");
+        }
+    }
+}

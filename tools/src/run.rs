@@ -1,0 +1,234 @@
+//! `switchover run`: a machine in this process, from its start to its end.
+
+use std::path::PathBuf;
+use std::process;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use clap::Args;
+use switchover_hybrid::settings::Settings;
+use switchover_runtime::config::{SerialTarget, VmConfig};
+use switchover_runtime::controller::VmController;
+use switchover_runtime::qmp::controller::Controller as _;
+use switchover_runtime::qmp::endpoint::Endpoint;
+use switchover_runtime::qmp::server::Server;
+use switchover_runtime::run_state::ExitReason;
+use switchover_runtime::vm::Vm;
+use switchover_wire::address::{Address, AddressError};
+
+use crate::failure::{Failure, say};
+use crate::signals::EndRequests;
+use crate::size::Size;
+
+/// What `switchover run` takes.
+#[derive(Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct RunArgs {
+    /// The guest: a 64-bit ELF with a PVH note, as `qemu -kernel` boots it. Not read with --incoming
+    #[arg(long, value_name = "ELF", required_unless_present = "incoming")]
+    kernel: Option<PathBuf>,
+
+    /// The guest's command line
+    #[arg(long, value_name = "STRING", default_value = "", hide_default_value = true)]
+    append: String,
+
+    /// A file that the guest finds as its first boot module
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+
+    /// Guest memory, with a unit: K, M, G or T. Source and destination must be given the same
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    memory: Size,
+
+    /// Number of vCPUs. Source and destination must be given the same
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
+    vcpus: u8,
+
+    /// Where the guest's serial port (a 16550 at 0x3f8) leads: stdio, file:PATH or null
+    #[arg(long, value_name = "TARGET", default_value = "stdio")]
+    serial: Serial,
+
+    /// Socket to control the machine by, in QEMU's protocol
+    #[arg(long, value_name = "unix:PATH")]
+    qmp: Option<Endpoint>,
+
+    /// Boot nothing: wait for a guest to move here, at this address, or once `migrate-incoming` says where (defer)
+    #[arg(long, value_name = "defer|tcp:HOST:PORT|unix:PATH")]
+    incoming: Option<IncomingAt>,
+
+    /// Do not reserve memory before a guest moves here. Zero pages then cost none, and the guest is lost if memory
+    /// runs out after the handoff
+    #[arg(long, requires = "incoming")]
+    lazy_memory: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  Boot a guest and see its serial port here:
+    switchover run --kernel guest.elf --append 'size=256M seed=1' --memory 512M
+  Two machines that a guest can move between (then see `switchover migrate --help`):
+    switchover run --kernel guest.elf --qmp unix:/tmp/source.qmp
+    switchover run --incoming tcp:0.0.0.0:4444 --qmp unix:/tmp/destination.qmp
+  Talk to one by hand:
+    printf '%s\\n' '{\"execute\":\"qmp_capabilities\"}' '{\"execute\":\"query-status\"}' | nc -U -q1 /tmp/source.qmp
+
+The machine ends when its guest ends it (port 0xf4, as QEMU's isa-debug-exit; the keyboard controller's reset; a triple
+fault), by QMP `quit`, or by Ctrl-C. A source whose guest has moved away stays, paused, until one of the last two.
+
+Exit status: 0 when the guest wrote 0 to port 0xf4 (QEMU would exit with 1), by `quit` and by Ctrl-C; 1 when the guest
+wrote anything else, reset itself, or could not be run or received; 2 for bad usage.";
+
+/// Where a machine without a guest waits for one.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum IncomingAt {
+    /// Wherever `migrate-incoming` says.
+    Deferred,
+    /// Here.
+    Address(Address),
+}
+
+impl FromStr for IncomingAt {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        if text == "defer" { Ok(Self::Deferred) } else { text.parse().map(Self::Address) }
+    }
+}
+
+/// Where the serial port leads.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Serial(SerialTarget);
+
+impl FromStr for Serial {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "stdio" => Ok(Self(SerialTarget::Stdio)),
+            None if text == "null" => Ok(Self(SerialTarget::Null)),
+            Some(("file", path)) if !path.is_empty() => Ok(Self(SerialTarget::File(path.into()))),
+            _ => Err("it is none of stdio, null and file:PATH".to_owned()),
+        }
+    }
+}
+
+/// Runs a machine until it is over.
+///
+/// # Errors
+/// When it cannot be built or served, its guest fails, or none arrives.
+pub fn main(args: RunArgs) -> Result<(), Failure> {
+    if args.qmp.is_none() && args.incoming == Some(IncomingAt::Deferred) {
+        return Err(Failure::usage(
+            "--incoming defer waits for `migrate-incoming` on a QMP socket, and there is none: add --qmp unix:PATH",
+        ));
+    }
+    let (asked, ends) = crossbeam::channel::unbounded();
+    // Before the machine has threads: they inherit that these signals are not theirs.
+    let _requests = EndRequests::take(move |number| {
+        let _ = asked.send(number);
+    })?;
+    let config = VmConfig {
+        kernel: args.kernel.filter(|_| args.incoming.is_none()),
+        append: args.append,
+        initrd: args.initrd,
+        memory: args.memory.0,
+        vcpus: args.vcpus,
+        serial: args.serial.0,
+        lazy_memory: args.lazy_memory,
+    };
+    let vm = if args.incoming.is_some() { Vm::incoming(&config) } else { Vm::boot(&config) };
+    let vm = vm.map_err(Failure::failed)?;
+    let (controller, events) = VmController::new(Arc::clone(&vm), args.lazy_memory)
+        .map_err(|error| Failure::failed(format_args!("cannot start the machine's threads: {error}")))?;
+    let server = match &args.qmp {
+        Some(endpoint) => {
+            Some(Server::start(endpoint, Arc::<VmController>::clone(&controller), events).map_err(Failure::failed)?)
+        }
+        None => None,
+    };
+    let (ended, path) = (Arc::clone(&controller), args.qmp.as_ref().map(|endpoint| endpoint.path().to_owned()));
+    let take_ends = move || ends.into_iter().for_each(|number: u32| end(&ended, number, path.as_deref()));
+    std::thread::Builder::new()
+        .name("end".to_owned())
+        .spawn(take_ends)
+        .map_err(|error| Failure::failed(format_args!("cannot start the machine's threads: {error}")))?;
+    let begun = begin(&vm, &controller, args.incoming.as_ref());
+    let exit = match begun {
+        Ok(()) => vm.wait_exit(),
+        Err(failure) => ExitReason::Failed(failure.sentence),
+    };
+    controller.announce_exit(&exit);
+    drop(server);
+    judge(exit)
+}
+
+fn begin(vm: &Vm, controller: &VmController, incoming: Option<&IncomingAt>) -> Result<(), Failure> {
+    match incoming {
+        None => vm.cont().map_err(Failure::failed),
+        Some(IncomingAt::Deferred) => Ok(()),
+        Some(IncomingAt::Address(address)) => {
+            controller.listen(address, Settings::default()).map_err(Failure::failed)?;
+            if let Some(at) = controller.migration().and_then(|migration| migration.listening_at) {
+                tracing::info!("waiting for a guest to move here, at {at}");
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Someone wants this process to end, for the `number`th time. A guest that still lives on this side's pages is not
+/// given up the first time.
+fn end(controller: &VmController, number: u32, qmp: Option<&std::path::Path>) {
+    match controller.may_quit() {
+        Err(reason) if number == 1 => say(format_args!("{reason}; or end it once more to lose it")),
+        _ if number <= 2 => controller.end(),
+        _ => {
+            // It was asked to end and does not come to it.
+            if let Some(path) = qmp {
+                let _ = std::fs::remove_file(path);
+            }
+            process::exit(1);
+        }
+    }
+}
+
+/// What the machine's end means for whoever started it.
+fn judge(exit: ExitReason) -> Result<(), Failure> {
+    match exit {
+        ExitReason::Quit => Ok(()),
+        ExitReason::Failed(reason) => Err(Failure::failed(reason)),
+        ExitReason::Shutdown => Err(Failure::failed(
+            "the guest reset itself, or triple-faulted; where it should not have, dmesg of this host may say why",
+        )),
+        // QEMU's exit status of a guest's word is twice the word and one.
+        ExitReason::Guest(status) if status >> 1 == 0 => Ok(()),
+        ExitReason::Guest(status) => Err(Failure::failed(format_args!(
+            "the guest ended itself with the code {}, where 0 is success",
+            status >> 1
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guests_word_becomes_an_exit_status() {
+        assert_eq!(judge(ExitReason::Guest(1)), Ok(()));
+        assert_eq!(judge(ExitReason::Quit), Ok(()));
+        let failed = judge(ExitReason::Guest(5)).unwrap_err();
+        assert_eq!((failed.status, failed.sentence.contains("code 2")), (1, true));
+        assert_eq!(judge(ExitReason::Shutdown).unwrap_err().status, 1);
+        assert_eq!(judge(ExitReason::Failed("why".to_owned())).unwrap_err().sentence, "why");
+    }
+
+    #[test]
+    fn targets_and_addresses_are_read() {
+        assert_eq!("file:/tmp/a:b".parse(), Ok(Serial(SerialTarget::File("/tmp/a:b".into()))));
+        assert_eq!("null".parse(), Ok(Serial(SerialTarget::Null)));
+        assert!("file:".parse::<Serial>().is_err() && "tty".parse::<Serial>().is_err());
+        assert_eq!("defer".parse(), Ok(IncomingAt::Deferred));
+        assert_eq!("tcp::4444".parse::<IncomingAt>().unwrap(), IncomingAt::Address("tcp::4444".parse().unwrap()));
+    }
+}
