@@ -46,7 +46,7 @@ pub enum SourceAction {
     /// Serve pages from now on, and push the few that the guest's first instructions will want: memory no longer
     /// changes.
     ServePages,
-    /// Push all others. Not before the commit: until then the handoff needs the processors more.
+    /// Push all others. Not before the guest runs: until then the handoff needs the processors more.
     PushPages,
     /// Save the state and send it; answer with `StateSent`, `StateFailed` or `Lost`.
     SendState,
@@ -232,7 +232,7 @@ impl Handoff {
             // commit on its way, nothing on this side can run the guest any more.
             SourceEvent::Restored => (
                 SourceSession::Committed(Committed(())),
-                vec![SourceAction::SurrenderRightToRun, SourceAction::SendCommit, SourceAction::PushPages],
+                vec![SourceAction::SurrenderRightToRun, SourceAction::SendCommit],
             ),
             other => give_up(ending(other), true),
         }
@@ -242,9 +242,10 @@ impl Handoff {
 impl Committed {
     fn on(self, event: SourceEvent) -> Step {
         match event {
-            SourceEvent::Running => {
-                (SourceSession::Postcopy(Postcopy(())), vec![SourceAction::Status(MigrationStatus::PostcopyActive)])
-            }
+            SourceEvent::Running => (
+                SourceSession::Postcopy(Postcopy(())),
+                vec![SourceAction::PushPages, SourceAction::Status(MigrationStatus::PostcopyActive)],
+            ),
             SourceEvent::StateSent
             | SourceEvent::Cancel
             | SourceEvent::StartPostcopy
