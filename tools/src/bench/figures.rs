@@ -31,6 +31,8 @@ pub struct Figures {
     pub faults_raced: Option<u64>,
     /// Faults whose page was at the destination already.
     pub faults_local: Option<u64>,
+    /// Faults on a page that another fault had asked for already.
+    pub faults_joined: Option<u64>,
     /// Zero pages.
     pub pages_zero: Option<u64>,
     /// Pages that came on a bulk lane.
@@ -93,6 +95,7 @@ pub const FIGURES: &[Figure] = &[
     figure("faults_remote", "Faults, remote", Unit::Count, |f| count(f.faults_remote)),
     figure("faults_raced", "Faults, raced", Unit::Count, |f| count(f.faults_raced)),
     figure("faults_local", "Faults, local", Unit::Count, |f| count(f.faults_local)),
+    figure("faults_joined", "Faults, joined", Unit::Count, |f| count(f.faults_joined)),
     figure("pages_pushed", "Pages pushed", Unit::Count, |f| count(f.pages_pushed)),
     figure("pages_requested", "Pages requested", Unit::Count, |f| count(f.pages_requested)),
     figure("pages_zero", "Pages zero", Unit::Count, |f| count(f.pages_zero)),
@@ -122,6 +125,7 @@ impl Figures {
             faults_remote: faults.map(|faults| faults.remote),
             faults_raced: faults.map(|faults| faults.raced),
             faults_local: faults.map(|faults| faults.local),
+            faults_joined: faults.map(|faults| faults.joined),
             pages_zero: pages.map(|pages| pages.zero),
             pages_pushed: pages.map(|pages| pages.pushed),
             pages_requested: pages.map(|pages| pages.requested),

@@ -224,6 +224,7 @@ fn faults(noise: &mut Noise) -> FaultReport {
         remote,
         raced,
         local,
+        joined: 37,
         total: encode(total),
         queue: encode(queue),
         wire: encode(wire),

@@ -14,6 +14,8 @@ use super::ticks::Tick;
 const SCALE: i32 = 4;
 /// plotters' SVG backend divides font sizes by this.
 const FONT_FACTOR: f64 = 1.24;
+/// Length of a dash and of the space behind it, in pixels as shown.
+const DASH: i32 = 4;
 const FONT: &str = "sans-serif";
 /// Of tick labels, in pixels as shown.
 pub const SMALL: i32 = 11;
@@ -257,7 +259,7 @@ impl Panel<'_> {
     /// # Errors
     /// When the backend fails.
     pub fn rule(&self, x: f64, ink: Ink) -> Result<(), PlotError> {
-        let dashes = 24;
+        let dashes = ((self.bottom - self.top) / DASH).max(1);
         let step = (self.y.end - self.y.start) / f64::from(dashes);
         (0..dashes).step_by(2).try_for_each(|dash| {
             let from = self.y.start + step * f64::from(dash);
@@ -270,7 +272,7 @@ impl Panel<'_> {
     /// # Errors
     /// When the backend fails.
     pub fn level(&self, y: f64, ink: Ink) -> Result<(), PlotError> {
-        let dashes = 120;
+        let dashes = ((self.right - self.left) / DASH).max(1);
         let step = (self.x.end - self.x.start) / f64::from(dashes);
         (0..dashes).step_by(2).try_for_each(|dash| {
             let from = self.x.start + step * f64::from(dash);
@@ -348,11 +350,11 @@ impl Panel<'_> {
         let mut right = self.right;
         for (name, ink) in names.iter().rev() {
             self.pixel_text(name, right, self.top - 10, Anchor::Right, Ink::Text, SMALL)?;
-            right -= estimated_width(name) + 16;
+            right -= estimated_width(name) + 13;
             let (top, bottom) = ((self.top - 17) * SCALE, (self.top - 9) * SCALE);
             let swatch = [((right - 1) * SCALE, top), ((right + 9) * SCALE, bottom)];
             self.root.draw(&Rectangle::new(swatch, ink.colour().filled())).map_err(PlotError::new)?;
-            right -= 16;
+            right -= 14;
         }
         Ok(())
     }
@@ -365,5 +367,5 @@ impl Panel<'_> {
 /// About how many pixels a small text takes; there is no font here to ask.
 #[must_use]
 pub fn estimated_width(text: &str) -> i32 {
-    i32::try_from(text.chars().count()).unwrap_or(i32::MAX / 8).saturating_mul(6)
+    i32::try_from(text.chars().count()).unwrap_or(i32::MAX / 8).saturating_mul(11) / 2
 }

@@ -34,7 +34,7 @@ pub fn draw(merged: &BTreeMap<&'static str, Histogram<u64>>, floor: &[FloorSum])
         })
         .collect();
     let most = merged.values().map(Histogram::len).max().unwrap_or(1);
-    let far = ns_as(most, 1.0).log10().ceil().max(2.0);
+    let far = ns_as(most, 1.0).log10().max(2.0) + 0.1;
     let values = || curves.iter().flat_map(|(points, ..)| points.iter().map(|(_, y)| *y));
     let low = values().fold(f64::INFINITY, f64::min).clamp(-1.0, 3.0).floor();
     let high = values().fold(1.0, f64::max).max(low + 1.0).ceil();
@@ -42,10 +42,7 @@ pub fn draw(merged: &BTreeMap<&'static str, Histogram<u64>>, floor: &[FloorSum])
         let panel = canvas.panel(70..980, 36..350, 0.0..far, low..high);
         let percentiles: Vec<Tick> = decades(0.0, far, |tail| format!("{} %", percent(tail)));
         panel.x_axis(&percentiles, "percentile")?;
-        panel.y_axis(
-            &decades(low, high, |us| format!("{} µs", number(us).trim_end_matches(".00"))),
-            "latency (log scale)",
-        )?;
+        panel.y_axis(&decades(low, high, |us| format!("{} µs", whole(us))), "latency (log scale)")?;
         let median = 2_f64.log10();
         panel.rule(median, Ink::Quiet)?;
         panel.text("50 %", (median, low), (4, -6), Anchor::Left, Ink::Muted)?;
@@ -74,6 +71,11 @@ fn points(histogram: &Histogram<u64>) -> Vec<(f64, f64)> {
         points.push((x, y));
     }
     points
+}
+
+/// A power of ten, without the decimals that [`number`] gives to measured values.
+fn whole(value: f64) -> String {
+    if value < 1.0 { number(value) } else { format!("{value:.0}") }
 }
 
 /// The percentile whose tail is one in `tail`: 10 → "90", 1000 → "99.9".

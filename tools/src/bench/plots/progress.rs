@@ -30,11 +30,11 @@ pub fn draw(runs: &[RunReport], typical: &RunReport) -> Result<Option<String>, P
         }
         panel.line(&main, Ink::Main, 2)?;
         panel.rule(0.0, Ink::Alarm)?;
-        panel.text("handoff", (0.0, high), (-5, 12), Anchor::Right, Ink::Alarm)?;
+        panel.text("handoff", (0.0, high), (5, 12), Anchor::Left, Ink::Alarm)?;
         if let Some((drained, migrate)) = span {
-            panel.text("drained", (drained, high), (5, 12), Anchor::Left, Ink::Main)?;
+            panel.text("drained", (drained, high), (5, 28), Anchor::Left, Ink::Main)?;
             panel.rule(migrate, Ink::Muted)?;
-            panel.text("migrate", (migrate, high), (-5, 28), Anchor::Right, Ink::Muted)?;
+            panel.text("migrate", (migrate, high), (-5, 12), Anchor::Right, Ink::Muted)?;
         }
         let run = format!("run {}", typical.run);
         let mut names = vec![(run.as_str(), Ink::Main)];

@@ -111,6 +111,9 @@ fn panel(
     for (label, y) in [("source", 3.62), ("destination", 1.52)] {
         panel.text(label, (x.start, y), (-10, 0), Anchor::Right, Ink::Text)?;
     }
+    if let Some((start, end)) = moments.blackout {
+        panel.bar(start..end, 0.0..TOP, Ink::Alarm, 0.16)?;
+    }
     for bar in bars {
         draw_bar(&panel, bar, &x)?;
     }
@@ -125,6 +128,8 @@ fn draw_bar(panel: &Panel<'_>, bar: &Bar, shown: &Range<f64>) -> Result<(), Plot
     }
     let ink = colour(&bar.name);
     panel.bar(visible.clone(), bottom..top, ink, 1.0)?;
+    // Parts the bar from the one before.
+    panel.line(&[(visible.start, bottom), (visible.start, top)], Ink::Paper, 1)?;
     let middle = f64::midpoint(visible.start, visible.end);
     let width = panel.width_of(visible.end - visible.start);
     let length = number(bar.x.end - bar.x.start);
@@ -138,7 +143,6 @@ fn draw_bar(panel: &Panel<'_>, bar: &Bar, shown: &Range<f64>) -> Result<(), Plot
 
 fn draw_moments(panel: &Panel<'_>, moments: &Moments, shown: &Range<f64>) -> Result<(), PlotError> {
     if let Some((start, end)) = moments.blackout {
-        panel.bar(start..end, 0.0..TOP, Ink::Alarm, 0.16)?;
         panel.rule(start, Ink::Alarm)?;
         panel.rule(end, Ink::Alarm)?;
         let ns = ((end - start) * 1e6).max(0.0);
