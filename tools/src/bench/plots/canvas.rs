@@ -350,7 +350,7 @@ impl Panel<'_> {
         let mut right = self.right;
         for (name, ink) in names.iter().rev() {
             self.pixel_text(name, right, self.top - 10, Anchor::Right, Ink::Text, SMALL)?;
-            right -= estimated_width(name) + 13;
+            right -= estimated_width(name) + 17;
             let (top, bottom) = ((self.top - 17) * SCALE, (self.top - 9) * SCALE);
             let swatch = [((right - 1) * SCALE, top), ((right + 9) * SCALE, bottom)];
             self.root.draw(&Rectangle::new(swatch, ink.colour().filled())).map_err(PlotError::new)?;
