@@ -3,6 +3,8 @@
 //! ```text
 //!  switchover run      a machine, its QMP socket, and a migration into it or out of it     (switchover-runtime)
 //!  switchover migrate  a QMP client that moves the guest of a running machine
+//!  switchover bench    moves real guests, checks them, and writes a report
+//!  switchover floor    what this host can do at best
 //!  switchover check    what this host lacks
 //! ```
 //!
@@ -10,9 +12,11 @@
 //! stderr, each with what was tried, on what, and what to do next; nothing left behind, neither a process nor a
 //! socket's file nor a changed terminal.
 
+pub mod bench;
 pub mod check;
 pub mod cli;
 pub mod failure;
+pub mod floor;
 pub mod guests;
 pub mod migrate;
 pub mod qmp_client;

@@ -1,0 +1,129 @@
+//! From runs to a mode's summary.
+
+use std::collections::BTreeMap;
+
+use hdrhistogram::Histogram;
+use switchover_hybrid::report::HistogramError;
+
+use super::figures::FIGURES;
+use super::latency::{PARTS, Percentiles, merge};
+use super::schema::{ModeReport, RunReport, Spread};
+
+/// A mode's runs and what they say together, with the merged histograms that plots and files are made from.
+#[derive(Clone, Debug)]
+pub struct Aggregate {
+    /// What goes into the report.
+    pub report: ModeReport,
+    /// Fault latencies by part, all runs together, in nanoseconds.
+    pub merged: BTreeMap<&'static str, Histogram<u64>>,
+    /// Fault latencies by part, run by run, with the run's number.
+    pub by_run: BTreeMap<&'static str, Vec<(u32, Histogram<u64>)>>,
+}
+
+impl Aggregate {
+    /// Of `runs`, which one mode of one VMM made.
+    ///
+    /// # Errors
+    /// When a side reported a histogram that is none.
+    pub fn of(mode: &str, vmm: &str, runs: Vec<RunReport>) -> Result<Self, HistogramError> {
+        let mut summary = BTreeMap::new();
+        for figure in FIGURES {
+            let values: Vec<f64> = runs.iter().filter_map(|run| (figure.get)(&run.figures)).collect();
+            if let Some(spread) = Spread::of(values) {
+                summary.insert(figure.key.to_owned(), spread);
+            }
+        }
+        let mut merged = BTreeMap::new();
+        let mut by_run = BTreeMap::new();
+        for part in PARTS {
+            let mut found = Vec::new();
+            for run in &runs {
+                if let Some(faults) = run.destination.as_ref().and_then(|side| side.faults.as_ref()) {
+                    found.push((run.run, part.histogram(faults)?));
+                }
+            }
+            let histograms: Vec<_> = found.iter().map(|(_, histogram)| histogram.clone()).collect();
+            if let Some(sum) = merge(&histograms) {
+                merged.insert(part.key, sum);
+            }
+            by_run.insert(part.key, found);
+        }
+        let latency = merged.iter().map(|(key, sum)| ((*key).to_owned(), Percentiles::of(sum))).collect();
+        let verified = !runs.is_empty() && runs.iter().all(|run| run.verified);
+        let report = ModeReport { mode: mode.to_owned(), vmm: vmm.to_owned(), verified, summary, latency, runs };
+        Ok(Self { report, merged, by_run })
+    }
+
+    /// The run to show in plots: the one whose blackout is the median (the shorter of two middle ones), or else the
+    /// first that has reports of both sides.
+    #[must_use]
+    pub fn typical_run(&self) -> Option<&RunReport> {
+        let complete = || self.report.runs.iter().filter(|run| run.source.is_some() && run.destination.is_some());
+        let mut by_blackout: Vec<&RunReport> = complete().filter(|run| run.figures.blackout_ns.is_some()).collect();
+        by_blackout.sort_by_key(|run| run.figures.blackout_ns);
+        by_blackout.get(by_blackout.len().saturating_sub(1) / 2).copied().or_else(|| complete().next())
+    }
+}
+
+impl Spread {
+    /// Of `values`; `None` where there are none.
+    #[must_use]
+    pub fn of(mut values: Vec<f64>) -> Option<Self> {
+        values.retain(|value| value.is_finite());
+        values.sort_by(f64::total_cmp);
+        let (min, max) = (*values.first()?, *values.last()?);
+        let upper = *values.get(values.len() / 2)?;
+        let lower = *values.get((values.len() - 1) / 2)?;
+        Some(Self { median: lower.midpoint(upper), min, max, runs: u32::try_from(values.len()).unwrap_or(u32::MAX) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::synthetic;
+    use super::*;
+
+    #[test]
+    fn a_median_of_even_and_odd_counts() {
+        let spread = Spread::of(vec![5.0, 1.0, 3.0]).unwrap();
+        assert_eq!((spread.median, spread.min, spread.max, spread.runs), (3.0, 1.0, 5.0, 3));
+        assert_eq!(Spread::of(vec![4.0, 1.0, 3.0, 2.0]).unwrap().median, 2.5);
+        assert_eq!(Spread::of(vec![]), None);
+    }
+
+    #[test]
+    fn percentiles_come_from_the_histograms_of_all_runs() {
+        let aggregate = Aggregate::of("postcopy", "switchover", synthetic::runs(3)).unwrap();
+        let remote: u64 = aggregate.report.runs.iter().map(|run| run.figures.faults_remote.unwrap()).sum();
+        let raced: u64 = aggregate.report.runs.iter().map(|run| run.figures.faults_raced.unwrap()).sum();
+        assert_eq!(aggregate.report.latency["total"].count, remote + raced);
+        assert_eq!(aggregate.report.latency["queue"].count, remote);
+        assert_eq!(aggregate.report.summary["blackout_ns"].runs, 3);
+    }
+
+    #[test]
+    fn the_typical_run_has_the_median_blackout() {
+        let aggregate = Aggregate::of("postcopy", "switchover", synthetic::runs(3)).unwrap();
+        let median = aggregate.report.summary["blackout_ns"].median;
+        let typical = aggregate.typical_run().unwrap();
+        assert_eq!(typical.figures.blackout_ns.map(|ns| ns as f64), Some(median));
+    }
+
+    #[test]
+    fn one_doubtful_run_or_none_at_all_is_not_verified() {
+        let mut runs = synthetic::runs(2);
+        assert!(Aggregate::of("postcopy", "switchover", runs.clone()).unwrap().report.verified);
+        runs[1].verified = false;
+        assert!(!Aggregate::of("postcopy", "switchover", runs).unwrap().report.verified);
+        assert!(!Aggregate::of("postcopy", "switchover", vec![]).unwrap().report.verified);
+    }
+
+    #[test]
+    fn a_run_that_failed_has_no_part_in_the_figures() {
+        let mut runs = synthetic::runs(2);
+        runs.push(RunReport { run: 3, doubts: vec!["it failed".to_owned()], ..RunReport::default() });
+        let aggregate = Aggregate::of("postcopy", "switchover", runs).unwrap();
+        assert_eq!(aggregate.report.summary["blackout_ns"].runs, 2);
+        assert!(!aggregate.report.verified);
+    }
+}

@@ -1,0 +1,349 @@
+//! What the guest itself tells of a run: how fast it went, how long it stood still, and whether its memory is whole.
+
+use serde::{Deserialize, Serialize};
+use switchover_hybrid::report::Side;
+use switchover_wire::clock::Nanos;
+
+use super::guest_lines::{Line, Period, Ready};
+use super::serial_log::TimedLine;
+
+/// Two lines that a guest printed without fault tell that it lives; one may still have come out of a buffer.
+const LINES_TO_BE_ALIVE: usize = 2;
+/// Enough of a guest's complaints to know what is wrong.
+const MOST_COMPLAINTS: usize = 8;
+/// How long after the drain a guest's progress still counts towards what the move cost: long enough for its caches and
+/// the hypervisor's page tables to be warm again, short enough that noise does not drown the figure.
+pub const SETTLE_NS: u64 = 1_000_000_000;
+
+/// One period as the guest reported it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct GuestPeriod {
+    /// Counted by the guest from 0.
+    pub number: u64,
+    /// When its line was complete, on the bench's `CLOCK_MONOTONIC`: a little after the period's end.
+    pub read_ns: u64,
+    /// The side that printed the line's end.
+    pub side: Side,
+    /// Visits of all vCPUs.
+    pub visits: u64,
+    /// The longest gap between two visits of one vCPU that ended in this period, in microseconds of the guest's clock.
+    pub max_gap_us: u64,
+    /// Corrupt visits since the guest's start.
+    pub bad: u64,
+    /// Visits of each vCPU, in order.
+    pub vcpu_visits: Vec<u64>,
+}
+
+/// All that a guest said in one run.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct GuestTrace {
+    /// Bytes that it visits.
+    pub working_set: u64,
+    /// Its TSC's frequency as it knows it.
+    pub tsc_khz: u64,
+    /// vCPUs that work.
+    pub vcpus: u64,
+    /// When it was ready, on the bench's `CLOCK_MONOTONIC`; absent where it never said so.
+    pub ready_ns: Option<u64>,
+    /// Its periods, in the order in which they were printed.
+    pub periods: Vec<GuestPeriod>,
+    /// Lines that no healthy guest prints: corruption, death, and lines that are damaged.
+    pub complaints: Vec<String>,
+    /// How many such lines there were.
+    pub complaint_count: u64,
+}
+
+/// When the bench did what, on its own `CLOCK_MONOTONIC`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Marks {
+    /// The warm-up began: the guest had said that it was ready.
+    pub warm_up_ns: u64,
+    /// Just before `migrate` was sent.
+    pub migrate_ns: u64,
+    /// Just before the handoff was asked for.
+    pub handoff_ns: u64,
+    /// Both sides had been seen as `completed`; they are asked every few milliseconds.
+    pub completed_ns: u64,
+}
+
+/// How a guest fared around the move.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct Progress {
+    /// Visits a second before the move: those of the periods in the second half of the warm-up.
+    pub steady_visits_per_s: Option<f64>,
+    /// The longest gap that the guest saw in those periods.
+    pub gap_before_ns: Option<u64>,
+    /// The longest gap that the guest saw from `migrate` to the second line after the drain.
+    pub gap_ns: Option<u64>,
+    /// Seconds of work that the guest did not do because of the move.
+    pub lost_s: Option<f64>,
+    /// The stretch of time over which `lost_s` was summed.
+    pub window_s: Option<f64>,
+}
+
+impl GuestTrace {
+    /// What `lines` say.
+    #[must_use]
+    pub fn read(lines: &[TimedLine]) -> Self {
+        let mut trace = Self::default();
+        for line in lines {
+            match Line::parse(&line.bytes) {
+                Line::Ready(ready) => trace.ready(ready, line.at),
+                Line::Period(period) => trace.period(&period, line),
+                Line::Vcpu(vcpu) => match trace.periods.last_mut() {
+                    Some(period) if period.number == vcpu.number && vcpu.cpu == period.vcpu_visits.len() as u64 => {
+                        // What the others did is not the first vCPU's.
+                        let first = period.vcpu_visits.first_mut();
+                        if let Some(first) = first {
+                            *first = first.saturating_sub(vcpu.visits);
+                        }
+                        period.vcpu_visits.push(vcpu.visits);
+                        period.max_gap_us = period.max_gap_us.max(vcpu.max_gap_us);
+                    }
+                    _ => trace.complain(format!("vCPU {} reported out of turn", vcpu.cpu)),
+                },
+                Line::Corrupt(text) | Line::Died(text) => trace.complain(text),
+                Line::Garbled(text) => trace.complain(format!("damaged line: {text}")),
+                Line::Other => {}
+            }
+        }
+        trace
+    }
+
+    /// Why this run's guest is not proven whole; empty where it is.
+    ///
+    /// It is whole when it said no corrupt visit in any period, every period is there once and in order, it went on
+    /// reporting at the destination, and each of its vCPUs went on visiting there.
+    #[must_use]
+    pub fn doubts(&self) -> Vec<String> {
+        let mut doubts = Vec::new();
+        if self.ready_ns.is_none() {
+            doubts.push("the guest never said that it was ready".to_owned());
+        }
+        if self.complaint_count > 0 {
+            let some = self.complaints.join("; ");
+            doubts.push(format!("the guest printed {} lines of trouble: {some}", self.complaint_count));
+        }
+        if let Some(period) = self.periods.iter().find(|period| period.bad > 0) {
+            let most = self.periods.iter().map(|period| period.bad).max().unwrap_or(0);
+            doubts.push(format!("corrupt visits: {most}, first in period {}", period.number));
+        }
+        let expected = 0..;
+        if let Some((expected, period)) =
+            expected.zip(&self.periods).find(|(expected, period)| *expected != period.number)
+        {
+            doubts.push(format!("period {expected} is missing or out of order: period {} came", period.number));
+        }
+        let there: Vec<_> = self.periods.iter().filter(|period| period.side == Side::Destination).collect();
+        if there.len() < LINES_TO_BE_ALIVE {
+            doubts.push(format!("the guest reported {} periods at the destination: it stands still", there.len()));
+        }
+        // The first line's period began at the source, and the last one's further vCPUs may not have been read.
+        let whole = there.get(1..).unwrap_or_default();
+        for cpu in 0..usize::try_from(self.vcpus).unwrap_or(usize::MAX) {
+            let visits = |period: &&&GuestPeriod| period.vcpu_visits.get(cpu).copied().unwrap_or(0) > 0;
+            if !whole.is_empty() && !whole.iter().any(|period| visits(&period)) {
+                doubts.push(format!("vCPU {cpu} does not visit at the destination"));
+                break;
+            }
+        }
+        doubts
+    }
+
+    /// How the guest fared around the move that `marks` describes.
+    ///
+    /// `lost_s` is taken between two lines: the last one read before `migrate`, and the first one read
+    /// [`SETTLE_NS`] or more after the completion (the run's last where there is none). It is the host's time
+    /// between the two, less the time that the visits in between would have taken at the steady rate. Nothing is
+    /// clamped: a guest that ran faster than before gains. A guest clock that stops during the blackout hides nothing, as the time is
+    /// the host's.
+    #[must_use]
+    pub fn progress(&self, marks: &Marks) -> Progress {
+        let steady_from = marks.warm_up_ns.midpoint(marks.migrate_ns);
+        let steady = self.between(steady_from, marks.migrate_ns);
+        let (open, close) = match (steady.last(), self.settled_by(marks.completed_ns)) {
+            (Some(open), Some(close)) if close.read_ns > open.read_ns => (open, close),
+            _ => return Progress::default(),
+        };
+        let steady_visits_per_s = rate(steady);
+        let window = self.between(open.read_ns, close.read_ns);
+        let window_s = seconds(close.read_ns - open.read_ns);
+        #[expect(clippy::cast_precision_loss, reason = "a count of visits stays far below 2^52")]
+        let visits = window.iter().skip(1).map(|period| period.visits).sum::<u64>() as f64;
+        Progress {
+            steady_visits_per_s,
+            gap_before_ns: longest_gap(steady),
+            gap_ns: longest_gap(self.around(marks)),
+            lost_s: steady_visits_per_s.map(|rate| window_s - visits / rate),
+            window_s: Some(window_s),
+        }
+    }
+
+    /// The periods in which the guest can have felt the move: from the first line read after `migrate` to the second
+    /// one read after the completion. The second, because a line is read after its period's end: what happened just
+    /// before the first line may belong to the period after it.
+    fn around(&self, marks: &Marks) -> &[GuestPeriod] {
+        let from = self.periods.partition_point(|period| period.read_ns <= marks.migrate_ns);
+        let to = self.periods.partition_point(|period| period.read_ns <= marks.completed_ns) + 2;
+        self.periods.get(from..to.min(self.periods.len())).unwrap_or_default()
+    }
+
+    /// The line by which the guest counts as settled.
+    fn settled_by(&self, completed_ns: u64) -> Option<&GuestPeriod> {
+        let settled = completed_ns.saturating_add(SETTLE_NS);
+        self.periods.iter().find(|period| period.read_ns >= settled).or(self.periods.last())
+    }
+
+    /// The periods whose lines were read within the two instants, both included.
+    fn between(&self, from_ns: u64, to_ns: u64) -> &[GuestPeriod] {
+        let from = self.periods.partition_point(|period| period.read_ns < from_ns);
+        let to = self.periods.partition_point(|period| period.read_ns <= to_ns);
+        self.periods.get(from..to).unwrap_or_default()
+    }
+
+    fn ready(&mut self, ready: Ready, at: Nanos) {
+        if self.ready_ns.is_some() {
+            self.complain("the guest said twice that it was ready: it started again".to_owned());
+        }
+        self.ready_ns = Some(at.0);
+        (self.working_set, self.tsc_khz, self.vcpus) = (ready.working_set, ready.tsc_khz, ready.vcpus);
+    }
+
+    fn period(&mut self, period: &Period, line: &TimedLine) {
+        self.periods.push(GuestPeriod {
+            number: period.number,
+            read_ns: line.at.0,
+            side: line.side,
+            visits: period.visits,
+            max_gap_us: period.max_gap_us,
+            bad: period.bad,
+            vcpu_visits: vec![period.visits],
+        });
+    }
+
+    fn complain(&mut self, what: String) {
+        self.complaint_count += 1;
+        if self.complaints.len() < MOST_COMPLAINTS {
+            self.complaints.push(what);
+        }
+    }
+}
+
+/// Nanoseconds as seconds.
+#[expect(clippy::cast_precision_loss, reason = "spans of a run stay far below 2^52 ns, which are 52 days")]
+#[must_use]
+pub fn seconds(ns: u64) -> f64 {
+    ns as f64 / 1e9
+}
+
+/// Visits a second from the first line's reading to the last one's.
+fn rate(periods: &[GuestPeriod]) -> Option<f64> {
+    let (first, last) = (periods.first()?, periods.last()?);
+    #[expect(clippy::cast_precision_loss, reason = "a count of visits stays far below 2^52")]
+    let visits = periods.iter().skip(1).map(|period| period.visits).sum::<u64>() as f64;
+    let time = seconds(last.read_ns.checked_sub(first.read_ns)?);
+    (time > 0.0 && visits > 0.0).then(|| visits / time)
+}
+
+fn longest_gap(periods: &[GuestPeriod]) -> Option<u64> {
+    periods.iter().map(|period| period.max_gap_us.saturating_mul(1_000)).max()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+
+    fn line(at_ms: u64, side: Side, text: &str) -> TimedLine {
+        TimedLine { at: Nanos(at_ms * MS), side, bytes: text.as_bytes().to_vec() }
+    }
+
+    /// A guest with a period of 100 ms and 1000 visits in each, that moves at 1.0 s and stands still for `lost` ms of
+    /// the period in which it does. Its line of that period comes late by as much when its clock `stops` meanwhile.
+    fn moved(vcpus: u64, lost: u64, stops: bool) -> Vec<TimedLine> {
+        let mut lines = vec![line(0, Side::Source, &format!("R ready ws 4096 tsc_khz 1000000 vcpus {vcpus}"))];
+        for number in 0..40 {
+            let side = if number < 10 { Side::Source } else { Side::Destination };
+            let late = if stops && number >= 10 { lost } else { 0 };
+            let visits = if number == 10 && !stops { 1000 - 10 * lost } else { 1000 };
+            let gap = if number == 10 && !stops { lost * 1000 } else { 50 };
+            let at = (number + 1) * 100 + late;
+            lines.push(line(at, side, &format!("P {number} visits {visits} maxgap_us {gap} bad 0 h: 9:{visits}")));
+            for cpu in 1..vcpus {
+                lines.push(line(at, side, &format!("V {number} cpu {cpu} visits 400 maxgap_us 7")));
+            }
+        }
+        lines
+    }
+
+    const MARKS: Marks = Marks { warm_up_ns: 0, migrate_ns: 950 * MS, handoff_ns: 1000 * MS, completed_ns: 1200 * MS };
+
+    #[test]
+    fn a_whole_guest_raises_no_doubts() {
+        assert_eq!(GuestTrace::read(&moved(1, 30, false)).doubts(), [""; 0]);
+        let two = GuestTrace::read(&moved(2, 30, false));
+        assert_eq!(two.doubts(), [""; 0]);
+        assert_eq!(two.periods[0].vcpu_visits, [600, 400]);
+    }
+
+    #[test]
+    fn lost_progress_is_what_the_guest_did_not_do() {
+        let progress = GuestTrace::read(&moved(1, 30, false)).progress(&MARKS);
+        assert!((progress.lost_s.unwrap() - 0.030).abs() < 1e-9, "{progress:?}");
+        assert!((progress.steady_visits_per_s.unwrap() - 10_000.0).abs() < 1e-6);
+        assert_eq!(progress.gap_ns, Some(30 * MS));
+        assert_eq!(progress.gap_before_ns, Some(50_000));
+        // From the line at 0.9 s to that at 2.2 s.
+        assert!((progress.window_s.unwrap() - 1.3).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_guest_clock_that_stops_hides_no_loss() {
+        let progress = GuestTrace::read(&moved(1, 30, true)).progress(&MARKS);
+        assert!((progress.lost_s.unwrap() - 0.030).abs() < 1e-9, "{progress:?}");
+    }
+
+    #[test]
+    fn a_gap_before_the_move_is_not_the_moves() {
+        let mut lines = moved(1, 30, false);
+        lines[3].bytes = b"P 2 visits 1000 maxgap_us 90000 bad 0 h: 9:1000".to_vec();
+        let progress = GuestTrace::read(&lines).progress(&MARKS);
+        assert_eq!(progress.gap_ns, Some(30 * MS));
+    }
+
+    #[test]
+    fn a_run_without_periods_has_no_figures() {
+        assert_eq!(GuestTrace::read(&[]).progress(&MARKS), Progress::default());
+        assert!(!GuestTrace::read(&[]).doubts().is_empty());
+    }
+
+    fn doubted(change: impl FnOnce(&mut Vec<TimedLine>), about: &str) {
+        let mut lines = moved(2, 30, false);
+        change(&mut lines);
+        let doubts = GuestTrace::read(&lines).doubts();
+        assert!(doubts.iter().any(|doubt| doubt.contains(about)), "{doubts:?} say nothing of {about}");
+    }
+
+    #[test]
+    fn each_kind_of_trouble_is_doubted() {
+        doubted(|lines| lines[1].bytes = b"P 0 visits 1 maxgap_us 1 bad 1 h: 1:1".to_vec(), "corrupt visits: 1");
+        doubted(|lines| lines.push(line(9000, Side::Destination, "B page 1 counter 2 expected 3")), "B page 1");
+        doubted(|lines| lines.push(line(9000, Side::Destination, "X exception 14")), "X exception");
+        doubted(|lines| lines.push(line(9000, Side::Destination, "P 41 vis")), "damaged line");
+        doubted(|lines| drop(lines.drain(41..43)), "period 20 is missing");
+        doubted(|lines| lines.push(lines[1].clone()), "out of order");
+        doubted(|lines| lines.truncate(22), "stands still");
+        doubted(|lines| drop(lines.remove(0)), "never said");
+        doubted(|lines| lines.push(lines[0].clone()), "started again");
+        doubted(
+            |lines| {
+                for line in lines.iter_mut().filter(|line| line.side == Side::Destination) {
+                    let text = String::from_utf8(line.bytes.clone()).unwrap();
+                    line.bytes = text.replace("visits 400", "visits 0").into_bytes();
+                }
+            },
+            "vCPU 1 does not visit",
+        );
+    }
+}

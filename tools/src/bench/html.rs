@@ -1,0 +1,414 @@
+//! `report.html`: one file with everything in it, no script, nothing loaded from elsewhere.
+
+use std::fmt::Write as _;
+
+use super::aggregate::Aggregate;
+use super::figures::FIGURES;
+use super::format::{bytes, figure, micros, millis, ns_as, number};
+use super::latency::{PARTS, Percentiles};
+use super::plots::canvas::{Ink, PlotError};
+use super::plots::{latency, progress, rates, timeline};
+use super::schema::{Report, RunReport, Spread};
+use crate::floor::{FloorReport, FloorSum};
+
+const STYLE: &str = include_str!("report.css");
+
+/// The page for `report`, whose modes were made from `aggregates`.
+///
+/// # Errors
+/// When a plot cannot be drawn.
+pub fn page(report: &Report, aggregates: &[Aggregate]) -> Result<String, PlotError> {
+    let mut html = String::new();
+    let title = format!("switchover: {}", modes(report));
+    let _ = write!(
+        html,
+        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" \
+         content=\"width=device-width, initial-scale=1\">\n<title>{}</title>\n<style>\n{STYLE}{}</style>\n</head>\n\
+         <body>\n<main>\n",
+        escape(&title),
+        ink_rules()
+    );
+    header(&mut html, report);
+    for aggregate in aggregates {
+        mode(&mut html, report, aggregate)?;
+    }
+    if let Some(floor) = &report.floor {
+        floor_table(&mut html, floor);
+    }
+    setting(&mut html, report);
+    html.push_str("</main>\n</body>\n</html>\n");
+    Ok(html)
+}
+
+/// Maps the pictures' stand-in colours to the page's variables.
+fn ink_rules() -> String {
+    Ink::ALL.iter().fold(String::new(), |mut rules, ink| {
+        let (hex, name) = (ink.hex(), ink.css_name());
+        let _ =
+            writeln!(rules, "svg [fill=\"{hex}\"]{{fill:var({name})}} svg [stroke=\"{hex}\"]{{stroke:var({name})}}");
+        rules
+    })
+}
+
+fn modes(report: &Report) -> String {
+    let names: Vec<_> = report.modes.iter().map(|mode| mode_name(&mode.mode)).collect();
+    names.join(", ")
+}
+
+fn mode_name(mode: &str) -> &str {
+    match mode {
+        "postcopy" => "post-copy migration",
+        "precopy" => "pre-copy migration",
+        "hybrid" => "hybrid migration",
+        other => other,
+    }
+}
+
+fn header(html: &mut String, report: &Report) {
+    let settings = &report.settings;
+    let runs: usize = report.modes.iter().map(|mode| mode.runs.len()).sum();
+    let (class, verdict) = if report.verified {
+        ("good", "guest memory verified in every run")
+    } else {
+        ("bad", "NOT verified: see the runs below")
+    };
+    let _ = writeln!(
+        html,
+        "<h1>{}</h1>\n<p class=\"lead\">{runs} {} of the guest <b>{}</b> with {} and {} over {}, on {} × {}, Linux {}. \
+         {}</p>\n<span class=\"verdict {class}\">{verdict}</span>",
+        capitalised(&escape(&modes(report))),
+        if runs == 1 { "run" } else { "runs" },
+        escape(&settings.guest),
+        escape(&bytes(ns_as(settings.memory, 1.0))),
+        if settings.vcpus == 1 { "1 vCPU".to_owned() } else { format!("{} vCPUs", settings.vcpus) },
+        escape(&settings.link),
+        report.host.cpus,
+        escape(&report.host.cpu),
+        escape(&report.host.kernel),
+        escape(&report.created.replace('T', " ").replace('Z', " UTC")),
+    );
+}
+
+fn mode(html: &mut String, report: &Report, aggregate: &Aggregate) -> Result<(), PlotError> {
+    if report.modes.len() > 1 {
+        let _ = writeln!(html, "<h2>{}</h2>", capitalised(&escape(mode_name(&aggregate.report.mode))));
+    }
+    cards(html, aggregate);
+    if let Some(typical) = aggregate.typical_run() {
+        plots(html, report, aggregate, typical)?;
+    }
+    figures_table(html, aggregate);
+    latency_table(html, aggregate);
+    if let Some(typical) = aggregate.typical_run() {
+        lanes_table(html, typical);
+    }
+    runs_table(html, aggregate);
+    Ok(())
+}
+
+fn cards(html: &mut String, aggregate: &Aggregate) {
+    let summary = &aggregate.report.summary;
+    html.push_str("<div class=\"cards\">\n");
+    for (key, what) in [
+        ("blackout_ns", "blackout, host clocks"),
+        ("gap_ns", "longest gap the guest saw"),
+        ("lost_s", "guest progress lost"),
+        ("drain_ns", "drain"),
+        ("drain_gbit_s", "drain rate"),
+    ] {
+        let found = FIGURES.iter().find(|figure| figure.key == key).zip(summary.get(key));
+        let Some((descriptor, spread)) = found else { continue };
+        let (value, unit) = figure(spread.median, descriptor.unit);
+        let mut range = range(spread, |value| figure(value, descriptor.unit).0);
+        if let Some(before) = summary.get("gap_before_ns").filter(|_| key == "gap_ns") {
+            let _ = write!(range, "; {} ms before the move", figure(before.median, descriptor.unit).0);
+        }
+        card(html, what, &value, unit, &range);
+    }
+    if let Some(total) = aggregate.report.latency.get("total").filter(|total| total.count > 0) {
+        let tail = format!(
+            "p99 {}, max {}; {} faults",
+            micros(total.p99_ns),
+            micros(total.max_ns),
+            number(ns_as(total.count, 1.0))
+        );
+        card(html, "remote fault, median", &number(ns_as(total.p50_ns, 1e3)), "µs", &tail);
+    }
+    html.push_str("</div>\n");
+}
+
+fn card(html: &mut String, what: &str, value: &str, unit: &str, range: &str) {
+    let _ = writeln!(
+        html,
+        "<div class=\"card\"><div class=\"what\">{what}</div><div class=\"value\">{value} <small>{unit}</small></div>\
+         <div class=\"range\">{range}</div></div>"
+    );
+}
+
+fn range(spread: &Spread, show: impl Fn(f64) -> String) -> String {
+    match spread.runs {
+        1 => "one run".to_owned(),
+        runs => format!("median of {runs}; {} to {}", show(spread.min), show(spread.max)),
+    }
+}
+
+fn plots(html: &mut String, report: &Report, aggregate: &Aggregate, typical: &RunReport) -> Result<(), PlotError> {
+    let number = typical.run;
+    let chosen = if aggregate.report.runs.len() > 1 {
+        format!("Run {number}, the one with the median blackout.")
+    } else {
+        String::new()
+    };
+    if let (Some(source), Some(destination)) = (&typical.source, &typical.destination) {
+        let caption = format!(
+            "{chosen} Upper rows: migration status; lower rows: steps within it. The blackout reaches from the last \
+             vCPU's exit on the source to the first one's entry on the destination."
+        );
+        section(html, "Phases on both sides", timeline::draw(source, destination)?, &caption);
+        let floor = report.floor.as_ref().map(|floor| levels(floor, &report.settings.link)).unwrap_or_default();
+        let caption = "All runs together. A fault's clock starts when the pager takes it from the kernel and stops \
+                       when the vCPU has been woken; what the vCPU waited before and after shows only in the guest's \
+                       own gaps. The floor is a no-op fault of a guest plus a 4 KiB request and response, both on an \
+                       idle machine.";
+        let picture = aggregate.merged.values().any(|histogram| !histogram.is_empty());
+        let picture = picture.then(|| latency::draw(&aggregate.merged, &floor)).transpose()?;
+        section(html, "Fault latency by percentile", picture, caption);
+        let caption =
+            format!("{chosen} What the destination placed and what its vCPUs had to ask for, over the drain.");
+        section(html, "Pushed pages and faults over time", rates::draw(destination)?, &caption);
+    }
+    let caption = "Visits that the guest counted in each of its periods, against its rate before the move. Shaded: from \
+                   the handoff until both sides had completed.";
+    section(html, "Guest progress", progress::draw(&aggregate.report.runs, typical)?, caption);
+    Ok(())
+}
+
+fn levels(floor: &FloorReport, link: &str) -> Vec<FloorSum> {
+    floor.sums.iter().filter(|sum| sum.link == link).cloned().collect()
+}
+
+fn section(html: &mut String, title: &str, svg: Option<String>, caption: &str) {
+    if let Some(svg) = svg {
+        let _ = writeln!(
+            html,
+            "<h2>{title}</h2>\n<figure role=\"img\" aria-label=\"{title}\">{svg}<figcaption>{}</figcaption></figure>",
+            caption.trim()
+        );
+    }
+}
+
+fn figures_table(html: &mut String, aggregate: &Aggregate) {
+    html.push_str("<h2>Figures</h2>\n<div class=\"scroll\"><table>\n<thead><tr><th>figure</th><th>median</th><th>min</th><th>max</th><th class=\"text\">unit</th><th>runs</th></tr></thead>\n<tbody>\n");
+    for descriptor in FIGURES {
+        let Some(spread) = aggregate.report.summary.get(descriptor.key) else { continue };
+        let shown = [spread.median, spread.min, spread.max].map(|value| figure(value, descriptor.unit));
+        let [(median, unit), (min, _), (max, _)] = &shown;
+        let _ = writeln!(
+            html,
+            "<tr><td>{}</td><td>{median}</td><td>{min}</td><td>{max}</td><td class=\"text\">{unit}</td><td>{}</td></tr>",
+            descriptor.label, spread.runs
+        );
+    }
+    html.push_str("</tbody></table></div>\n");
+}
+
+fn latency_table(html: &mut String, aggregate: &Aggregate) {
+    let rows: Vec<(&str, &Percentiles)> = PARTS
+        .iter()
+        .filter_map(|part| Some((part.label, aggregate.report.latency.get(part.key)?)))
+        .filter(|(_, percentiles)| percentiles.count > 0)
+        .collect();
+    if rows.is_empty() {
+        return;
+    }
+    html.push_str("<h2>Fault latency</h2>\n<p class=\"note\">All runs together, in microseconds. The parts are those of remote faults.</p>\n");
+    percentile_table(html, "faults", rows.into_iter().map(|(label, p)| (label.to_owned(), Ok(*p))));
+}
+
+fn percentile_table(html: &mut String, what: &str, rows: impl Iterator<Item = (String, Result<Percentiles, String>)>) {
+    let _ = writeln!(
+        html,
+        "<div class=\"scroll\"><table>\n<thead><tr><th></th><th>{what}</th><th>p50</th><th>p90</th><th>p99</th><th>p99.9</th><th>max</th></tr></thead>\n<tbody>"
+    );
+    for (label, row) in rows {
+        match row {
+            Ok(percentiles) => {
+                let _ =
+                    write!(html, "<tr><td>{}</td><td>{}</td>", escape(&label), number(ns_as(percentiles.count, 1.0)));
+                for (_, ns) in percentiles.named() {
+                    let _ = write!(html, "<td>{}</td>", number(ns_as(ns, 1e3)));
+                }
+                html.push_str("</tr>\n");
+            }
+            Err(reason) => {
+                let _ = writeln!(
+                    html,
+                    "<tr><td>{}</td><td colspan=\"6\" class=\"text\">{}</td></tr>",
+                    escape(&label),
+                    escape(&reason)
+                );
+            }
+        }
+    }
+    html.push_str("</tbody></table></div>\n");
+}
+
+fn lanes_table(html: &mut String, typical: &RunReport) {
+    let Some(source) = &typical.source else { return };
+    let _ = writeln!(
+        html,
+        "<h2>Lanes</h2>\n<p class=\"note\">Run {}, bytes with headers, as the source counted them.</p>\n<div class=\"scroll\"><table>\n<thead><tr><th>lane</th><th>source → destination</th><th>destination → source</th></tr></thead>\n<tbody>",
+        typical.run
+    );
+    for lane in &source.lanes {
+        let _ = writeln!(
+            html,
+            "<tr><td>{}</td><td>{}</td><td>{}</td></tr>",
+            escape(&lane.lane),
+            bytes(ns_as(lane.sent, 1.0)),
+            bytes(ns_as(lane.received, 1.0))
+        );
+    }
+    html.push_str("</tbody></table></div>\n");
+}
+
+fn runs_table(html: &mut String, aggregate: &Aggregate) {
+    html.push_str("<h2>Runs</h2>\n<div class=\"scroll\"><table>\n<thead><tr><th>run</th><th>blackout, ms</th><th>guest's gap, ms</th><th>lost, s</th><th>drain, ms</th><th>Gbit/s</th><th>remote faults</th><th class=\"text\">guest memory</th></tr></thead>\n<tbody>\n");
+    for run in &aggregate.report.runs {
+        let figures = &run.figures;
+        let ms = |ns: Option<u64>| ns.map_or_else(|| "–".to_owned(), millis);
+        let plain = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), number);
+        let (class, verdict) =
+            if run.verified { ("text", "verified".to_owned()) } else { ("text bad", escape(&run.doubts.join("; "))) };
+        let _ = writeln!(
+            html,
+            "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td class=\"{class}\">{verdict}</td></tr>",
+            run.run,
+            ms(figures.blackout_ns),
+            ms(figures.progress.gap_ns),
+            plain(figures.progress.lost_s),
+            ms(figures.drain_ns),
+            plain(figures.drain_gbit_s),
+            plain(figures.faults_remote.map(|count| ns_as(count, 1.0))),
+        );
+    }
+    html.push_str("</tbody></table></div>\n");
+}
+
+fn floor_table(html: &mut String, floor: &FloorReport) {
+    html.push_str("<h2>Floor: what this machine can do at best</h2>\n<p class=\"note\">Round trips in microseconds, each measured alone just before the runs. F, a guest's fault plus a request and response, is the sum percentile by percentile: a yardstick, not a distribution.</p>\n");
+    let parts = floor.parts().map(|(name, way, measured)| {
+        let row = match measured {
+            crate::floor::Measured::Round(percentiles) => Ok(*percentiles),
+            crate::floor::Measured::Missing { unavailable } => Err(unavailable.clone()),
+        };
+        (format!("{name}, {way}"), row)
+    });
+    percentile_table(html, "round trips", parts.into_iter());
+    html.push_str("<div class=\"scroll\"><table>\n<thead><tr><th>F</th><th>p50</th><th>p90</th><th>p99</th></tr></thead>\n<tbody>\n");
+    for sum in &floor.sums {
+        let _ = writeln!(
+            html,
+            "<tr><td>fault of a {} + 4 KiB over {}, {}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+            escape(&sum.fault),
+            escape(&sum.link),
+            escape(&sum.way),
+            number(ns_as(sum.p50_ns, 1e3)),
+            number(ns_as(sum.p90_ns, 1e3)),
+            number(ns_as(sum.p99_ns, 1e3)),
+        );
+    }
+    html.push_str("</tbody></table></div>\n");
+}
+
+fn setting(html: &mut String, report: &Report) {
+    let (settings, host) = (&report.settings, &report.host);
+    let or_unknown = |text: &str| if text.is_empty() { "unknown".to_owned() } else { text.to_owned() };
+    let mut cpu = format!("{} × {}, {}", host.cpus, host.cpu, host.architecture);
+    if host.virtualised {
+        cpu.push_str(", itself virtual");
+    }
+    html.push_str("<h2>Setting</h2>\n<table>\n<tbody>\n");
+    for (name, value) in [
+        ("Guest", format!("{} {}", settings.guest, settings.append)),
+        ("Machine", format!("{}, {} vCPU, link {}", bytes(ns_as(settings.memory, 1.0)), settings.vcpus, settings.link)),
+        (
+            "Runs",
+            format!(
+                "{} a mode; warm-up {} s, {} s after the move, guest period {} ms",
+                settings.runs, settings.warmup_s, settings.after_s, settings.period_ms
+            ),
+        ),
+        ("CPU", cpu),
+        ("Memory", bytes(ns_as(host.memory, 1.0))),
+        ("Kernel", host.kernel.clone()),
+        ("KVM", or_unknown(&host.kvm)),
+        ("Frequency governor", or_unknown(&host.governor)),
+        ("Huge pages for shared memory", or_unknown(&host.shmem_huge_pages)),
+    ] {
+        let _ = writeln!(html, "<tr><td>{name}</td><td class=\"text\">{}</td></tr>", escape(&value));
+    }
+    let _ = writeln!(
+        html,
+        "</tbody></table>\n<footer>switchover {} · <code>{}</code> · the full data is in <code>report.json</code>, the \
+         distributions in <code>*.hgrm</code> and <code>*.hlog</code>; what each figure means and leaves out is said in \
+         <code>docs/report.md</code></footer>",
+        escape(&report.switchover),
+        escape(&report.schema)
+    );
+}
+
+fn capitalised(text: &str) -> String {
+    let mut letters = text.chars();
+    letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())
+}
+
+/// Text as HTML: the host's and the guest's words are not ours.
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;").replace('\'', "&#39;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::synthetic;
+    use super::*;
+
+    fn sample(runs: u32) -> (Report, Vec<Aggregate>) {
+        let aggregate = Aggregate::of("postcopy", "switchover", synthetic::runs(runs)).unwrap();
+        (synthetic::report(vec![aggregate.report.clone()]), vec![aggregate])
+    }
+
+    #[test]
+    fn the_page_is_whole_and_needs_nothing_else() {
+        let (report, aggregates) = sample(5);
+        let html = page(&report, &aggregates).unwrap();
+        if let Some(directory) = std::env::var_os("SWITCHOVER_SAMPLE_REPORT") {
+            std::fs::write(std::path::Path::new(&directory).join("report.html"), &html).unwrap();
+        }
+        assert_eq!(html.matches("<svg").count(), 4);
+        assert!(html.ends_with("</html>\n"));
+        for outside in ["<script", "<link", "src=", "url(", "@import"] {
+            assert!(!html.contains(outside), "{outside}");
+        }
+        for figure in FIGURES {
+            assert!(html.contains(figure.label), "{}", figure.label);
+        }
+    }
+
+    #[test]
+    fn words_from_elsewhere_cannot_become_markup() {
+        let (mut report, aggregates) = sample(1);
+        report.host.cpu = "<b>\"cpu\" & co".to_owned();
+        let html = page(&report, &aggregates).unwrap();
+        assert!(html.contains("&lt;b&gt;&quot;cpu&quot; &amp; co") && !html.contains("<b>\"cpu\""));
+    }
+
+    #[test]
+    fn a_bench_without_a_good_run_says_why() {
+        let failed = RunReport { run: 1, doubts: vec!["the <guest> stands still".to_owned()], ..RunReport::default() };
+        let aggregate = Aggregate::of("postcopy", "switchover", vec![failed]).unwrap();
+        let report = synthetic::report(vec![aggregate.report.clone()]);
+        let html = page(&report, &[aggregate]).unwrap();
+        assert!(html.contains("the &lt;guest&gt; stands still") && html.contains("NOT verified"));
+    }
+}

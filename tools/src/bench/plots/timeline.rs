@@ -1,0 +1,206 @@
+//! The phases on both sides, and the handoff under the magnifying glass.
+
+use std::ops::Range;
+
+use switchover_hybrid::report::{PhaseSpan, SideReport};
+
+use super::super::format::{millis, ns_as, number};
+use super::canvas::{Anchor, Canvas, Ink, Panel, PlotError, estimated_width, picture};
+use super::ticks::round;
+
+/// Statuses are drawn on the upper row of a side, everything else on the lower one.
+const STATUSES: &[&str] =
+    &["setup", "active", "pre-switchover", "device", "postcopy-active", "postcopy-paused", "postcopy-recover"];
+/// Rows from top to bottom, in units of the y axis.
+const ROWS: [(f64, f64); 4] = [(3.4, 4.2), (2.75, 3.25), (1.3, 2.1), (0.65, 1.15)];
+const TOP: f64 = 4.6;
+/// How much of the blackout's length is shown before and after it.
+const CONTEXT: f64 = 0.35;
+
+/// Both sides' phases in one picture: the whole migration, and below it the blackout enlarged.
+///
+/// The two sides share an axis only where they read one clock; elsewhere the destination's is moved so that the
+/// commit leaves and arrives at once, and the picture says so.
+///
+/// # Errors
+/// When the backend fails.
+pub fn draw(source: &SideReport, destination: &SideReport) -> Result<Option<String>, PlotError> {
+    let Some(zero) = source.instants.last_exit_ns.or(source.phases.first().map(|phase| phase.start_ns)) else {
+        return Ok(None);
+    };
+    let same_clock = source.clock.same_host(&destination.clock);
+    let shift = match (source.instants.commit_ns, destination.instants.commit_ns) {
+        (Some(sent), Some(arrived)) if !same_clock => ns_as(sent, 1e6) - ns_as(arrived, 1e6),
+        _ => 0.0,
+    };
+    let here = |ns: u64| ns_as(ns, 1e6) - ns_as(zero, 1e6);
+    let there = |ns: u64| here(ns) + shift;
+    let moments = Moments {
+        commit: source.instants.commit_ns.map(here),
+        blackout: source.instants.last_exit_ns.map(here).zip(destination.instants.first_entry_ns.map(there)),
+        drained: source.instants.drained_ns.map(here),
+        same_clock,
+    };
+    let rows = rows(&source.phases, here, 0).chain(rows(&destination.phases, there, 2)).collect::<Vec<_>>();
+    let from = rows.iter().map(|bar| bar.x.start).fold(f64::INFINITY, f64::min);
+    let to = rows.iter().map(|bar| bar.x.end).fold(f64::NEG_INFINITY, f64::max);
+    if !(to - from).is_finite() || to <= from {
+        return Ok(None);
+    }
+    let margin = (to - from) * 0.02;
+    let near = moments.blackout.map(|(start, end)| {
+        let context = (end - start).abs().max(0.05) * CONTEXT;
+        start - context..end + context
+    });
+    let height = if near.is_some() { 500 } else { 250 };
+    let picture = picture(1000, height, |canvas| {
+        let title = "ms since the last vCPU left the guest on the source";
+        panel(canvas, 34..190, from - margin..to + margin, &rows, &moments, "the whole migration", title)?;
+        if let Some(near) = near {
+            panel(canvas, 284..440, near, &rows, &moments, "the handoff, enlarged", title)?;
+        }
+        Ok(())
+    })?;
+    Ok(Some(picture))
+}
+
+struct Moments {
+    commit: Option<f64>,
+    blackout: Option<(f64, f64)>,
+    drained: Option<f64>,
+    same_clock: bool,
+}
+
+struct Bar {
+    name: String,
+    x: Range<f64>,
+    row: usize,
+}
+
+fn rows(phases: &[PhaseSpan], time: impl Fn(u64) -> f64, first_row: usize) -> impl Iterator<Item = Bar> {
+    phases.iter().filter_map(move |phase| {
+        let end = phase.end_ns.filter(|end| *end >= phase.start_ns)?;
+        let row = if STATUSES.contains(&phase.name.as_str()) { first_row } else { first_row + 1 };
+        Some(Bar { name: phase.name.clone(), x: time(phase.start_ns)..time(end), row })
+    })
+}
+
+fn colour(name: &str) -> Ink {
+    match name {
+        "setup" => Ink::Quiet,
+        "active" => Ink::Third,
+        "device" | "pre-switchover" => Ink::Second,
+        "postcopy-active" => Ink::Main,
+        "postcopy-paused" | "postcopy-recover" => Ink::Alarm,
+        _ => Ink::Fourth,
+    }
+}
+
+fn panel(
+    canvas: &Canvas<'_>,
+    down: Range<i32>,
+    x: Range<f64>,
+    bars: &[Bar],
+    moments: &Moments,
+    name: &str,
+    title: &str,
+) -> Result<(), PlotError> {
+    let panel = canvas.panel(104..980, down, x.clone(), 0.0..TOP);
+    panel.x_axis(&round(x.start, x.end, 10), title)?;
+    panel.y_axis(&[], name)?;
+    for (label, y) in [("source", 3.62), ("destination", 1.52)] {
+        panel.text(label, (x.start, y), (-10, 0), Anchor::Right, Ink::Text)?;
+    }
+    if let Some((start, end)) = moments.blackout {
+        panel.bar(start..end, 0.0..TOP, Ink::Alarm, 0.16)?;
+    }
+    for bar in bars {
+        draw_bar(&panel, bar, &x)?;
+    }
+    draw_moments(&panel, moments, &x)
+}
+
+fn draw_bar(panel: &Panel<'_>, bar: &Bar, shown: &Range<f64>) -> Result<(), PlotError> {
+    let Some((bottom, top)) = ROWS.get(bar.row).copied() else { return Ok(()) };
+    let visible = bar.x.start.max(shown.start)..bar.x.end.min(shown.end);
+    if visible.end <= visible.start {
+        return Ok(());
+    }
+    let ink = colour(&bar.name);
+    panel.bar(visible.clone(), bottom..top, ink, 1.0)?;
+    // Parts the bar from the one before.
+    panel.line(&[(visible.start, bottom), (visible.start, top)], Ink::Paper, 1)?;
+    let middle = f64::midpoint(visible.start, visible.end);
+    let width = panel.width_of(visible.end - visible.start);
+    let length = number(bar.x.end - bar.x.start);
+    let long = format!("{} {length} ms", bar.name);
+    let label = [long, bar.name.clone()].into_iter().find(|label| f64::from(estimated_width(label) + 10) < width);
+    match label {
+        Some(label) => panel.text(&label, (middle, f64::midpoint(bottom, top)), (0, 3), Anchor::Middle, Ink::OnFill),
+        None => Ok(()),
+    }
+}
+
+fn draw_moments(panel: &Panel<'_>, moments: &Moments, shown: &Range<f64>) -> Result<(), PlotError> {
+    if let Some((start, end)) = moments.blackout {
+        panel.rule(start, Ink::Alarm)?;
+        panel.rule(end, Ink::Alarm)?;
+        let ns = ((end - start) * 1e6).max(0.0);
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a span of a run, not negative")]
+        let length = millis(ns as u64);
+        let label = if moments.same_clock {
+            format!("blackout {length} ms")
+        } else {
+            format!("blackout {length} ms less the commit's way: two clocks")
+        };
+        let wide = panel.width_of(end - start) > f64::from(estimated_width(&label));
+        let (x, anchor, by) = if wide {
+            (f64::midpoint(start, end), Anchor::Middle, 0)
+        } else if panel.width_of(shown.end - end) > f64::from(estimated_width(&label) + 60) {
+            (end, Anchor::Left, 5)
+        } else {
+            (start, Anchor::Right, -5)
+        };
+        panel.text(&label, (x, TOP), (by, -3), anchor, Ink::Alarm)?;
+    }
+    if let Some(commit) = moments.commit {
+        panel.line(&[(commit, 0.0), (commit, TOP)], Ink::Text, 2)?;
+        panel.text("commit", (commit, 0.0), (-6, -5), Anchor::Right, Ink::Text)?;
+    }
+    if let Some(drained) = moments.drained.filter(|drained| shown.contains(drained)) {
+        panel.rule(drained, Ink::Muted)?;
+        panel.text("drained", (drained, TOP), (-4, -3), Anchor::Right, Ink::Muted)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::synthetic;
+    use super::*;
+
+    #[test]
+    fn both_sides_and_the_moments_are_in_the_picture() {
+        let (source, destination) = synthetic::sides(1);
+        let svg = draw(&source, &destination).unwrap().unwrap();
+        for word in ["source", "destination", "commit", "drained", "save-state", "load-state", "postcopy-active"] {
+            assert!(svg.contains(word), "{word}");
+        }
+        assert!(!svg.contains("two clocks"));
+    }
+
+    #[test]
+    fn two_clocks_are_said_to_be_two() {
+        let (source, mut destination) = synthetic::sides(1);
+        destination.clock.boot_id = "another".to_owned();
+        assert!(draw(&source, &destination).unwrap().unwrap().contains("two clocks"));
+    }
+
+    #[test]
+    fn a_migration_without_phases_has_no_picture() {
+        let (mut source, mut destination) = synthetic::sides(1);
+        source.phases.clear();
+        destination.phases.clear();
+        assert!(draw(&source, &destination).unwrap().is_none());
+    }
+}

@@ -1,0 +1,157 @@
+//! `report.json`: what a bench run found, in full.
+//!
+//! Fields are only ever added under one schema name; a change of meaning makes a new one. Nanoseconds end in `_ns`,
+//! seconds in `_s`; instants are of a `CLOCK_MONOTONIC` (the bench's in `marks` and `guest`, each side's own in `source`
+//! and `destination`: see their `clock`).
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use switchover_hybrid::report::SideReport;
+
+use super::figures::Figures;
+use super::guest_trace::{GuestTrace, Marks};
+use super::host_info::HostInfo;
+use super::latency::Percentiles;
+use crate::floor::FloorReport;
+
+/// The name of this format and its version.
+pub const SCHEMA: &str = "switchover.report/v1";
+
+/// The whole file.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Report {
+    /// [`SCHEMA`].
+    pub schema: String,
+    /// When the bench began, in UTC: `2026-11-20T19:45:00Z`.
+    pub created: String,
+    /// The version of switchover that wrote it.
+    pub switchover: String,
+    /// Every run's guest memory was verified, and there was at least one run.
+    pub verified: bool,
+    /// The machine and its kernel.
+    pub host: HostInfo,
+    /// What was asked for.
+    pub settings: Settings,
+    /// What this machine can do at best, measured just before the runs.
+    pub floor: Option<FloorReport>,
+    /// One entry a mode.
+    pub modes: Vec<ModeReport>,
+}
+
+/// What was asked for.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Settings {
+    /// The built-in guest's name, or the ELF file's.
+    pub guest: String,
+    /// The guest's command line.
+    pub append: String,
+    /// Bytes of guest RAM.
+    pub memory: u64,
+    /// vCPUs.
+    pub vcpus: u8,
+    /// `tcp` or `unix`.
+    pub link: String,
+    /// Runs of each mode.
+    pub runs: u32,
+    /// Time between the guest's lines, in milliseconds.
+    pub period_ms: u64,
+    /// Seconds from the guest's readiness to `migrate`.
+    pub warmup_s: f64,
+    /// Seconds from the completion to the end.
+    pub after_s: f64,
+}
+
+/// All runs of one mode.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ModeReport {
+    /// `postcopy`.
+    pub mode: String,
+    /// Whose virtual machine: `switchover`, or a peer's name.
+    pub vmm: String,
+    /// Every run was verified, and there was at least one.
+    pub verified: bool,
+    /// Each figure over the runs, by its name in `runs[].figures`. A figure that no run has is left out.
+    pub summary: BTreeMap<String, Spread>,
+    /// Fault latencies over all runs together, by part: `total`, `queue`, `wire`, `place`, `wake`, `local_total`.
+    pub latency: BTreeMap<String, Percentiles>,
+    /// The runs one by one.
+    pub runs: Vec<RunReport>,
+}
+
+/// A figure over several runs.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Spread {
+    /// The middle one, or the mean of the two middle ones.
+    pub median: f64,
+    /// The smallest.
+    pub min: f64,
+    /// The largest.
+    pub max: f64,
+    /// Runs that have the figure.
+    pub runs: u32,
+}
+
+/// One run.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct RunReport {
+    /// Counted from 1.
+    pub run: u32,
+    /// Nothing speaks against the guest's memory being whole.
+    pub verified: bool,
+    /// What does.
+    pub doubts: Vec<String>,
+    /// What it comes down to.
+    pub figures: Figures,
+    /// When the bench did what.
+    pub marks: Option<Marks>,
+    /// What the guest said.
+    pub guest: Option<GuestTrace>,
+    /// What the source reported.
+    pub source: Option<SideReport>,
+    /// What the destination reported.
+    pub destination: Option<SideReport>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::aggregate::Aggregate;
+    use super::super::synthetic;
+    use super::*;
+
+    #[test]
+    fn a_report_reads_back_as_it_was_written() {
+        let mode = Aggregate::of("postcopy", "switchover", synthetic::runs(2)).unwrap().report;
+        let report = synthetic::report(vec![mode]);
+        let json = serde_json::to_string_pretty(&report).unwrap();
+        // Not assert_eq: it would print megabytes.
+        assert!(serde_json::from_str::<Report>(&json).unwrap() == report);
+    }
+
+    #[test]
+    fn the_names_that_readers_rely_on_are_there() {
+        let mode = Aggregate::of("postcopy", "switchover", synthetic::runs(2)).unwrap().report;
+        let json = serde_json::to_value(synthetic::report(vec![mode])).unwrap();
+        assert_eq!(json["schema"], "switchover.report/v1");
+        assert_eq!(json["verified"], true);
+        for pointer in [
+            "/host/kernel",
+            "/settings/memory",
+            "/floor/guest_fault/spinning/p99_ns",
+            "/floor/sums/0/p50_ns",
+            "/modes/0/summary/blackout_ns/median",
+            "/modes/0/summary/gap_ns/max",
+            "/modes/0/summary/lost_s/min",
+            "/modes/0/latency/total/p99_9_ns",
+            "/modes/0/latency/wire/count",
+            "/modes/0/runs/1/figures/blackout_ns",
+            "/modes/0/runs/1/guest/periods/3/visits",
+            "/modes/0/runs/1/source/instants/last_exit_ns",
+            "/modes/0/runs/1/destination/faults/total",
+            "/modes/0/runs/1/marks/handoff_ns",
+        ] {
+            let found = json.pointer(pointer);
+            assert!(found.is_some_and(|value| !value.is_null()), "{pointer}");
+        }
+    }
+}

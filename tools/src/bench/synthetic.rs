@@ -1,0 +1,248 @@
+//! Made-up runs, for the tests of everything that is done with real ones.
+
+use hdrhistogram::Histogram;
+use switchover_hybrid::report::{
+    CpuSeconds, EncodedHistogram, FaultReport, Instants, LaneBytes, PageClasses, PhaseSpan, RateSeries, Side,
+    SideReport,
+};
+use switchover_hybrid::status::MigrationStatus;
+use switchover_wire::clock::HostClock;
+
+use super::figures::Figures;
+use super::guest_trace::{GuestPeriod, GuestTrace, Marks};
+use super::host_info::HostInfo;
+use super::schema::{Report, RunReport, SCHEMA, Settings};
+
+const MS: u64 = 1_000_000;
+/// When the guest is ready; everything else follows from it.
+const READY: u64 = 3_600_000 * MS;
+const PERIOD_MS: u64 = 100;
+const WARM_UP: u64 = 2_000 * MS;
+const SLICE: u64 = 2 * MS;
+
+/// Numbers that look random and are the same every time.
+struct Noise(u64);
+
+impl Noise {
+    /// Between 0 and 1.
+    fn next(&mut self) -> f64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) as f64 / (1_u64 << 53) as f64
+    }
+
+    /// Around `median`, with a long tail upwards.
+    fn latency(&mut self, median: f64, spread: f64) -> u64 {
+        let normal = (0..6).map(|_| self.next()).sum::<f64>() - 3.0;
+        let tail = if self.next() < 0.005 { 1.0 + 12.0 * self.next() } else { 1.0 };
+        (median * (spread * normal).exp() * tail) as u64
+    }
+}
+
+/// The two sides of a run that went well.
+pub fn sides(seed: u64) -> (SideReport, SideReport) {
+    let mut noise = Noise(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let clock = HostClock { boot_id: "11111111-2222-3333-4444-555555555555".to_owned() };
+    let migrate = READY + WARM_UP;
+    let handoff = migrate + 180 * MS;
+    let last_exit = handoff + 400_000 + (noise.next() * 4e5) as u64;
+    let commit = last_exit + 2_600_000 + (noise.next() * 9e5) as u64;
+    let commit_there = commit + 60_000;
+    let first_entry = commit_there + 300_000 + (noise.next() * 3e5) as u64;
+    let drain = (210.0 + 40.0 * noise.next()) as u64 * MS;
+    let last_page = commit_there + drain;
+    let drained = last_page + 700_000;
+    let faults = faults(&mut noise);
+    let requested = faults.remote;
+    let pushed = 65_700 - requested;
+    let phase = |name: &str, start_ns, end_ns| PhaseSpan { name: name.to_owned(), start_ns, end_ns: Some(end_ns) };
+    let lane = |lane: &str, sent, received| LaneBytes { lane: lane.to_owned(), sent, received };
+    let bulk = pushed * 4110;
+    let source = SideReport {
+        side: Side::Source,
+        session: format!("{seed:032x}"),
+        status: MigrationStatus::Completed,
+        error: None,
+        clock: clock.clone(),
+        phases: vec![
+            phase("setup", migrate + MS, migrate + 120 * MS),
+            phase("active", migrate + 120 * MS, handoff),
+            phase("device", handoff, commit),
+            phase("pause", handoff + 50_000, last_exit + 40_000),
+            phase("save-state", last_exit + 50_000, last_exit + 900_000),
+            phase("postcopy-active", commit, drained),
+        ],
+        instants: Instants {
+            last_exit_ns: Some(last_exit),
+            commit_ns: Some(commit),
+            drained_ns: Some(drained),
+            ..Instants::default()
+        },
+        lanes: vec![
+            lane("control lane 0", 21_000, 900),
+            lane("fault lane 0", requested * 4120, (requested + faults.raced) * 16),
+            lane("bulk lane 0", bulk, 0),
+        ],
+        state_bytes: 18_432,
+        ram_pages: 131_072,
+        pages: None,
+        faults: None,
+        rates: None,
+        cpu: CpuSeconds { user: 0.05, system: 0.19 },
+    };
+    let destination = SideReport {
+        side: Side::Destination,
+        phases: vec![
+            phase("setup", migrate + 2 * MS, migrate + 119 * MS),
+            phase("active", migrate + 119 * MS, commit_there),
+            phase("load-state", last_exit + 1_000_000, commit - 100_000),
+            phase("postcopy-active", commit_there, drained + 300_000),
+        ],
+        instants: Instants {
+            commit_ns: Some(commit_there),
+            first_entry_ns: Some(first_entry),
+            last_page_ns: Some(last_page),
+            drained_ns: Some(drained + 100_000),
+            ..Instants::default()
+        },
+        lanes: source.lanes.iter().map(|l| lane(&l.lane, l.received, l.sent)).collect(),
+        pages: Some(PageClasses { zero: 131_072 - pushed - requested, pushed, requested, discarded: faults.raced }),
+        rates: Some(rates(&mut noise, commit_there, drain, &faults, pushed)),
+        faults: Some(faults),
+        cpu: CpuSeconds { user: 0.08, system: 0.31 },
+        ..source.clone()
+    };
+    (source, destination)
+}
+
+/// `count` runs that went well, each different.
+pub fn runs(count: u32) -> Vec<RunReport> {
+    (1..=count).map(run).collect()
+}
+
+/// A report of such runs of one mode, which the caller has aggregated.
+pub fn report(modes: Vec<super::schema::ModeReport>) -> Report {
+    Report {
+        schema: SCHEMA.to_owned(),
+        created: "2026-11-20T19:45:00Z".to_owned(),
+        switchover: "0.1.0".to_owned(),
+        verified: modes.iter().all(|mode| mode.verified),
+        host: HostInfo::here(),
+        settings: Settings {
+            guest: "random".to_owned(),
+            append: "ws=256M period=100".to_owned(),
+            memory: 512 << 20,
+            vcpus: 1,
+            link: "tcp".to_owned(),
+            runs: 5,
+            period_ms: PERIOD_MS,
+            warmup_s: 2.0,
+            after_s: 2.0,
+        },
+        floor: Some(crate::floor::synthetic()),
+        modes,
+    }
+}
+
+fn run(number: u32) -> RunReport {
+    let (source, destination) = sides(u64::from(number));
+    let handoff = source.instants.last_exit_ns.unwrap();
+    let drained = destination.instants.drained_ns.unwrap();
+    let marks = Marks {
+        warm_up_ns: READY,
+        migrate_ns: READY + WARM_UP,
+        handoff_ns: handoff - 500_000,
+        completed_ns: drained + 2 * MS,
+    };
+    let guest = guest(u64::from(number), handoff, drained);
+    let figures = Figures::of(&source, &destination, guest.progress(&marks));
+    let doubts = guest.doubts();
+    RunReport {
+        run: number,
+        verified: doubts.is_empty(),
+        doubts,
+        figures,
+        marks: Some(marks),
+        guest: Some(guest),
+        source: Some(source),
+        destination: Some(destination),
+    }
+}
+
+fn guest(seed: u64, handoff: u64, drained: u64) -> GuestTrace {
+    let mut noise = Noise(seed.wrapping_mul(0x2545_f491_4f6c_dd1d) | 1);
+    let periods = (0..46).map(|number| {
+        let start = READY + number * PERIOD_MS * MS;
+        let end = start + PERIOD_MS * MS;
+        let within =
+            |from: u64, to: u64| (to.min(end).saturating_sub(from.max(start))) as f64 / (PERIOD_MS * MS) as f64;
+        let slow = within(handoff + 4 * MS, drained) * 0.72 + within(handoff, handoff + 4 * MS);
+        let visits = (148_000.0 * (1.0 - slow) * (0.985 + 0.03 * noise.next())) as u64;
+        let max_gap_us =
+            if within(handoff, handoff + 4 * MS) > 0.0 { 5_200 } else { 90 + (200.0 * noise.next()) as u64 };
+        GuestPeriod {
+            number,
+            read_ns: end + (noise.next() * 9e5) as u64,
+            side: if end < handoff { Side::Source } else { Side::Destination },
+            visits,
+            max_gap_us,
+            bad: 0,
+            vcpu_visits: vec![visits],
+        }
+    });
+    GuestTrace {
+        working_set: 256 << 20,
+        tsc_khz: 2_445_406,
+        vcpus: 1,
+        ready_ns: Some(READY),
+        periods: periods.collect(),
+        ..GuestTrace::default()
+    }
+}
+
+fn faults(noise: &mut Noise) -> FaultReport {
+    let (remote, raced, local) = (1_450 + (noise.next() * 300.0) as u64, 61, 5_210);
+    let new = || Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3).unwrap();
+    let [mut total, mut queue, mut wire, mut place, mut wake, mut local_total] = [(); 6].map(|()| new());
+    for _ in 0..remote {
+        let parts = [(2_600.0, 0.35), (78_000.0, 0.5), (2_100.0, 0.25), (4_900.0, 0.4)];
+        let values = parts.map(|(median, spread)| noise.latency(median, spread));
+        for (histogram, value) in [&mut queue, &mut wire, &mut place, &mut wake].into_iter().zip(values) {
+            histogram.record(value).unwrap();
+        }
+        total.record(values.iter().sum()).unwrap();
+    }
+    for _ in 0..raced {
+        total.record(noise.latency(120_000.0, 0.6)).unwrap();
+    }
+    for _ in 0..local {
+        local_total.record(noise.latency(6_300.0, 0.4)).unwrap();
+    }
+    let encode = |histogram| EncodedHistogram::encode(&histogram).unwrap();
+    FaultReport {
+        remote,
+        raced,
+        local,
+        joined: 37,
+        total: encode(total),
+        queue: encode(queue),
+        wire: encode(wire),
+        place: encode(place),
+        wake: encode(wake),
+        local_total: encode(local_total),
+    }
+}
+
+fn rates(noise: &mut Noise, start_ns: u64, drain: u64, faults: &FaultReport, pushed: u64) -> RateSeries {
+    let slices = (drain / SLICE) as usize;
+    let weight = |slice: usize| (-3.0 * slice as f64 / slices as f64).exp();
+    let sum: f64 = (0..slices).map(weight).sum();
+    let faulted = (faults.remote + faults.raced) as f64 / sum;
+    RateSeries {
+        start_ns,
+        slice_ns: SLICE,
+        faults: (0..slices).map(|slice| (faulted * weight(slice) * (0.5 + noise.next())) as u32).collect(),
+        pushed: (0..slices).map(|_| (pushed as f64 / slices as f64 * (0.7 + 0.6 * noise.next())) as u32).collect(),
+    }
+}
