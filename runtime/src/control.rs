@@ -16,7 +16,7 @@ use switchover_wire::clock::Nanos;
 use crate::error::VmError;
 use crate::kick::{ExitByte, kick, this_thread};
 use crate::lock;
-use crate::run_state::{ExitReason, Refusal, RunFlags, RunState};
+use crate::run_state::{ExitReason, RunFlags, RunState};
 
 /// Something that controllers are told.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -129,9 +129,7 @@ impl Control {
             return Err(VmError::PauseTimeout { vcpu, waited_ms: patience.as_millis() });
         }
         // The guest may have ended itself meanwhile: nobody should move a dead one.
-        if let Some(reason) = state.flags.exit().map(|exit| format!("{exit:?}")).or_else(|| state.flags.reason()) {
-            return Err(Refusal::Ended { reason }.into());
-        }
+        state.flags.check_alive()?;
         let last_exit = state.vcpus.iter().filter_map(|vcpu| vcpu.last_exit).max().unwrap_or_else(Nanos::now);
         Ok(Paused { last_exit, was_running })
     }

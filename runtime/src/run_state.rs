@@ -179,7 +179,7 @@ impl RunFlags {
     /// # Errors
     /// Without the right to run, during a handoff, and after its end.
     pub fn cont(&mut self) -> Result<(), Refusal> {
-        self.refuse_if_ended()?;
+        self.check_alive()?;
         match self.hold {
             Hold::Incoming { .. } if !self.right_to_run => return Err(Refusal::NotArrived),
             _ if !self.right_to_run => return Err(Refusal::MovedAway),
@@ -197,7 +197,7 @@ impl RunFlags {
     /// # Errors
     /// Without the right to run, and after its end.
     pub fn pause(&mut self) -> Result<bool, Refusal> {
-        self.refuse_if_ended()?;
+        self.check_alive()?;
         match self.hold {
             Hold::Incoming { .. } => Err(Refusal::NotArrived),
             _ if !self.right_to_run => Err(Refusal::MovedAway),
@@ -215,7 +215,7 @@ impl RunFlags {
     /// # Errors
     /// Without the right to run, and after its end.
     pub fn resume(&mut self) -> Result<(), Refusal> {
-        self.refuse_if_ended()?;
+        self.check_alive()?;
         if !self.right_to_run {
             return Err(match self.hold {
                 Hold::Incoming { .. } => Refusal::NotArrived,
@@ -247,7 +247,7 @@ impl RunFlags {
     /// # Errors
     /// Otherwise.
     pub fn check_loading(&self) -> Result<(), Refusal> {
-        self.refuse_if_ended()?;
+        self.check_alive()?;
         if self.hold == (Hold::Incoming { loaded: false }) && !self.right_to_run {
             Ok(())
         } else {
@@ -285,7 +285,11 @@ impl RunFlags {
         self.broken.is_some() || self.exit.is_some()
     }
 
-    fn refuse_if_ended(&self) -> Result<(), Refusal> {
+    /// Whether the guest can still run, some time.
+    ///
+    /// # Errors
+    /// When it has ended, or was stopped for good; the reason is in it.
+    pub fn check_alive(&self) -> Result<(), Refusal> {
         let reason = match (&self.exit, &self.broken) {
             (None, None) => return Ok(()),
             (Some(ExitReason::Failed(reason)), _) | (None, Some(reason)) => reason.clone(),

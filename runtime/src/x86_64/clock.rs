@@ -2,8 +2,9 @@
 //!
 //! The TSC and KVM's paravirtual clock are advanced by the blackout, so that the guest can see how long it stood still; they
 //! are never set back or held to hide it. On one host the blackout is measured by CLOCK_MONOTONIC, between two by
-//! CLOCK_REALTIME, which both hosts are expected to keep. Timers that count down (the PIT, the local APIC's in its counting
-//! modes) go on with what they had left; a TSC deadline is a point in time and fires late if it has passed.
+//! CLOCK_REALTIME, which both hosts are expected to keep. The local APIC's timer goes on with what it had left in its counting
+//! modes; a TSC deadline is a point in time and fires late if it has passed. The PIT's channels begin their counts anew, because
+//! KVM_SET_PIT2 has no other way: a guest that is moved while it measures its TSC against the PIT measures wrong.
 //!
 //! Where KVM can set a vCPU's TSC offset, all vCPUs' offsets are moved by the same number, so that they stay as synchronous
 //! as they were. Where it cannot, the TSC is written, as near as that comes. KVM without control of the TSC (software
