@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::failure::Failure;
-use crate::{check, migrate, run};
+use crate::{bench, check, floor, migrate, run};
 
 /// The environment variable that says what is logged.
 const LOG_VARIABLE: &str = "SWITCHOVER_LOG";
@@ -43,6 +43,10 @@ enum Command {
     Run(run::RunArgs),
     /// Move the guest of a running machine to a destination
     Migrate(migrate::MigrateArgs),
+    /// Move real guests on this host, prove that no byte was lost, and write a report of what it cost
+    Bench(bench::BenchArgs),
+    /// Say what this host can do at best, to read a report against
+    Floor(floor::FloorArgs),
     /// Say whether this host can do it: kvm, userfaultfd, io_uring, limits; and what to change where not
     Check,
 }
@@ -54,6 +58,8 @@ pub fn main() -> ExitCode {
     let done = log().and_then(|()| match cli.command {
         Command::Run(args) => run::main(args),
         Command::Migrate(args) => migrate::main(&args),
+        Command::Bench(args) => bench::main(&args),
+        Command::Floor(args) => floor::main(&args),
         Command::Check => check::main(),
     });
     match done {
