@@ -190,6 +190,10 @@ impl Machine for FakeMachine {
         self.inner.lock().has_right = true;
     }
 
+    fn take_back_right_to_run(&self) {
+        self.take_right_to_run();
+    }
+
     fn first_pages(&self) -> Vec<PageIndex> {
         let next = self.visits();
         (next..next + 8).map(|visit| PageIndex(visit.wrapping_mul(STEP) % self.ram.pages().0 * 3 / 4)).collect()
@@ -223,7 +227,10 @@ impl Machine for FakeMachine {
 
 impl Drop for FakeMachine {
     fn drop(&mut self) {
+        // Under the lock, or the guest could look before this and wait after it.
+        let control = self.inner.lock();
         self.inner.ended.store(true, Ordering::Release);
         self.inner.changed.notify_all();
+        drop(control);
     }
 }

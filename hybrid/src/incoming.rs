@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam::channel::{Receiver, Sender, bounded};
 use switchover_pager::cpu::CpuMeter;
 use switchover_pager::destination::{DestinationPager, DestinationProgress};
 use switchover_pager::lane::{Notify, PageLane, PagerEvent};
@@ -22,7 +22,7 @@ use crate::capability;
 use crate::error::MigrationError;
 use crate::lanes::{BULK_LANES_LIMIT, Lanes};
 use crate::machine::Machine;
-use crate::patience::{Patience, next_event};
+use crate::patience::{Patience, Rank, next_event};
 use crate::progress::Progress;
 use crate::reception::{self, Reception};
 use crate::recorder::Recorder;
@@ -35,6 +35,9 @@ use crate::status::MigrationStatus;
 /// Connections that may be in their handshake at once. Each may cost a thread and 64 KiB for as long as the handshake
 /// may last, whoever connects.
 const HANDSHAKES_LIMIT: usize = 16;
+
+/// Messages of the source that may wait while the session is busy. A well-behaved one sends three in all.
+const EVENTS_ROOM: usize = 1024;
 
 /// How long to wait for a vCPU that was told to run to note its first entry: a wake-up takes some ten microseconds.
 const FIRST_ENTRY_PATIENCE: Duration = Duration::from_millis(20);
@@ -101,6 +104,14 @@ impl Incoming {
     #[must_use]
     pub fn address(&self) -> Address {
         self.shared.listener.address()
+    }
+
+    /// Listens no longer, and ends a migration that has not had its commit. One that has goes on.
+    pub fn close(&self) {
+        self.shared.listener.close();
+        if self.shared.recorder.read().instants.commit_ns.is_none() {
+            self.shared.lanes.shut_down();
+        }
     }
 
     /// How far it has come.
@@ -265,7 +276,7 @@ impl Shared {
         if !mismatches.is_empty() {
             return Err(describe_mismatches(&mismatches));
         }
-        self.reception().control(session, hello.lanes, Arc::clone(socket), Instant::now())
+        self.reception().control(session, hello.lanes, Arc::clone(socket), Instant::now(), |control| control.is_open())
     }
 
     /// All lanes are open: the session's thread takes over.
@@ -284,20 +295,24 @@ impl Shared {
             .spawn(move || driver.cpu.measure(|| driver.migrate(control, pages)));
         if let Err(error) = spawned {
             self.lanes.shut_down();
+            self.listener.close();
             self.recorder.fail(format!("cannot start the migration's thread: {error}"));
         }
     }
 
     /// The session's thread, from beginning to end.
     fn migrate(self: &Arc<Self>, control: Arc<Socket>, pages: Vec<PageLane>) {
-        let (events, receiver) = unbounded();
+        let (events, receiver) = bounded(EVENTS_ROOM);
         match self.start_threads(control, &events) {
             Ok(session) => {
                 let prepared = self.recorder.timed("prepare", || self.prepare(pages, &events));
                 let _ = events.send(prepared);
                 self.drive(session, &receiver);
             }
-            Err(reason) => self.recorder.fail(reason),
+            Err(reason) => {
+                self.lanes.shut_down();
+                self.recorder.fail(reason);
+            }
         }
         self.listener.close();
     }
@@ -370,11 +385,7 @@ impl Shared {
                     *arriving.lock().unwrap_or_else(PoisonError::into_inner) = Some(state);
                     DestinationEvent::State
                 }
-                Ok(ControlMessage::Commit) => {
-                    let now = Nanos::now();
-                    self.recorder.write(|record| record.instants.commit_ns = Some(now.0));
-                    DestinationEvent::Commit
-                }
+                Ok(ControlMessage::Commit) => DestinationEvent::Commit,
                 Ok(ControlMessage::DrainedAck) => {
                     let now = Nanos::now();
                     self.recorder.write(|record| record.instants.drained_ns = Some(now.0));
@@ -401,10 +412,8 @@ impl Shared {
         let mut state = DestinationSession::new();
         let mut waiting = VecDeque::new();
         loop {
-            let event = waiting.pop_front().or_else(|| {
-                let lane_lost = |event: &DestinationEvent| matches!(event, DestinationEvent::LaneLost(_));
-                next_event(events, &mut Patience::endless(), lane_lost, &mut waiting)
-            });
+            let event =
+                waiting.pop_front().or_else(|| next_event(events, &mut Patience::endless(), rank, &mut waiting));
             // This thread holds a sender itself, so the channel cannot end.
             let Some(event) = event else { return };
             let (next, actions) = state.on(event);
@@ -413,8 +422,10 @@ impl Shared {
                 if let DestinationAction::Finish(outcome) = action {
                     return self.finish(outcome);
                 }
+                // A failure is an event of its own, and the rest of the list must not be done.
                 if let Some(event) = self.perform(action, &mut session) {
                     waiting.push_back(event);
+                    break;
                 }
             }
         }
@@ -432,6 +443,8 @@ impl Shared {
                 let _ = session.control.send(&ControlMessage::Refused { reason });
             }
             DestinationAction::Run => {
+                // Only a commit that is acted upon counts: one that comes after our refusal does not.
+                self.recorder.write(|record| record.instants.commit_ns = Some(Nanos::now().0));
                 self.machine.take_right_to_run();
                 if self.recorder.read().was_running
                     && let Err(error) = self.machine.resume()
@@ -494,6 +507,19 @@ impl Shared {
                 self.recorder.fail(format!("{}; {}", failure.reason, failure.guest.sentence()));
             }
         }
+    }
+}
+
+/// What a destination's event is to the loss of a page lane.
+fn rank(event: &DestinationEvent) -> Rank {
+    match event {
+        DestinationEvent::LaneLost(_) => Rank::LaneLost,
+        DestinationEvent::Aborted(_)
+        | DestinationEvent::Lost(_)
+        | DestinationEvent::PagerBroken(_)
+        | DestinationEvent::Complete
+        | DestinationEvent::DrainedAcknowledged => Rank::Explains,
+        _ => Rank::Follows,
     }
 }
 

@@ -12,7 +12,7 @@ use crate::report::LaneBytes;
 pub const BULK_LANES_LIMIT: u8 = 32;
 
 /// All lanes of a session, kept for their counters after they are closed.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Lanes(Mutex<Vec<(LaneId, Arc<Socket>)>>);
 
 impl Lanes {

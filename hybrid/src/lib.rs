@@ -71,3 +71,4 @@ pub mod report;
 pub mod session;
 pub mod settings;
 pub mod status;
+mod watchdog;

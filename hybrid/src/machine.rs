@@ -66,11 +66,15 @@ pub trait Machine: Send + Sync + 'static {
     /// When the machine has not the right to run, or a vCPU thread is gone.
     fn resume(&self) -> Result<(), MachineError>;
 
-    /// Gives up the right to run, for good. Called on a paused machine.
+    /// Gives up the right to run. Called on a paused machine.
     fn surrender_right_to_run(&self);
 
     /// Takes the right to run: the commit has arrived. Called on a machine whose state is loaded.
     fn take_right_to_run(&self);
+
+    /// Takes back the right to run that was surrendered: the destination has said, finally, that it never ran the guest
+    /// and never will. Called on nothing less than that.
+    fn take_back_right_to_run(&self);
 
     /// The pages that the paused guest's first instructions will want, most urgent first: under the instruction
     /// and stack pointers, and the page tables that lead there. A hint: wrong or empty costs time only.

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, Sender, unbounded};
+use crossbeam::channel::{Receiver, Sender, bounded};
 use switchover_pager::cpu::CpuMeter;
 use switchover_pager::lane::{Notify, PageLane, PagerEvent};
 use switchover_pager::source::{SourcePager, SourceProgress};
@@ -20,15 +20,16 @@ use switchover_wire::types::{LaneId, LaneRole, SessionId};
 use crate::capability;
 use crate::error::MigrationError;
 use crate::lanes::{BULK_LANES_LIMIT, Lanes};
-use crate::machine::Machine;
-use crate::patience::{Patience, next_event};
+use crate::machine::{Machine, MachineError};
+use crate::patience::{Patience, Rank, next_event};
 use crate::progress::Progress;
 use crate::recorder::Recorder;
 use crate::report::{CpuSeconds, Side, SideReport};
 use crate::session::source::{SourceAction, SourceEvent, SourceSession, WishRefused};
-use crate::session::{GuestAfter, Outcome};
+use crate::session::{Failure, GuestAfter, Outcome};
 use crate::settings::{Observer, Settings};
 use crate::status::MigrationStatus;
+use crate::watchdog::Watchdog;
 
 /// How long the destination's host may take to accept a connection.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
@@ -36,6 +37,12 @@ const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the guest may stand still before the commit. Loading a state takes milliseconds; a destination that needs
 /// longer than this is not going to make it, and until the commit the guest can simply go on here.
 const HANDOFF_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long telling the destination to give up may take: the guest may be standing still meanwhile.
+const ABORT_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Messages of the destination that may wait while the session is busy. A well-behaved one sends five in all.
+const EVENTS_ROOM: usize = 1024;
 
 /// A migration on its source. Clones are handles to the same one; dropping them changes nothing.
 #[derive(Clone)]
@@ -50,7 +57,9 @@ struct Shared {
     session: Mutex<SourceSession>,
     events: Sender<SourceEvent>,
     cancelled: AtomicBool,
-    lanes: Lanes,
+    lanes: Arc<Lanes>,
+    /// Ends a send that would keep the guest paused.
+    watchdog: Watchdog,
     pager: Mutex<Option<SourcePager>>,
     cpu: CpuMeter,
 }
@@ -72,15 +81,17 @@ impl Outgoing {
         if !(1..=BULK_LANES_LIMIT).contains(&settings.bulk_lanes) {
             return Err(MigrationError::BulkLanes { asked: settings.bulk_lanes, limit: BULK_LANES_LIMIT });
         }
-        let (events, receiver) = unbounded();
+        let (events, receiver) = bounded(EVENTS_ROOM);
+        let lanes = Arc::new(Lanes::default());
         let shared = Arc::new(Shared {
             machine,
             settings,
             recorder: Recorder::new(observer),
+            watchdog: Watchdog::start(Arc::clone(&lanes)).map_err(MigrationError::Thread)?,
             session: Mutex::new(SourceSession::new()),
             events,
             cancelled: AtomicBool::new(false),
-            lanes: Lanes::default(),
+            lanes,
             pager: Mutex::new(None),
             cpu: CpuMeter::default(),
         });
@@ -118,11 +129,12 @@ impl Outgoing {
             })
         })?;
         self.shared.cancelled.store(true, Ordering::Release);
-        if self.shared.pager.lock().unwrap_or_else(PoisonError::into_inner).is_none() {
+        self.shared.events.send(SourceEvent::Cancel).map_err(|_| too_late("the migration is over"))?;
+        if self.shared.pager().is_none() {
             // The lanes are still being opened: whatever that waits for ends now.
             self.shared.lanes.shut_down();
         }
-        self.shared.events.send(SourceEvent::Cancel).map_err(|_| too_late("the migration is over"))
+        Ok(())
     }
 
     /// How far it has come.
@@ -200,12 +212,10 @@ impl Shared {
             Ok(control) => self.drive(control, events),
             Err(reason) => {
                 self.lanes.shut_down();
+                // Ends its threads, if it was started.
+                drop(self.pager().take());
                 *self.session() = SourceSession::Over;
-                self.finish(if self.cancelled.load(Ordering::Acquire) {
-                    Outcome::Cancelled
-                } else {
-                    Outcome::Failed(crate::session::Failure { reason, guest: GuestAfter::OnSource })
-                });
+                self.finish(Outcome::Failed(Failure { reason, guest: GuestAfter::OnSource }), None);
             }
         }
     }
@@ -308,10 +318,10 @@ impl Shared {
     fn drive(&self, mut control: ControlWriter, events: &Receiver<SourceEvent>) {
         let mut patience = Patience::endless();
         let mut waiting = VecDeque::new();
+        let mut left_paused = None;
         loop {
             let event = waiting.pop_front().unwrap_or_else(|| {
-                let lane_lost = |event: &SourceEvent| matches!(event, SourceEvent::LaneLost(_));
-                next_event(events, &mut patience, lane_lost, &mut waiting).unwrap_or(SourceEvent::HandoffTimedOut)
+                next_event(events, &mut patience, rank, &mut waiting).unwrap_or(SourceEvent::HandoffTimedOut)
             });
             let actions = {
                 let mut session = self.session();
@@ -320,11 +330,16 @@ impl Shared {
                 actions
             };
             for action in actions {
-                if let SourceAction::Finish(outcome) = action {
-                    return self.finish(outcome);
-                }
-                if let Some(event) = self.perform(action, &mut control, &mut patience) {
-                    waiting.push_back(event);
+                match action {
+                    SourceAction::Finish(outcome) => return self.finish(outcome, left_paused),
+                    SourceAction::Resume => left_paused = self.machine.resume().err(),
+                    // An answer is what the list was working towards, or why the rest of it must not be done.
+                    action => {
+                        if let Some(event) = self.perform(action, &mut control, &mut patience) {
+                            waiting.push_back(event);
+                            break;
+                        }
+                    }
                 }
             }
         }
@@ -351,12 +366,19 @@ impl Shared {
                 }
             }
             SourceAction::SendState => {
-                *patience = Patience::until(Instant::now() + HANDOFF_PATIENCE);
+                let deadline = Instant::now() + HANDOFF_PATIENCE;
+                *patience = Patience::until(deadline);
+                self.watchdog.arm(deadline);
                 return Some(self.send_state(control));
             }
             SourceAction::SurrenderRightToRun => self.machine.surrender_right_to_run(),
+            SourceAction::TakeBackRightToRun => {
+                tracing::warn!("the destination refused the guest for good: it goes on here");
+                self.machine.take_back_right_to_run();
+            }
             SourceAction::SendCommit => {
                 *patience = Patience::endless();
+                self.watchdog.disarm();
                 self.recorder.write(|record| record.instants.commit_ns = Some(Nanos::now().0));
                 if let Err(error) = control.send(&ControlMessage::Commit) {
                     return Some(SourceEvent::Lost(error.to_string()));
@@ -369,6 +391,7 @@ impl Shared {
                 }
             }
             SourceAction::SendAbort(reason) => {
+                self.watchdog.arm(Instant::now() + ABORT_PATIENCE);
                 if let Err(error) = control.send(&ControlMessage::Abort { reason }) {
                     tracing::debug!(%error, "the destination could not be told to give up");
                 }
@@ -377,14 +400,11 @@ impl Shared {
                 if let Some(pager) = self.pager().as_mut() {
                     pager.stop();
                 }
+                self.watchdog.disarm();
                 self.lanes.shut_down();
             }
-            SourceAction::Resume => {
-                if let Err(error) = self.machine.resume() {
-                    tracing::error!(%error, "the guest could not be resumed");
-                }
-            }
-            SourceAction::Finish(_) => {}
+            // The caller's: they decide how it ends.
+            SourceAction::Resume | SourceAction::Finish(_) => {}
         }
         None
     }
@@ -415,13 +435,34 @@ impl Shared {
         }
     }
 
-    fn finish(&self, outcome: Outcome) {
-        match outcome {
-            Outcome::Completed => self.recorder.set_status(MigrationStatus::Completed),
-            Outcome::Cancelled => self.recorder.set_status(MigrationStatus::Cancelled),
-            Outcome::Failed(failure) => {
+    fn finish(&self, outcome: Outcome, left_paused: Option<MachineError>) {
+        match (outcome, left_paused) {
+            (Outcome::Completed, _) => self.recorder.set_status(MigrationStatus::Completed),
+            (Outcome::Cancelled, Some(error)) => {
+                self.recorder.fail(format!("cancelled, but the guest stays paused: {error}"));
+            }
+            (Outcome::Failed(failure), Some(error)) => {
+                self.recorder.fail(format!("{}; and the guest stays paused: {error}", failure.reason));
+            }
+            (Outcome::Cancelled, None) => self.recorder.set_status(MigrationStatus::Cancelled),
+            // What a cancellation tears down on its way is no failure of its own.
+            (Outcome::Failed(failure), None)
+                if failure.guest == GuestAfter::OnSource && self.cancelled.load(Ordering::Acquire) =>
+            {
+                self.recorder.set_status(MigrationStatus::Cancelled);
+            }
+            (Outcome::Failed(failure), None) => {
                 self.recorder.fail(format!("{}; {}", failure.reason, failure.guest.sentence()));
             }
         }
+    }
+}
+
+/// What a source's event is to the loss of a page lane.
+fn rank(event: &SourceEvent) -> Rank {
+    match event {
+        SourceEvent::LaneLost(_) => Rank::LaneLost,
+        SourceEvent::Refused(_) | SourceEvent::Lost(_) | SourceEvent::Drained | SourceEvent::Cancel => Rank::Explains,
+        _ => Rank::Follows,
     }
 }

@@ -29,12 +29,22 @@ impl Patience {
     }
 }
 
-/// The next event, or `None` when patience ends, which it does once. The loss of a page lane comes after what else
-/// arrives within a moment of it.
+/// What an event is to the loss of a page lane.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Rank {
+    /// It is such a loss.
+    LaneLost,
+    /// It ends the session, or makes the loss harmless: it comes first, if it follows within a moment.
+    Explains,
+    /// Anything else, which must not get ahead of a known loss: least of all a step of the handoff.
+    Follows,
+}
+
+/// The next event, or `None` when patience ends, which it does once.
 pub fn next_event<E>(
     events: &Receiver<E>,
     patience: &mut Patience,
-    lane_lost: impl Fn(&E) -> bool,
+    rank: impl Fn(&E) -> Rank,
     waiting: &mut VecDeque<E>,
 ) -> Option<E> {
     let received = match patience.until {
@@ -45,16 +55,19 @@ pub fn next_event<E>(
         *patience = Patience::endless();
         return None;
     };
-    if !lane_lost(&event) {
+    if rank(&event) != Rank::LaneLost {
         return Some(event);
     }
     waiting.push_back(event);
     let held_until = Instant::now() + LANE_LOSS_HELD;
     while let Ok(next) = events.recv_deadline(held_until) {
-        if lane_lost(&next) {
-            waiting.push_back(next);
-        } else {
-            return Some(next);
+        match rank(&next) {
+            Rank::LaneLost => waiting.push_back(next),
+            Rank::Explains => return Some(next),
+            Rank::Follows => {
+                waiting.push_back(next);
+                break;
+            }
         }
     }
     waiting.pop_front()
@@ -66,30 +79,47 @@ mod tests {
 
     use super::*;
 
+    fn rank(event: &&str) -> Rank {
+        match *event {
+            "lane lost" => Rank::LaneLost,
+            "aborted" => Rank::Explains,
+            _ => Rank::Follows,
+        }
+    }
+
+    fn told(sent: &[&'static str]) -> Vec<&'static str> {
+        let (sender, events) = unbounded();
+        for event in sent {
+            sender.send(*event).unwrap();
+        }
+        let (mut waiting, mut told) = (VecDeque::new(), Vec::new());
+        while told.len() < sent.len() {
+            let next = waiting.pop_front();
+            told.extend(next.or_else(|| next_event(&events, &mut Patience::endless(), rank, &mut waiting)));
+        }
+        told
+    }
+
     #[test]
     fn a_lost_lane_waits_for_the_better_reason() {
-        let (sender, events) = unbounded();
-        sender.send("lane lost").unwrap();
-        sender.send("lane lost").unwrap();
-        sender.send("aborted").unwrap();
-        let mut waiting = VecDeque::new();
-        let mut next = || next_event(&events, &mut Patience::endless(), |e| *e == "lane lost", &mut waiting);
-        assert_eq!(next(), Some("aborted"));
-        assert_eq!(waiting, ["lane lost", "lane lost"]);
+        assert_eq!(told(&["lane lost", "lane lost", "aborted"]), ["aborted", "lane lost", "lane lost"]);
+    }
+
+    #[test]
+    fn no_step_of_the_handoff_gets_ahead_of_a_lost_lane() {
+        assert_eq!(told(&["lane lost", "restored", "aborted"]), ["lane lost", "restored", "aborted"]);
     }
 
     #[test]
     fn a_lost_lane_alone_is_told_in_the_end() {
-        let (sender, events) = unbounded();
-        sender.send(1).unwrap();
-        assert_eq!(next_event(&events, &mut Patience::endless(), |_| true, &mut VecDeque::new()), Some(1));
+        assert_eq!(told(&["lane lost"]), ["lane lost"]);
     }
 
     #[test]
     fn patience_ends_once() {
         let (_sender, events) = unbounded::<u8>();
         let mut patience = Patience::until(Instant::now());
-        assert_eq!(next_event(&events, &mut patience, |_| false, &mut VecDeque::new()), None);
+        assert_eq!(next_event(&events, &mut patience, |_| Rank::Follows, &mut VecDeque::new()), None);
         assert!(patience.until.is_none());
     }
 }

@@ -43,16 +43,26 @@ pub struct Lanes<S> {
 }
 
 impl<S> Reception<S> {
-    /// A source's control lane. It has been checked for everything else.
+    /// A source's control lane. It has been checked for everything else. A source that was connecting gives way when
+    /// it takes too long, or when its control lane is not open any more.
     ///
     /// # Errors
     /// Why it cannot be taken, for the source to read.
-    pub fn control(&mut self, session: SessionId, lanes: LaneCounts, lane: S, now: Instant) -> Result<(), String> {
+    pub fn control(
+        &mut self,
+        session: SessionId,
+        lanes: LaneCounts,
+        lane: S,
+        now: Instant,
+        is_open: impl Fn(&S) -> bool,
+    ) -> Result<(), String> {
         match self {
             Self::Taken(other) => {
                 return Err(format!("this destination already receives another guest (session {other})"));
             }
-            Self::Gathering(other) if now.duration_since(other.since) < GATHERING_PATIENCE => {
+            Self::Gathering(other)
+                if now.duration_since(other.since) < GATHERING_PATIENCE && is_open(&other.control) =>
+            {
                 let other = other.session;
                 return Err(format!("another source is connecting to this destination right now (session {other})"));
             }
@@ -134,7 +144,7 @@ mod tests {
     #[test]
     fn a_source_takes_the_destination_when_all_its_lanes_are_open() {
         let mut reception = Reception::Waiting;
-        reception.control(ONE, LANES, "control", Instant::now()).unwrap();
+        reception.control(ONE, LANES, "control", Instant::now(), |_| true).unwrap();
         for (lane, name) in [(id(LaneRole::Bulk, 1), "b1"), (id(LaneRole::Fault, 0), "f0")] {
             reception.page_lane(ONE, lane, name).unwrap();
             assert!(reception.complete().is_none());
@@ -144,7 +154,9 @@ mod tests {
         assert_eq!(lanes.control, "control");
         let names: Vec<_> = lanes.pages.iter().map(|(id, name)| (id.role, id.index, *name)).collect();
         assert_eq!(names, [(LaneRole::Fault, 0, "f0"), (LaneRole::Bulk, 0, "b0"), (LaneRole::Bulk, 1, "b1")]);
-        assert!(reception.control(TWO, LANES, "late", Instant::now()).unwrap_err().contains("already receives"));
+        assert!(
+            reception.control(TWO, LANES, "late", Instant::now(), |_| true).unwrap_err().contains("already receives")
+        );
         assert!(reception.page_lane(ONE, id(LaneRole::Bulk, 0), "again").is_err());
     }
 
@@ -152,7 +164,7 @@ mod tests {
     fn nobody_joins_a_session_that_is_not_theirs() {
         let mut reception = Reception::Waiting;
         assert!(reception.page_lane(ONE, id(LaneRole::Fault, 0), "f").is_err());
-        reception.control(ONE, LANES, "c", Instant::now()).unwrap();
+        reception.control(ONE, LANES, "c", Instant::now(), |_| true).unwrap();
         assert!(reception.page_lane(TWO, id(LaneRole::Fault, 0), "f").is_err());
         assert!(reception.page_lane(ONE, id(LaneRole::Bulk, 2), "b").unwrap_err().contains("not announced"));
         reception.page_lane(ONE, id(LaneRole::Fault, 0), "f").unwrap();
@@ -163,11 +175,13 @@ mod tests {
     fn a_source_that_went_away_does_not_keep_others_out() {
         let mut reception = Reception::Waiting;
         let then = Instant::now();
-        reception.control(ONE, LANES, "one", then).unwrap();
-        assert!(reception.control(TWO, LANES, "two", then).is_err());
-        reception.control(TWO, LANES, "two", then + GATHERING_PATIENCE).unwrap();
+        reception.control(ONE, LANES, "one", then, |_| true).unwrap();
+        assert!(reception.control(TWO, LANES, "two", then, |_| true).is_err());
+        reception.control(TWO, LANES, "two", then + GATHERING_PATIENCE, |_| true).unwrap();
         assert!(reception.page_lane(ONE, id(LaneRole::Fault, 0), "f").is_err());
+        reception.control(ONE, LANES, "one", then, |_| false).unwrap();
+        reception.forget(ONE);
         reception.forget(TWO);
-        reception.control(ONE, LANES, "one", then).unwrap();
+        reception.control(ONE, LANES, "one", then, |_| true).unwrap();
     }
 }

@@ -153,7 +153,8 @@ impl Record {
     /// The blackout as far as this record knows it.
     #[must_use]
     pub fn downtime_ns(&self) -> Option<u64> {
-        let last_exit = self.instants.last_exit_ns?;
+        // A guest that its user had paused stood still anyway.
+        let last_exit = self.instants.last_exit_ns.filter(|_| self.was_running)?;
         match self.instants.first_entry_ns {
             Some(first_entry) if self.same_clock => Some(first_entry.saturating_sub(last_exit)),
             _ => Some(self.running_heard?.0.saturating_sub(last_exit)),

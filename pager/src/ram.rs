@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -63,6 +64,7 @@ struct Mappings {
     guest: MmapRaw,
     alias: MmapRaw,
     pages: PageCount,
+    watched: AtomicBool,
 }
 
 impl Ram {
@@ -94,7 +96,7 @@ impl Ram {
             let _ = mapping.advise(Advice::DontFork);
             let _ = mapping.advise(Advice::DontDump);
         }
-        Ok(Self { inner: Arc::new(Mappings { file, guest, alias, pages }) })
+        Ok(Self { inner: Arc::new(Mappings { file, guest, alias, pages, watched: AtomicBool::new(false) }) })
     }
 
     /// Its size.
@@ -135,6 +137,12 @@ impl Ram {
             let offset = usize::try_from(page.offset()).unwrap_or(usize::MAX);
             self.inner.alias.as_mut_ptr().wrapping_add(offset)
         })
+    }
+
+    /// Whether it is watched for the first time now. What a failed migration has brought stays mapped, where no fault
+    /// would tell of it.
+    pub(crate) fn take_for_watching(&self) -> bool {
+        !self.inner.watched.swap(true, Ordering::AcqRel)
     }
 
     /// Allocates every page now, so that none can be missing later.

@@ -64,6 +64,9 @@ pub enum WatchError {
     /// The kernel reported a fault outside guest RAM, or an event that was never asked for.
     #[error("the userfaultfd reported something that was never registered: {0}")]
     Unexpected(String),
+    /// Bytes that a pager has brought before lie in it, and would be taken for this guest's.
+    #[error("this guest RAM was watched before: a migration needs RAM that nothing was ever loaded into")]
+    UsedBefore,
     /// The range could not be unregistered.
     #[error("cannot unregister guest RAM from userfaultfd: {0}")]
     Unregister(#[source] UffdError),
@@ -121,6 +124,9 @@ impl Watch {
     /// # Errors
     /// When the kernel has no userfaultfd for this process, or lacks minor faults on shared memory.
     pub fn register(ram: Ram) -> Result<Self, WatchError> {
+        if !ram.take_for_watching() {
+            return Err(WatchError::UsedBefore);
+        }
         let uffd = UffdBuilder::new()
             .close_on_exec(true)
             .non_blocking(true)
@@ -198,13 +204,20 @@ impl Watch {
     /// # Errors
     /// When the descriptor fails, or tells of something that was never registered.
     pub fn take_faults(&self, buffer: &mut FaultBuffer, faults: &mut Vec<PageIndex>) -> Result<(), WatchError> {
-        for event in self.uffd.read_events(&mut buffer.0).map_err(WatchError::Read)? {
-            match event.map_err(WatchError::Read)? {
-                Event::Pagefault { addr, .. } => faults.push(self.page_at(addr as usize)?),
-                other => return Err(WatchError::Unexpected(format!("{other:?}"))),
+        // All of them: a poll tells of new faults only, not of those that were left.
+        loop {
+            let mut read = 0;
+            for event in self.uffd.read_events(&mut buffer.0).map_err(WatchError::Read)? {
+                match event.map_err(WatchError::Read)? {
+                    Event::Pagefault { addr, .. } => faults.push(self.page_at(addr as usize)?),
+                    other => return Err(WatchError::Unexpected(format!("{other:?}"))),
+                }
+                read += 1;
+            }
+            if read < FAULTS_PER_READ {
+                return Ok(());
             }
         }
-        Ok(())
     }
 
     /// Ends the watch: nobody can fault any more, and what is not mapped is simply what the file holds. Only for

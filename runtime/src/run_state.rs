@@ -229,9 +229,19 @@ impl RunFlags {
         Ok(())
     }
 
-    /// Gives up the right to run. It never comes back.
+    /// Gives up the right to run.
     pub fn surrender(&mut self) {
         self.right_to_run = false;
+    }
+
+    /// Takes back the right to run that a handoff gave up, the destination having refused it for good. Answers whether
+    /// there was one to take back.
+    #[must_use]
+    pub fn take_back(&mut self) -> bool {
+        if self.hold == Hold::Outgoing {
+            self.right_to_run = true;
+        }
+        self.right_to_run
     }
 
     /// Whether a paused machine's state may be read.
@@ -346,6 +356,17 @@ mod tests {
         flags.stop().unwrap();
         assert!(!flags.may_run());
         assert_eq!(flags.state(), RunState::Postmigrate);
+    }
+
+    #[test]
+    fn a_refused_guest_comes_back_and_a_booting_one_gains_nothing() {
+        let mut flags = running();
+        assert!(flags.pause().unwrap());
+        flags.surrender();
+        assert!(flags.take_back());
+        flags.resume().unwrap();
+        assert_eq!(flags.state(), RunState::Running);
+        assert!(!RunFlags::incoming().take_back(), "a machine that waits for a guest has nothing to take back");
     }
 
     #[test]

@@ -207,6 +207,12 @@ impl Machine for Vm {
         }
     }
 
+    fn take_back_right_to_run(&self) {
+        if !self.shared.control.change(RunFlags::take_back) {
+            tracing::error!("the right to run was given back to a machine that never surrendered it, and not taken");
+        }
+    }
+
     fn first_pages(&self) -> Vec<PageIndex> {
         match self.shared.control.change(|flags| flags.check_saving()) {
             Ok(()) => self.platform.first_pages(&self.fds()),

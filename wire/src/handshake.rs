@@ -343,12 +343,12 @@ fn answer(socket: &Socket, answer: &Answer, deadline: &Deadline) -> Result<(), H
 }
 
 /// Text from outside, with what could move a terminal's cursor escaped.
-fn printable(text: &str) -> String {
+pub(crate) fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() }).collect()
 }
 
 /// As much of the front as fits `limit` bytes without a character cut in two.
-fn cut(text: &str, limit: usize) -> &str {
+pub(crate) fn cut(text: &str, limit: usize) -> &str {
     let end = (0..=limit.min(text.len())).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
     &text[..end]
 }

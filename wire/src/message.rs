@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::clock::HostClock;
+use crate::handshake::{MAX_REASON, cut, printable};
 use crate::ring::{Ring, RingError};
 use crate::socket::Socket;
 
@@ -136,6 +137,18 @@ pub enum MessageError {
     },
 }
 
+impl ControlMessage {
+    /// The message with its text cut to a length, and harmless on a terminal: it ends up in logs and errors.
+    fn tamed(self) -> Self {
+        let tame = |reason: &str| printable(cut(reason, MAX_REASON));
+        match self {
+            Self::Refused { reason } => Self::Refused { reason: tame(&reason) },
+            Self::Abort { reason } => Self::Abort { reason: tame(&reason) },
+            other => other,
+        }
+    }
+}
+
 /// The sending half of a control lane.
 pub struct ControlWriter {
     socket: Arc<Socket>,
@@ -212,8 +225,8 @@ impl ControlReader {
         if actual != announced {
             return Err(MessageError::Checksum { peer: self.peer(), actual, announced });
         }
-        match postcard::take_from_bytes(&body) {
-            Ok((message, [])) => Ok(message),
+        match postcard::take_from_bytes::<ControlMessage>(&body) {
+            Ok((message, [])) => Ok(message.tamed()),
             Ok((_, rest)) => {
                 let reason = format!("{} bytes are left over", rest.len());
                 Err(MessageError::Malformed { peer: self.peer(), reason })
@@ -305,7 +318,7 @@ mod tests {
             });
             let mut reader = ControlReader::new(Arc::clone(&far)).unwrap();
             for message in messages {
-                prop_assert_eq!(reader.recv().unwrap(), message);
+                prop_assert_eq!(reader.recv().unwrap(), message.tamed());
             }
             writer.join().unwrap();
             prop_assert_eq!(far.counters().received(), near_counters.sent());
@@ -403,5 +416,13 @@ mod tests {
         far.shutdown();
         assert!(matches!(waiting.join().unwrap(), Err(MessageError::Closed { got: 0, .. })));
         drop(near);
+    }
+
+    #[test]
+    fn text_from_outside_is_short_and_harmless_on_a_terminal() {
+        let reason = format!("\u{1b}[2J{}", "x".repeat(1 << 15));
+        let body = postcard::to_stdvec(&ControlMessage::Abort { reason }).unwrap();
+        let Ok(ControlMessage::Abort { reason }) = receive(&framed(&body)) else { panic!("it is a message") };
+        assert!(!reason.contains('\u{1b}') && reason.len() < 2 * MAX_REASON, "{} bytes", reason.len());
     }
 }

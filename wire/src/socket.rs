@@ -9,8 +9,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Shutdown, SockFlag, SockType, UnixAddr, connect, setsockopt, shutdown, socket, sockopt,
+    AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, UnixAddr, connect, recv, setsockopt, shutdown, socket,
+    sockopt,
 };
 use nix::sys::time::TimeVal;
 use thiserror::Error;
@@ -24,6 +26,12 @@ use crate::types::LaneRole;
 /// chunks' worth of pages: too little for both sides to work at once. The kernel gives what
 /// `net.core.{r,w}mem_max` allows.
 const UNIX_BULK_BUFFER: usize = 4 << 20;
+
+/// Seconds of silence before TCP asks whether the other side is still there, seconds between its questions, and how many
+/// may stay unanswered: a dead host is noticed within some 15 s.
+const KEEPALIVE_IDLE_S: u32 = 5;
+const KEEPALIVE_INTERVAL_S: u32 = 2;
+const KEEPALIVE_PROBES: u32 = 5;
 
 /// What can go wrong with a socket before it is a lane.
 #[derive(Debug, Error)]
@@ -150,7 +158,10 @@ impl Socket {
             // Requests, pages and messages must go at once. On a bulk lane Nagle's algorithm would hold back the last
             // piece of the last frame for a round trip, and the drain with it. TCP's buffers are left alone: a size
             // that is set turns the kernel's own sizing off, and that goes higher (`net.ipv4.tcp_{r,w}mem`).
-            Family::Tcp => self.set("TCP_NODELAY", sockopt::TcpNoDelay, &true),
+            Family::Tcp => {
+                self.set("TCP_NODELAY", sockopt::TcpNoDelay, &true)?;
+                self.keep_alive()
+            }
             Family::Unix if role == LaneRole::Bulk => {
                 self.set("SO_SNDBUF", sockopt::SndBuf, &UNIX_BULK_BUFFER)?;
                 self.set("SO_RCVBUF", sockopt::RcvBuf, &UNIX_BULK_BUFFER)
@@ -165,6 +176,27 @@ impl Socket {
     /// When the kernel refuses.
     pub fn set_read_timeout(&self, timeout: Option<Duration>) -> Result<(), SocketError> {
         self.set("SO_RCVTIMEO", sockopt::ReceiveTimeout, &timeval(timeout))
+    }
+
+    /// A host that is gone without a word, or a middlebox that forgot an idle lane, is noticed by probes: a lane can be
+    /// idle for as long as its guest is not handed off.
+    fn keep_alive(&self) -> Result<(), SocketError> {
+        self.set("SO_KEEPALIVE", sockopt::KeepAlive, &true)?;
+        self.set("TCP_KEEPIDLE", sockopt::TcpKeepIdle, &KEEPALIVE_IDLE_S)?;
+        self.set("TCP_KEEPINTVL", sockopt::TcpKeepInterval, &KEEPALIVE_INTERVAL_S)?;
+        self.set("TCP_KEEPCNT", sockopt::TcpKeepCount, &KEEPALIVE_PROBES)
+    }
+
+    /// Whether the other side still holds its end, as far as this host's kernel knows. Bytes that wait do not count
+    /// against it.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        let mut byte = [0];
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        match recv(self.fd.as_raw_fd(), &mut byte, flags) {
+            Ok(bytes) => bytes > 0,
+            Err(errno) => errno == Errno::EAGAIN,
+        }
     }
 
     fn new(fd: OwnedFd, peer: String, family: Family) -> Self {
@@ -256,6 +288,14 @@ mod tests {
         let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
         let near = Socket::connect(&listener.address(), Duration::from_secs(5)).unwrap();
         (near, listener.accept().unwrap().unwrap())
+    }
+
+    #[test]
+    fn a_lane_whose_other_end_is_gone_is_not_open() {
+        let (ours, theirs) = Socket::pair().unwrap();
+        assert!(ours.is_open());
+        theirs.shutdown();
+        assert!(!ours.is_open());
     }
 
     #[test]

@@ -215,13 +215,16 @@ impl Drained {
             // The source closes its page lanes behind its acknowledgement, and may be seen doing so first.
             DestinationEvent::LaneLost(_) => (DestinationSession::Drained(self), Vec::new()),
             // The guest needs nothing from the source any more, so nothing is taken from it; but a closed connection
-            // is no acknowledgement either, and the watch stays.
+            // is no acknowledgement either, and so no success.
             DestinationEvent::Lost(reason) | DestinationEvent::Aborted(reason) => {
                 let failure = Failure {
                     reason: format!("the source never acknowledged that everything arrived: {reason}"),
                     guest: GuestAfter::OnDestination,
                 };
-                (DestinationSession::Over, vec![DestinationAction::Finish(Outcome::Failed(failure))])
+                (
+                    DestinationSession::Over,
+                    vec![DestinationAction::FinishPager, DestinationAction::Finish(Outcome::Failed(failure))],
+                )
             }
             other => stopped(breach(&other)),
         }

@@ -50,8 +50,10 @@ pub enum SourceAction {
     PushPages,
     /// Save the state and send it; answer with `StateSent`, `StateFailed` or `Lost`.
     SendState,
-    /// Give up the right to run, for good.
+    /// Give up the right to run.
     SurrenderRightToRun,
+    /// Take the right to run again, because the destination has said, finally, that it never ran and never will.
+    TakeBackRightToRun,
     /// Submit the commit to the socket. A failure is `Lost`.
     SendCommit,
     /// Acknowledge that the destination has everything. A failure changes nothing here.
@@ -232,7 +234,12 @@ impl Handoff {
             // commit on its way, nothing on this side can run the guest any more.
             SourceEvent::Restored => (
                 SourceSession::Committed(Committed(())),
-                vec![SourceAction::SurrenderRightToRun, SourceAction::SendCommit],
+                // The status comes between the two: who sees it knows that this process holds the guest's only pages.
+                vec![
+                    SourceAction::SurrenderRightToRun,
+                    SourceAction::Status(MigrationStatus::PostcopyActive),
+                    SourceAction::SendCommit,
+                ],
             ),
             other => give_up(ending(other), true),
         }
@@ -242,15 +249,22 @@ impl Handoff {
 impl Committed {
     fn on(self, event: SourceEvent) -> Step {
         match event {
-            SourceEvent::Running => (
-                SourceSession::Postcopy(Postcopy(())),
-                vec![SourceAction::PushPages, SourceAction::Status(MigrationStatus::PostcopyActive)],
-            ),
+            SourceEvent::Running => (SourceSession::Postcopy(Postcopy(())), vec![SourceAction::PushPages]),
             SourceEvent::StateSent
             | SourceEvent::Cancel
             | SourceEvent::StartPostcopy
             | SourceEvent::HandoffTimedOut => (SourceSession::Committed(self), Vec::new()),
-            // Not even a refusal counts here: the commit is out, and a destination that has it runs.
+            // A destination refuses only where it has not acted on the commit, and never acts on one afterwards. So its
+            // word, which crossed our commit, brings the guest back. Silence or a lost link does not.
+            SourceEvent::Refused(reason) => (
+                SourceSession::Over,
+                vec![
+                    SourceAction::CloseLanes,
+                    SourceAction::TakeBackRightToRun,
+                    SourceAction::Resume,
+                    SourceAction::Finish(fail(refusal(&reason))),
+                ],
+            ),
             SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => given_away(reason),
             other => given_away(breach(&other)),
         }

@@ -43,6 +43,8 @@ struct World {
     source_serves: bool,
     destination_runs: bool,
     commit_submitted: bool,
+    /// The destination has said that it never ran and never will.
+    refused: bool,
     commit_arrived: bool,
     pages_complete: bool,
     watch_registered: bool,
@@ -64,6 +66,7 @@ impl World {
             source_serves: false,
             destination_runs: false,
             commit_submitted: false,
+            refused: false,
             commit_arrived: false,
             pages_complete: false,
             watch_registered: true,
@@ -164,6 +167,10 @@ impl World {
                 self.tell_destination(DestinationEvent::State);
             }
             SourceAction::SurrenderRightToRun => self.source_may_run = false,
+            SourceAction::TakeBackRightToRun => {
+                assert!(self.refused && !self.commit_arrived, "took the right to run back without a refusal");
+                self.source_may_run = true;
+            }
             SourceAction::SendCommit => {
                 assert!(!self.source_may_run, "the right to run goes before the commit");
                 self.commit_submitted = true;
@@ -190,9 +197,14 @@ impl World {
             }
             DestinationAction::LoadState => self.to_destination.push_back(DestinationEvent::Loaded),
             DestinationAction::SendRestored => self.tell_source(SourceEvent::Restored),
-            DestinationAction::SendRefused(reason) => self.tell_source(SourceEvent::Refused(reason)),
+            DestinationAction::SendRefused(reason) => {
+                assert!(!self.commit_arrived, "refused a guest that ran");
+                self.refused = true;
+                self.tell_source(SourceEvent::Refused(reason));
+            }
             DestinationAction::Run => {
                 assert!(self.commit_submitted, "ran without the commit");
+                assert!(!self.refused, "ran after the final refusal");
                 self.commit_arrived = true;
                 self.destination_runs = true;
             }
@@ -213,7 +225,10 @@ impl World {
 
     fn check(&self) {
         assert!(!(self.source_runs && self.destination_runs), "two runners");
-        assert!(!(self.source_runs && self.commit_submitted), "the source runs after its commit");
+        assert!(
+            !(self.source_runs && self.commit_submitted) || self.refused,
+            "the source runs after its commit, which nobody refused"
+        );
         assert!(
             !self.destination_runs || self.watch_registered || self.pages_complete,
             "a running guest could read zeros"
@@ -234,7 +249,7 @@ impl World {
             assert_eq!(*source, Some(Outcome::Completed), "{context}: the source does not know that it is done");
         }
         if let Some(Outcome::Failed(failure)) = &self.source_outcome {
-            let expected = if self.commit_submitted { GuestAfter::GivenAway } else { GuestAfter::OnSource };
+            let expected = if self.source_may_run { GuestAfter::OnSource } else { GuestAfter::GivenAway };
             assert_eq!(failure.guest, expected, "{context}");
         }
         if let Some(Outcome::Failed(failure)) = &self.destination_outcome {
@@ -313,13 +328,38 @@ fn a_cancel_before_the_commit_leaves_the_guest_running() {
     }
 }
 
+fn committed() -> SourceSession {
+    let steps = [SourceEvent::Prepared, SourceEvent::StartPostcopy, SourceEvent::Paused, SourceEvent::Restored];
+    steps.into_iter().fold(SourceSession::new(), |session, event| session.on(event).0)
+}
+
 #[test]
-fn a_refusal_after_the_commit_counts_for_nothing() {
-    let mut session = SourceSession::new();
-    for event in [SourceEvent::Prepared, SourceEvent::StartPostcopy, SourceEvent::Paused, SourceEvent::Restored] {
+fn a_final_refusal_that_crosses_the_commit_brings_the_guest_back() {
+    let (_, actions) = committed().on(SourceEvent::Refused("a lane failed".into()));
+    let back = actions.iter().position(|action| *action == SourceAction::TakeBackRightToRun).unwrap();
+    assert_eq!(actions.get(back + 1), Some(&SourceAction::Resume));
+}
+
+#[test]
+fn nothing_else_after_the_commit_lets_the_source_run() {
+    let losses = ["the link was cut", "unknown session"].map(|reason| SourceEvent::Lost(reason.into()));
+    for event in losses.into_iter().chain([SourceEvent::LaneLost("cut".into()), SourceEvent::Drained]) {
+        let (session, actions) = committed().on(event);
+        assert_eq!(session, SourceSession::Over);
+        assert!(!actions.contains(&SourceAction::Resume) && !actions.contains(&SourceAction::TakeBackRightToRun));
+    }
+    let (session, _) = committed().on(SourceEvent::Running);
+    let (_, actions) = session.on(SourceEvent::Refused("after it said that it runs".into()));
+    assert!(!actions.contains(&SourceAction::Resume));
+}
+
+#[test]
+fn a_destination_that_refused_never_runs() {
+    let mut session = DestinationSession::new();
+    for event in [DestinationEvent::Prepared, DestinationEvent::State, DestinationEvent::Loaded] {
         session = session.on(event).0;
     }
-    let (session, actions) = session.on(SourceEvent::Refused("I never ran".into()));
-    assert_eq!(session, SourceSession::Over);
-    assert!(!actions.contains(&SourceAction::Resume));
+    let (session, actions) = session.on(DestinationEvent::LaneLost("broken".into()));
+    assert!(actions.iter().any(|action| matches!(action, DestinationAction::SendRefused(_))));
+    assert_eq!(session.on(DestinationEvent::Commit), (DestinationSession::Over, Vec::new()));
 }

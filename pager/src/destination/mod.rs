@@ -54,6 +54,14 @@ pub enum DestinationPagerError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// What a lane needs could not be made.
+    #[error("cannot serve the {lane}: {reason}")]
+    Service {
+        /// The lane.
+        lane: String,
+        /// Why.
+        reason: String,
+    },
     /// More lanes than a page's state can name.
     #[error("{lanes} lanes carry pages, but at most {limit} can: use fewer bulk lanes", limit = LaneTag::LIMIT)]
     TooManyLanes {
@@ -116,6 +124,12 @@ impl Shared {
     }
 }
 
+/// What a lane's thread does.
+enum Service {
+    Bulk(Box<BulkReceiver>),
+    Fault(Box<FaultService>),
+}
+
 /// How far the destination has come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct DestinationProgress {
@@ -154,6 +168,11 @@ impl DestinationPager {
         if fault_lanes != 1 {
             return Err(DestinationPagerError::FaultLanes { lanes: fault_lanes });
         }
+        if lanes.len() > usize::from(LaneTag::LIMIT) {
+            return Err(DestinationPagerError::TooManyLanes { lanes: lanes.len() });
+        }
+        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(|errno| DestinationPagerError::EventFd(errno.into()))?;
         if !lazy {
             ram.populate()?;
         }
@@ -172,8 +191,6 @@ impl DestinationPager {
             bulk_lanes_open: AtomicU64::new(bulk_lanes as u64),
             notify: Arc::clone(notify),
         });
-        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(|errno| DestinationPagerError::EventFd(errno.into()))?;
         let mut pager = Self {
             shared,
             wake_fault_thread: Arc::new(wake),
@@ -181,14 +198,12 @@ impl DestinationPager {
             threads: Vec::new(),
             cpu: Arc::new(CpuMeter::default()),
         };
-        let too_many = DestinationPagerError::TooManyLanes { lanes: lanes.len() };
         let tags = (0..LaneTag::LIMIT).filter_map(LaneTag::new);
-        if lanes.len() > usize::from(LaneTag::LIMIT) {
-            pager.shared.stopping.store(true, Ordering::Release);
-            return Err(too_many);
-        }
         for (lane, tag) in lanes.into_iter().zip(tags) {
-            pager.spawn(lane, tag)?;
+            if let Err(error) = pager.spawn(lane, tag) {
+                pager.abandon();
+                return Err(error);
+            }
         }
         Ok(pager)
     }
@@ -197,14 +212,24 @@ impl DestinationPager {
         let shared = Arc::clone(&self.shared);
         let cpu = Arc::clone(&self.cpu);
         let wake = Arc::clone(&self.wake_fault_thread);
-        let name = lane.id.to_string();
+        let id = lane.id;
+        let name = id.to_string();
+        // Made here and not on its thread, so that what is started can also serve.
+        let no_service = |reason: String| DestinationPagerError::Service { lane: id.to_string(), reason };
+        let service = match id.role {
+            LaneRole::Bulk => {
+                let service = BulkReceiver::new(lane, tag, &shared);
+                Service::Bulk(Box::new(service.map_err(|error| no_service(error.to_string()))?))
+            }
+            _ => {
+                let service = FaultService::new(lane, tag, &shared, wake);
+                Service::Fault(Box::new(service.map_err(|error| no_service(error.to_string()))?))
+            }
+        };
         let body = move || {
-            let id = lane.id;
-            let result = cpu.measure(|| match id.role {
-                LaneRole::Bulk => {
-                    BulkReceiver::new(lane, tag, &shared).and_then(BulkReceiver::run).map_err(|e| e.to_string())
-                }
-                _ => FaultService::new(lane, tag, &shared, wake).and_then(FaultService::run).map_err(|e| e.to_string()),
+            let result = cpu.measure(|| match service {
+                Service::Bulk(receiver) => receiver.run().map_err(|error| error.to_string()),
+                Service::Fault(service) => service.run().map_err(|error| error.to_string()),
             });
             if let Err(reason) = result
                 && !shared.stopping.load(Ordering::Acquire)

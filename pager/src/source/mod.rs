@@ -189,7 +189,7 @@ impl SourcePager {
     /// Ends all threads and shuts the lanes down. No guest memory is read afterwards. Safe to repeat.
     pub fn stop(&mut self) {
         self.shared.stopping.store(true, Ordering::Release);
-        self.shared.queue.open_sweep();
+        self.shared.queue.stop();
         self.start = None;
         for lane in &self.lanes {
             lane.socket.shutdown();

@@ -4,7 +4,6 @@ use std::io::IoSlice;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread;
 
 use switchover_wire::clock::Nanos;
 use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES};
@@ -157,8 +156,8 @@ impl Pusher {
         let header = frame.encode();
         let bytes = header.len() as u64 + u64::from(data.count_ones()) * PAGE_SIZE_U64;
         let wait = self.shared.pacer.take(bytes, Nanos::now());
-        if !wait.is_zero() {
-            thread::sleep(wait);
+        if !wait.is_zero() && self.shared.queue.pause(wait) {
+            return Err(PushError::Stopped);
         }
         // A chunk has at most 32 runs: every other page.
         let mut parts = [IoSlice::new(&[]); 1 + CHUNK_LEN / 2];

@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crossbeam::queue::{ArrayQueue, SegQueue};
 use switchover_wire::frame::bulk::CHUNK_PAGES;
@@ -33,8 +34,15 @@ pub struct PushQueue {
     recent: ArrayQueue<PageIndex>,
     swept: AtomicU64,
     chunks: u64,
-    open: Mutex<bool>,
-    opened: Condvar,
+    gate: Mutex<Gate>,
+    changed: Condvar,
+}
+
+/// What pushers wait for.
+#[derive(Clone, Copy, Debug, Default)]
+struct Gate {
+    sweep: bool,
+    stopping: bool,
 }
 
 impl PushQueue {
@@ -46,8 +54,8 @@ impl PushQueue {
             recent: ArrayQueue::new(RECENT_FAULTS),
             swept: AtomicU64::new(0),
             chunks: pages.0.div_ceil(CHUNK_PAGES),
-            open: Mutex::new(false),
-            opened: Condvar::new(),
+            gate: Mutex::default(),
+            changed: Condvar::new(),
         }
     }
 
@@ -71,16 +79,32 @@ impl PushQueue {
 
     /// Lets the sweep begin.
     pub fn open_sweep(&self) {
-        *self.open.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.opened.notify_all();
+        self.gate().sweep = true;
+        self.changed.notify_all();
     }
 
-    /// Waits until the sweep may begin.
+    /// Wakes every pusher that waits for anything.
+    pub fn stop(&self) {
+        self.gate().stopping = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until the sweep may begin, or the push is stopped.
     pub fn wait_for_sweep(&self) {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        while !*open {
-            open = self.opened.wait(open).unwrap_or_else(PoisonError::into_inner);
+        let mut gate = self.gate();
+        while !gate.sweep && !gate.stopping {
+            gate = self.changed.wait(gate).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Waits for `span`, or until the push is stopped: says whether it was.
+    pub fn pause(&self, span: Duration) -> bool {
+        let waited = self.changed.wait_timeout_while(self.gate(), span, |gate| !gate.stopping);
+        waited.unwrap_or_else(PoisonError::into_inner).0.stopping
+    }
+
+    fn gate(&self) -> MutexGuard<'_, Gate> {
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The next stretch of the sweep, or `None` when it has reached the end.

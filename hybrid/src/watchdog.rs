@@ -1,0 +1,100 @@
+//! Ends what takes too long on a session's lanes.
+//!
+//! A message to a peer that does not read waits for ever, and io_uring heeds no send timeout. While the guest stands still
+//! that must not be: the watchdog shuts all lanes down when its deadline passes, and whoever was sending gets an error.
+
+use std::io;
+use std::sync::Arc;
+use std::thread;
+use std::time::Instant;
+
+use crossbeam::channel::{Receiver, Sender, unbounded};
+
+use crate::lanes::Lanes;
+
+/// A thread that waits for a deadline. It ends with the handle.
+#[derive(Debug)]
+pub struct Watchdog {
+    deadlines: Sender<Option<Instant>>,
+}
+
+impl Watchdog {
+    /// A watchdog over `lanes`, asleep.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn start(lanes: Arc<Lanes>) -> io::Result<Self> {
+        let (deadlines, receiver) = unbounded();
+        thread::Builder::new().name("watchdog".to_owned()).spawn(move || watch(&receiver, &lanes))?;
+        Ok(Self { deadlines })
+    }
+
+    /// Shuts the lanes down at `deadline`, in place of an earlier one.
+    pub fn arm(&self, deadline: Instant) {
+        // The thread lives as long as this sender.
+        let _ = self.deadlines.send(Some(deadline));
+    }
+
+    /// Lets the lanes be.
+    pub fn disarm(&self) {
+        let _ = self.deadlines.send(None);
+    }
+}
+
+fn watch(deadlines: &Receiver<Option<Instant>>, lanes: &Lanes) {
+    let mut armed: Option<Instant> = None;
+    loop {
+        let next = match armed {
+            None => deadlines.recv().map_err(|_| true),
+            Some(deadline) => deadlines.recv_deadline(deadline).map_err(|error| error.is_disconnected()),
+        };
+        match next {
+            Ok(deadline) => armed = deadline,
+            Err(true) => return,
+            Err(false) => {
+                tracing::warn!("the destination does not read: the lanes are shut down");
+                lanes.shut_down();
+                armed = None;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::IoSlice;
+    use std::os::fd::AsFd;
+    use std::time::Duration;
+
+    use switchover_wire::ring::Ring;
+    use switchover_wire::socket::Socket;
+    use switchover_wire::types::{LaneId, LaneRole};
+
+    use super::*;
+
+    #[test]
+    fn a_send_to_a_peer_that_does_not_read_ends() {
+        let (ours, _theirs) = Socket::pair().unwrap();
+        let lanes = Arc::new(Lanes::default());
+        let ours = Arc::new(ours);
+        lanes.add(LaneId { role: LaneRole::Control, index: 0 }, Arc::clone(&ours));
+        let watchdog = Watchdog::start(lanes).unwrap();
+        watchdog.arm(Instant::now() + Duration::from_millis(20));
+        let much = vec![0; 64 << 20];
+        assert!(Ring::new(2).unwrap().send_all(ours.as_fd(), &[IoSlice::new(&much)]).is_err());
+    }
+
+    #[test]
+    fn a_disarmed_watchdog_does_nothing() {
+        let (ours, theirs) = Socket::pair().unwrap();
+        let lanes = Arc::new(Lanes::default());
+        let ours = Arc::new(ours);
+        lanes.add(LaneId { role: LaneRole::Control, index: 0 }, Arc::clone(&ours));
+        let watchdog = Watchdog::start(lanes).unwrap();
+        watchdog.arm(Instant::now() + Duration::from_secs(3600));
+        watchdog.disarm();
+        drop(watchdog);
+        assert!(Ring::new(2).unwrap().send_all(ours.as_fd(), &[IoSlice::new(b"still open")]).is_ok());
+        drop(theirs);
+    }
+}
