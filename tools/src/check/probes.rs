@@ -155,7 +155,7 @@ fn files() -> Verdict {
         Ok((soft, _)) if soft >= FILES_NEEDED => Verdict::Fine(format!("{soft} may be open at once")),
         Ok((soft, hard)) => Verdict::Missing {
             seen: format!("only {soft} may be open at once, {FILES_NEEDED} are needed"),
-            fix: format!("ulimit -n {}", hard.min(4096).max(FILES_NEEDED)),
+            fix: format!("ulimit -n {}", hard.clamp(FILES_NEEDED, 4096)),
         },
         Err(errno) => {
             Verdict::Missing { seen: format!("the limit cannot be read: {errno}"), fix: "see ulimit -n".to_owned() }
