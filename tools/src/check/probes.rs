@@ -1,5 +1,6 @@
 //! The single looks. Each tries the very thing that a migration does, rather than guessing from versions.
 
+use std::error::Error;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -114,14 +115,23 @@ fn userfaultfd() -> Verdict {
               not enough"
             .to_owned(),
     };
-    let watched = Ram::new(PageCount(1)).map_err(|error| error.to_string()).and_then(|ram| {
-        let watch = Watch::register(ram).map_err(|error| error.to_string())?;
-        watch.unregister().map_err(|error| error.to_string())
+    let watched = Ram::new(PageCount(1)).map_err(|error| innermost(&error)).and_then(|ram| {
+        let watch = Watch::register(ram).map_err(|error| innermost(&error))?;
+        watch.unregister().map_err(|error| innermost(&error))
     });
     match watched {
         Ok(()) => Verdict::Fine("missing and minor faults on shared memory, the kernel's own included".to_owned()),
-        Err(error) => missing(error),
+        Err(error) => missing(format!("a page cannot be watched: {error}")),
     }
+}
+
+/// What was at the bottom of an error: here the kernel's own words, where the rest is advice that a fix repeats.
+fn innermost(error: &dyn Error) -> String {
+    let mut last = error;
+    while let Some(source) = last.source() {
+        last = source;
+    }
+    last.to_string()
 }
 
 fn io_uring() -> Verdict {
