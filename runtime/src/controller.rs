@@ -1,8 +1,10 @@
 //! A virtual machine and its migrations as QMP commands see them.
 
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::{io, thread};
+use std::{fs, io, thread};
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
 use switchover_hybrid::error::MigrationError;
@@ -29,6 +31,7 @@ pub struct VmController {
     migration: Mutex<Migration>,
     events: Sender<TimedEvent>,
     quit_by_client: AtomicBool,
+    listening_file: Mutex<Option<SocketFile>>,
 }
 
 /// The last migration. A machine that a guest has moved into may be the source of its next one.
@@ -53,12 +56,15 @@ impl VmController {
             migration: Mutex::new(Migration::None),
             events,
             quit_by_client: AtomicBool::new(false),
+            listening_file: Mutex::new(None),
         };
         Ok((Arc::new(controller), told))
     }
 
-    /// Tells clients that the machine is over, the last thing that they are told.
-    pub fn announce_exit(&self, reason: &ExitReason) {
+    /// The machine is over, for this reason: tells clients so, the last thing that they are told, and removes the socket's
+    /// file that a source may still connect to, since the threads that hold it end with the process.
+    pub fn finish(&self, reason: &ExitReason) {
+        drop(lock(&self.listening_file).take());
         let (guest, reason) = match reason {
             ExitReason::Guest(_) => (true, "guest-shutdown"),
             ExitReason::Shutdown => (true, "guest-reset"),
@@ -146,6 +152,9 @@ impl Controller for VmController {
             .name("incoming-end".to_owned())
             .spawn(move || fail_without_a_guest(&vm, &watched))
             .map_err(MigrationError::Thread)?;
+        if let Address::Unix(path) = incoming.address() {
+            *lock(&self.listening_file) = SocketFile::at(&path).ok();
+        }
         *migration = Migration::Incoming(incoming);
         Ok(())
     }
@@ -215,6 +224,33 @@ impl Migration {
     }
 }
 
+/// A socket's file, removed on drop unless somebody has put another in its place.
+struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    fn at(path: &Path) -> io::Result<Self> {
+        // Absolute, because the process may change its directory before the end.
+        let path = std::path::absolute(path)?;
+        let identity = identity(&path)?;
+        Ok(Self { path, identity })
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if identity(&self.path).is_ok_and(|now| now == self.identity) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
+}
+
 /// A destination whose migration fails before the commit has no guest, and never will: its process ends, as QEMU's
 /// does. One that fails later was stopped by the pager, and stays to say so.
 fn fail_without_a_guest(vm: &Vm, incoming: &Incoming) {
@@ -225,7 +261,7 @@ fn fail_without_a_guest(vm: &Vm, incoming: &Incoming) {
     }
 }
 
-/// The end is told by [`VmController::announce_exit`], when the process is ready for it.
+/// The end is told by [`VmController::finish`], when the process is ready for it.
 fn forward(seen: &Receiver<VmEvent>, events: &Sender<TimedEvent>) {
     for event in seen {
         match event {

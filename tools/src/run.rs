@@ -157,7 +157,7 @@ pub fn main(args: RunArgs) -> Result<(), Failure> {
         Ok(()) => vm.wait_exit(),
         Err(failure) => ExitReason::Failed(failure.sentence),
     };
-    controller.announce_exit(&exit);
+    controller.finish(&exit);
     drop(server);
     judge(exit)
 }

@@ -1,5 +1,6 @@
 //! The single looks. Each tries the very thing that a migration does, rather than guessing from versions.
 
+use std::error::Error;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -9,6 +10,7 @@ use kvm_ioctls::{Cap, Kvm};
 use nix::sys::resource::{Resource, getrlimit};
 use switchover_pager::ram::Ram;
 use switchover_pager::uffd::Watch;
+use switchover_wire::ring::{EventRing, Ring};
 use switchover_wire::types::PageCount;
 
 use super::{Finding, Verdict};
@@ -17,15 +19,13 @@ use super::{Finding, Verdict};
 const KVM_API_VERSION: i32 = 12;
 
 /// What the runtime asks of KVM. Dirty logging and the rest that every KVM of the last ten years has is not looked for.
-const KVM_NEEDS: [(Cap, &str); 8] = [
+const KVM_NEEDS: [(Cap, &str); 6] = [
     (Cap::Irqchip, "in-kernel interrupt controllers"),
-    (Cap::UserMemory, "user memory regions"),
+    (Cap::Pit2, "an in-kernel timer"),
     (Cap::ExtCpuid, "CPUID tables"),
-    (Cap::SetTssAddr, "a place for the TSS"),
-    (Cap::Pit2, "an in-kernel PIT"),
-    (Cap::MpState, "MP state"),
     (Cap::ImmediateExit, "immediate exit"),
     (Cap::AdjustClock, "guest clock adjustment"),
+    (Cap::UserMemory, "memory slots"),
 ];
 
 /// Open files of a machine in the middle of a migration, with the most bulk lanes: some 80. The rest is room.
@@ -114,24 +114,37 @@ fn userfaultfd() -> Verdict {
               not enough"
             .to_owned(),
     };
-    let watched = Ram::new(PageCount(1)).map_err(|error| error.to_string()).and_then(|ram| {
-        let watch = Watch::register(ram).map_err(|error| error.to_string())?;
-        watch.unregister().map_err(|error| error.to_string())
+    let watched = Ram::new(PageCount(1)).map_err(|error| innermost(&error)).and_then(|ram| {
+        let watch = Watch::register(ram).map_err(|error| innermost(&error))?;
+        watch.unregister().map_err(|error| innermost(&error))
     });
     match watched {
         Ok(()) => Verdict::Fine("missing and minor faults on shared memory, the kernel's own included".to_owned()),
-        Err(error) => missing(error),
+        Err(error) => missing(format!("a page cannot be watched: {error}")),
     }
 }
 
+/// What was at the bottom of an error: here the kernel's own words, where the rest is advice that a fix repeats.
+fn innermost(error: &dyn Error) -> String {
+    let mut last = error;
+    while let Some(source) = last.source() {
+        last = source;
+    }
+    last.to_string()
+}
+
 fn io_uring() -> Verdict {
-    let fix = "Linux 6.0 or later; where io_uring is switched off, sudo sysctl kernel.io_uring_disabled=0; in a \
+    let fix = "Linux 5.14 or later; where io_uring is switched off, sudo sysctl kernel.io_uring_disabled=0; in a \
                container, a seccomp profile that lets io_uring_setup pass";
     let missing = |seen: String| Verdict::Missing { seen, fix: fix.to_owned() };
+    // The rings as migrations make them, with their restrictions: a plain one might be let pass where these are not.
+    let ours = Ring::new(2).and_then(|_| EventRing::new(8)).map(drop).map_err(|error| error.to_string());
     let mut probe = Probe::new();
-    let probed = IoUring::new(8).and_then(|ring| ring.submitter().register_probe(&mut probe));
+    let probed = ours.and_then(|()| {
+        IoUring::new(8).and_then(|ring| ring.submitter().register_probe(&mut probe)).map_err(|error| error.to_string())
+    });
     if let Err(error) = probed {
-        return missing(format!("no ring can be made: {error}"));
+        return missing(error);
     }
     let needed = [
         (opcode::Send::CODE, "SEND"),
@@ -155,7 +168,7 @@ fn files() -> Verdict {
         Ok((soft, _)) if soft >= FILES_NEEDED => Verdict::Fine(format!("{soft} may be open at once")),
         Ok((soft, hard)) => Verdict::Missing {
             seen: format!("only {soft} may be open at once, {FILES_NEEDED} are needed"),
-            fix: format!("ulimit -n {}", hard.min(4096).max(FILES_NEEDED)),
+            fix: format!("ulimit -n {}", hard.clamp(FILES_NEEDED, 4096)),
         },
         Err(errno) => {
             Verdict::Missing { seen: format!("the limit cannot be read: {errno}"), fix: "see ulimit -n".to_owned() }
