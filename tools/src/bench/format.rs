@@ -27,6 +27,12 @@ pub fn number(value: f64) -> String {
     format!("{sign}{grouped}{point}{fraction}")
 }
 
+/// A whole number.
+#[must_use]
+pub fn count(value: f64) -> String {
+    if value.abs() < 100.0 { format!("{value:.0}") } else { number(value) }
+}
+
 /// Nanoseconds in microseconds, with the unit.
 #[must_use]
 pub fn micros(ns: u64) -> String {
@@ -66,7 +72,7 @@ pub fn figure(value: f64, unit: Unit) -> (String, &'static str) {
         Unit::GigabitsPerSecond => (number(value), "Gbit/s"),
         Unit::PerSecond => (number(value), "/s"),
         Unit::Bytes => (bytes(value), ""),
-        Unit::Count => (number(value.round()), ""),
+        Unit::Count => (count(value), ""),
     }
 }
 
@@ -95,6 +101,7 @@ mod tests {
 
     #[test]
     fn units_fit_their_values() {
+        assert_eq!(figure(61.0, Unit::Count), ("61".to_owned(), ""));
         assert_eq!(bytes(512.0), "512 B");
         assert_eq!(bytes(268_435_456.0), "256 MiB");
         assert_eq!(bytes(5e15), "4547 TiB");

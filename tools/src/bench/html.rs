@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::aggregate::Aggregate;
 use super::figures::FIGURES;
-use super::format::{bytes, figure, micros, millis, ns_as, number};
+use super::format::{bytes, count, figure, micros, millis, ns_as, number};
 use super::latency::{PARTS, Percentiles};
 use super::plots::canvas::{Ink, PlotError};
 use super::plots::{latency, progress, rates, timeline};
@@ -234,7 +234,7 @@ fn percentile_table(html: &mut String, what: &str, rows: impl Iterator<Item = (S
         match row {
             Ok(percentiles) => {
                 let _ =
-                    write!(html, "<tr><td>{}</td><td>{}</td>", escape(&label), number(ns_as(percentiles.count, 1.0)));
+                    write!(html, "<tr><td>{}</td><td>{}</td>", escape(&label), count(ns_as(percentiles.count, 1.0)));
                 for (_, ns) in percentiles.named() {
                     let _ = write!(html, "<td>{}</td>", number(ns_as(ns, 1e3)));
                 }
@@ -289,7 +289,7 @@ fn runs_table(html: &mut String, aggregate: &Aggregate) {
             plain(figures.progress.lost_s),
             ms(figures.drain_ns),
             plain(figures.drain_gbit_s),
-            plain(figures.faults_remote.map(|count| ns_as(count, 1.0))),
+            figures.faults_remote.map_or_else(|| "–".to_owned(), |faults| count(ns_as(faults, 1.0))),
         );
     }
     html.push_str("</tbody></table></div>\n");
