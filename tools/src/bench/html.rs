@@ -198,6 +198,9 @@ fn section(html: &mut String, title: &str, svg: Option<String>, caption: &str) {
 }
 
 fn figures_table(html: &mut String, aggregate: &Aggregate) {
+    if aggregate.report.summary.is_empty() {
+        return;
+    }
     html.push_str("<h2>Figures</h2>\n<div class=\"scroll\"><table>\n<thead><tr><th>figure</th><th>median</th><th>min</th><th>max</th><th class=\"text\">unit</th><th>runs</th></tr></thead>\n<tbody>\n");
     for descriptor in FIGURES {
         let Some(spread) = aggregate.report.summary.get(descriptor.key) else { continue };
