@@ -13,7 +13,7 @@ const PAGES: usize = 16_384;
 fn main() {
     // Written first: memory that never was is one zero page over and over, and that page is in the cache.
     let mut pages = vec![1_u8; PAGES * PAGE_SIZE];
-    pages.fill(0);
+    black_box(&mut pages).fill(0);
     let steps = PAGES as u64;
     let count = |pages: &[u8]| pages.chunks_exact(PAGE_SIZE).filter(|page| is_zero(black_box(page))).count();
 

@@ -60,7 +60,8 @@ pub fn bytes(bytes: f64) -> String {
             value /= 1024.0;
         }
     }
-    format!("{} {unit}", number(value))
+    let shown = if unit == "B" { count(value) } else { number(value) };
+    format!("{shown} {unit}")
 }
 
 /// A figure's value without its unit, and the unit to put beside or above it.
@@ -102,7 +103,7 @@ mod tests {
     #[test]
     fn units_fit_their_values() {
         assert_eq!(figure(61.0, Unit::Count), ("61".to_owned(), ""));
-        assert_eq!(bytes(512.0), "512 B");
+        assert_eq!(bytes(55.0), "55 B");
         assert_eq!(bytes(268_435_456.0), "256 MiB");
         assert_eq!(bytes(5e15), "4547 TiB");
         assert_eq!(micros(83_400), "83.4 µs");

@@ -168,8 +168,8 @@ fn plots(html: &mut String, report: &Report, aggregate: &Aggregate, typical: &Ru
         let floor = report.floor.as_ref().map(|floor| levels(floor, &report.settings.link)).unwrap_or_default();
         let caption = "All runs together. A fault's clock starts when the pager takes it from the kernel and stops \
                        when the vCPU has been woken; what the vCPU waited before and after shows only in the guest's \
-                       own gaps. The floor is a no-op fault of a guest plus a 4 KiB request and response, both on an \
-                       idle machine.";
+                       own gaps. The floor is a no-op fault of a guest plus a 4 KiB request and response, each \
+                       measured alone; it holds the way out of the guest and back, which the faults' figures do not.";
         let picture = aggregate.merged.values().any(|histogram| !histogram.is_empty());
         let picture = picture.then(|| latency::draw(&aggregate.merged, &floor)).transpose()?;
         section(html, "Fault latency by percentile", picture, caption);
