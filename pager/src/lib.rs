@@ -38,4 +38,4 @@ pub mod state;
 pub mod stats;
 mod sync;
 pub mod uffd;
-mod zero;
+pub mod zero;

@@ -24,7 +24,7 @@ pub fn utc(time: SystemTime) -> String {
 }
 
 const fn is_leap(year: u64) -> bool {
-    (year % 4 == 0 && year % 100 != 0) || year % 400 == 0
+    (year.is_multiple_of(4) && !year.is_multiple_of(100)) || year.is_multiple_of(400)
 }
 
 const fn year_days(year: u64) -> u64 {

@@ -29,6 +29,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 const READY_TIMEOUT: Duration = Duration::from_secs(120);
 /// From `quit` until a machine's memory is given back.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(20);
+/// A machine that fails closes its QMP socket a little before it ends.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 /// How often a wait looks whether the user wants to end it.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -74,8 +76,8 @@ impl<'a> Driver<'a> {
 
     /// Makes run number `run`. `tell` is told what it is doing.
     pub fn run(&self, vmm: &dyn Vmm, mode: &dyn Mode, run: u32, tell: &dyn Fn(&str)) -> RunReport {
-        let mut lines = Vec::new();
-        match self.move_once(vmm, mode, run, tell, &mut lines) {
+        let (mut lines, mut why) = (Vec::new(), Vec::new());
+        match self.move_once(vmm, mode, run, tell, &mut lines, &mut why) {
             Ok(outcome) => {
                 let guest = GuestTrace::read(&lines);
                 let doubts = guest.doubts();
@@ -98,6 +100,7 @@ impl<'a> Driver<'a> {
             Err(error) => {
                 let guest = Some(GuestTrace::read(&lines)).filter(|guest| guest.ready_ns.is_some());
                 let mut doubts = vec![error.to_string()];
+                doubts.append(&mut why);
                 // That a guest did not go on is no news where the run failed; that it found corruption is.
                 doubts.extend(guest.iter().flat_map(|guest| guest.complaints.iter().cloned()));
                 RunReport { run, doubts, guest, ..RunReport::default() }
@@ -105,7 +108,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// The run itself. `lines` gets what the guest said, however the run ends.
+    /// The run itself. `lines` gets what the guest said, however the run ends; `why`, what a machine that died said.
     fn move_once(
         &self,
         vmm: &dyn Vmm,
@@ -113,6 +116,7 @@ impl<'a> Driver<'a> {
         run: u32,
         tell: &dyn Fn(&str),
         lines: &mut Vec<serial_log::TimedLine>,
+        why: &mut Vec<String>,
     ) -> Result<Outcome, RunError> {
         tell("booting");
         let (source_socket, destination_socket) = (self.file(run, "s"), self.file(run, "d"));
@@ -121,15 +125,15 @@ impl<'a> Driver<'a> {
         let result =
             self.drive(vmm, mode, run, tell, &mut source, &mut destination, &source_socket, &destination_socket);
         *lines = serial_log::join(&source.serial().chunks(), &destination.serial().chunks());
-        // A machine that died explains a broken connection better than the connection does.
-        match result {
-            Err(error @ RunError::Qmp { .. }) => {
-                source.must_live()?;
-                destination.must_live()?;
-                Err(error)
+        // A machine that died explains a broken connection or a failed migration better than either does.
+        if matches!(result, Err(RunError::Qmp { .. })) {
+            for process in [&mut source, &mut destination] {
+                if let Err(ended) = process.must_live_for(LAST_WORDS) {
+                    why.push(ended.to_string());
+                }
             }
-            other => other,
         }
+        result
     }
 
     #[expect(clippy::too_many_arguments, reason = "the two processes, their sockets, and what is to be done with them")]
@@ -197,7 +201,7 @@ impl<'a> Driver<'a> {
             self.not_interrupted()?;
             match source.serial().wait(Instant::now() + LOOK, first_word) {
                 Some(Ok(at)) => return Ok(at),
-                Some(Err(())) => break,
+                Some(Err(())) => return Err(RunError::Refused { said: source.serial().tail() }),
                 None => source.must_live()?,
             }
         }

@@ -27,6 +27,12 @@ pub fn number(value: f64) -> String {
     format!("{sign}{grouped}{point}{fraction}")
 }
 
+/// A whole number.
+#[must_use]
+pub fn count(value: f64) -> String {
+    if value.abs() < 100.0 { format!("{value:.0}") } else { number(value) }
+}
+
 /// Nanoseconds in microseconds, with the unit.
 #[must_use]
 pub fn micros(ns: u64) -> String {
@@ -54,7 +60,8 @@ pub fn bytes(bytes: f64) -> String {
             value /= 1024.0;
         }
     }
-    format!("{} {unit}", number(value))
+    let shown = if unit == "B" { count(value) } else { number(value) };
+    format!("{shown} {unit}")
 }
 
 /// A figure's value without its unit, and the unit to put beside or above it.
@@ -66,7 +73,7 @@ pub fn figure(value: f64, unit: Unit) -> (String, &'static str) {
         Unit::GigabitsPerSecond => (number(value), "Gbit/s"),
         Unit::PerSecond => (number(value), "/s"),
         Unit::Bytes => (bytes(value), ""),
-        Unit::Count => (number(value.round()), ""),
+        Unit::Count => (count(value), ""),
     }
 }
 
@@ -95,7 +102,8 @@ mod tests {
 
     #[test]
     fn units_fit_their_values() {
-        assert_eq!(bytes(512.0), "512 B");
+        assert_eq!(figure(61.0, Unit::Count), ("61".to_owned(), ""));
+        assert_eq!(bytes(55.0), "55 B");
         assert_eq!(bytes(268_435_456.0), "256 MiB");
         assert_eq!(bytes(5e15), "4547 TiB");
         assert_eq!(micros(83_400), "83.4 µs");

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::aggregate::Aggregate;
 use super::figures::FIGURES;
-use super::format::{bytes, figure, micros, millis, ns_as, number};
+use super::format::{bytes, count, figure, micros, millis, ns_as, number};
 use super::latency::{PARTS, Percentiles};
 use super::plots::canvas::{Ink, PlotError};
 use super::plots::{latency, progress, rates, timeline};
@@ -168,8 +168,8 @@ fn plots(html: &mut String, report: &Report, aggregate: &Aggregate, typical: &Ru
         let floor = report.floor.as_ref().map(|floor| levels(floor, &report.settings.link)).unwrap_or_default();
         let caption = "All runs together. A fault's clock starts when the pager takes it from the kernel and stops \
                        when the vCPU has been woken; what the vCPU waited before and after shows only in the guest's \
-                       own gaps. The floor is a no-op fault of a guest plus a 4 KiB request and response, both on an \
-                       idle machine.";
+                       own gaps. The floor is a no-op fault of a guest plus a 4 KiB request and response, each \
+                       measured alone; it holds the way out of the guest and back, which the faults' figures do not.";
         let picture = aggregate.merged.values().any(|histogram| !histogram.is_empty());
         let picture = picture.then(|| latency::draw(&aggregate.merged, &floor)).transpose()?;
         section(html, "Fault latency by percentile", picture, caption);
@@ -198,6 +198,9 @@ fn section(html: &mut String, title: &str, svg: Option<String>, caption: &str) {
 }
 
 fn figures_table(html: &mut String, aggregate: &Aggregate) {
+    if aggregate.report.summary.is_empty() {
+        return;
+    }
     html.push_str("<h2>Figures</h2>\n<div class=\"scroll\"><table>\n<thead><tr><th>figure</th><th>median</th><th>min</th><th>max</th><th class=\"text\">unit</th><th>runs</th></tr></thead>\n<tbody>\n");
     for descriptor in FIGURES {
         let Some(spread) = aggregate.report.summary.get(descriptor.key) else { continue };
@@ -234,7 +237,7 @@ fn percentile_table(html: &mut String, what: &str, rows: impl Iterator<Item = (S
         match row {
             Ok(percentiles) => {
                 let _ =
-                    write!(html, "<tr><td>{}</td><td>{}</td>", escape(&label), number(ns_as(percentiles.count, 1.0)));
+                    write!(html, "<tr><td>{}</td><td>{}</td>", escape(&label), count(ns_as(percentiles.count, 1.0)));
                 for (_, ns) in percentiles.named() {
                     let _ = write!(html, "<td>{}</td>", number(ns_as(ns, 1e3)));
                 }
@@ -289,7 +292,7 @@ fn runs_table(html: &mut String, aggregate: &Aggregate) {
             plain(figures.progress.lost_s),
             ms(figures.drain_ns),
             plain(figures.drain_gbit_s),
-            plain(figures.faults_remote.map(|count| ns_as(count, 1.0))),
+            figures.faults_remote.map_or_else(|| "–".to_owned(), |faults| count(ns_as(faults, 1.0))),
         );
     }
     html.push_str("</tbody></table></div>\n");

@@ -94,6 +94,19 @@ impl Process {
         }
     }
 
+    /// Looks for `time` whether it ends, and says so where it does.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn must_live_for(&mut self, time: Duration) -> Result<(), RunError> {
+        let until = Instant::now() + time;
+        while Instant::now() < until {
+            self.must_live()?;
+            thread::sleep(POLL);
+        }
+        Ok(())
+    }
+
     /// Waits until it has ended by itself, as it was told to; after `patience` it is killed. Says how it ended.
     ///
     /// # Errors

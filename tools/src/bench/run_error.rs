@@ -46,6 +46,12 @@ pub enum RunError {
         /// Why.
         source: QmpError,
     },
+    /// The guest says that it will not.
+    #[error("the guest refused to start{said}; see `switchover bench --help` for what --append takes")]
+    Refused {
+        /// What it printed, with a colon in front.
+        said: String,
+    },
     /// The guest did not come up.
     #[error(
         "the guest did not print `R ready …` within {waited:?}{said}; does it print the built-in guests' lines, and \

@@ -1,5 +1,11 @@
 //! Made-up runs, for the tests of everything that is done with real ones.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "made-up numbers, all of them small and positive"
+)]
+
 use hdrhistogram::Histogram;
 use switchover_hybrid::report::{
     CpuSeconds, EncodedHistogram, FaultReport, Instants, LaneBytes, PageClasses, PhaseSpan, RateSeries, Side,

@@ -37,7 +37,9 @@ fn mode_table(text: &mut String, mode: &ModeReport) {
     for run in mode.runs.iter().filter(|run| !run.verified) {
         let _ = writeln!(text, "  run {} is not: {}", run.run, run.doubts.join("; "));
     }
-    let _ = writeln!(text, "\n  {:<38} {:>10} {:>10} {:>10}", "", "median", "min", "max");
+    if !mode.summary.is_empty() {
+        let _ = writeln!(text, "\n  {:<38} {:>10} {:>10} {:>10}", "", "median", "min", "max");
+    }
     for descriptor in FIGURES {
         let Some(spread) = mode.summary.get(descriptor.key) else { continue };
         let [(median, unit), (min, _), (max, _)] =

@@ -56,8 +56,9 @@ pub struct FloorArgs {
 }
 
 const EXAMPLES: &str = "\
-Measure on an idle machine. F, a guest's fault plus a 4 KiB request and response, is what no remote fault can beat with
-that way of waiting; `switchover bench` measures it before its runs and draws it into its latency plot.
+Measure on an idle machine. F, a guest's fault plus a 4 KiB request and response, is the least that a guest can feel of a
+remote fault with that way of waiting; a pager's own figures leave out the way out of the guest and back. `switchover
+bench` measures F before its runs and draws it into its latency plot.
 
 Examples:
   switchover floor

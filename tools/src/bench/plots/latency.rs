@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use hdrhistogram::Histogram;
 
-use super::super::format::{micros, ns_as, number};
-use super::canvas::{Anchor, Ink, PlotError, picture};
+use super::super::format::{micros, ns_as};
+use super::canvas::{Anchor, Ink, Panel, PlotError, picture};
 use super::ticks::{Tick, decades};
 use crate::floor::FloorSum;
 
@@ -49,15 +49,23 @@ pub fn draw(merged: &BTreeMap<&'static str, Histogram<u64>>, floor: &[FloorSum])
         for (points, _, ink, width) in &curves {
             panel.line(points, *ink, *width)?;
         }
-        for FloorSum { way, p50_ns, .. } in floor {
-            let y = ns_as(*p50_ns, 1e3).log10();
-            panel.level(y, Ink::Alarm)?;
-            let label = format!("floor, {way}: {} at p50", micros(*p50_ns));
-            panel.text(&label, (far, y), (-4, -5), Anchor::Right, Ink::Alarm)?;
-        }
+        draw_floor(&panel, floor, far)?;
         let names: Vec<_> = curves.iter().rev().map(|(_, name, ink, _)| (*name, *ink)).collect();
         panel.legend(&names)
     })
+}
+
+/// Each median as a level with its name: above the line, or below it for the lower of two.
+fn draw_floor(panel: &Panel<'_>, floor: &[FloorSum], right: f64) -> Result<(), PlotError> {
+    let lowest = floor.iter().map(|sum| sum.p50_ns).min();
+    for FloorSum { way, p50_ns, .. } in floor {
+        let y = ns_as(*p50_ns, 1e3).log10();
+        panel.level(y, Ink::Alarm)?;
+        let below = floor.len() > 1 && Some(*p50_ns) == lowest;
+        let label = format!("floor, {way}: {} at p50", micros(*p50_ns));
+        panel.text(&label, (right, y), (-4, if below { 13 } else { -5 }), Anchor::Right, Ink::Alarm)?;
+    }
+    Ok(())
 }
 
 /// Points of (log10 of 1/(1 − quantile), log10 of µs), as far out as there are samples.
@@ -73,9 +81,12 @@ fn points(histogram: &Histogram<u64>) -> Vec<(f64, f64)> {
     points
 }
 
-/// A power of ten, without the decimals that [`number`] gives to measured values.
+/// A power of ten, with no more decimals than it needs.
 fn whole(value: f64) -> String {
-    if value < 1.0 { number(value) } else { format!("{value:.0}") }
+    let decimals = if value < 1.0 { (-value.log10()).ceil().clamp(0.0, 9.0) } else { 0.0 };
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to 0..=9")]
+    let decimals = decimals as usize;
+    format!("{value:.decimals$}")
 }
 
 /// The percentile whose tail is one in `tail`: 10 → "90", 1000 → "99.9".

@@ -16,7 +16,7 @@ pub fn draw(runs: &[RunReport], typical: &RunReport) -> Result<Option<String>, P
     let all = || curves.iter().flatten();
     let left = all().map(|(x, _)| *x).fold(f64::INFINITY, f64::min);
     let right = all().map(|(x, _)| *x).fold(f64::NEG_INFINITY, f64::max);
-    let high = ceiling(all().map(|(_, y)| *y).fold(100.0, f64::max)).max(120.0).min(300.0);
+    let high = ceiling(all().map(|(_, y)| *y).fold(100.0, f64::max)).clamp(120.0, 300.0);
     let span = spans(typical);
     let picture = picture(1000, 320, |canvas| {
         let panel = canvas.panel(70..980, 36..270, left..right, 0.0..high);

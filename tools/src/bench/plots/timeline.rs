@@ -114,31 +114,49 @@ fn panel(
     if let Some((start, end)) = moments.blackout {
         panel.bar(start..end, 0.0..TOP, Ink::Alarm, 0.16)?;
     }
-    for bar in bars {
-        draw_bar(&panel, bar, &x)?;
+    for row in 0..ROWS.len() {
+        draw_row(&panel, row, bars, &x)?;
     }
     draw_moments(&panel, moments, &x)
 }
 
-fn draw_bar(panel: &Panel<'_>, bar: &Bar, shown: &Range<f64>) -> Result<(), PlotError> {
-    let Some((bottom, top)) = ROWS.get(bar.row).copied() else { return Ok(()) };
-    let visible = bar.x.start.max(shown.start)..bar.x.end.min(shown.end);
-    if visible.end <= visible.start {
-        return Ok(());
+/// Draws the bars of one row. A name stands in its bar; names of bars too short for that stand behind the last of
+/// them, where there is room before the next bar.
+fn draw_row(panel: &Panel<'_>, row: usize, bars: &[Bar], shown: &Range<f64>) -> Result<(), PlotError> {
+    let Some((bottom, top)) = ROWS.get(row).copied() else { return Ok(()) };
+    let middle = f64::midpoint(bottom, top);
+    let mut visible: Vec<_> = bars
+        .iter()
+        .filter(|bar| bar.row == row && bar.x.end > shown.start && bar.x.start < shown.end)
+        .map(|bar| (bar, bar.x.start.max(shown.start)..bar.x.end.min(shown.end)))
+        .collect();
+    visible.sort_by(|(_, one), (_, other)| one.start.total_cmp(&other.start));
+    let mut nameless: Vec<String> = Vec::new();
+    for (index, (bar, x)) in visible.iter().enumerate() {
+        panel.bar(x.clone(), bottom..top, colour(&bar.name), 1.0)?;
+        // Parts the bar from the one before.
+        panel.line(&[(x.start, bottom), (x.start, top)], Ink::Paper, 1)?;
+        let long = format!("{} {} ms", bar.name, number(bar.x.end - bar.x.start));
+        let fits = |label: &str, width: f64| f64::from(estimated_width(label) + 10) < panel.width_of(width);
+        let inside = [long.clone(), bar.name.clone()].into_iter().find(|label| fits(label, x.end - x.start));
+        match inside {
+            Some(label) => {
+                let at = (f64::midpoint(x.start, x.end), middle);
+                panel.text(&label, at, (0, 3), Anchor::Middle, Ink::OnFill)?;
+                nameless.clear();
+            }
+            None => {
+                nameless.push(long);
+                let room = visible.get(index + 1).map_or(shown.end, |(_, next)| next.start) - x.end;
+                let label = nameless.join(", ");
+                if fits(&label, room) {
+                    panel.text(&label, (x.end, middle), (5, 3), Anchor::Left, Ink::Muted)?;
+                    nameless.clear();
+                }
+            }
+        }
     }
-    let ink = colour(&bar.name);
-    panel.bar(visible.clone(), bottom..top, ink, 1.0)?;
-    // Parts the bar from the one before.
-    panel.line(&[(visible.start, bottom), (visible.start, top)], Ink::Paper, 1)?;
-    let middle = f64::midpoint(visible.start, visible.end);
-    let width = panel.width_of(visible.end - visible.start);
-    let length = number(bar.x.end - bar.x.start);
-    let long = format!("{} {length} ms", bar.name);
-    let label = [long, bar.name.clone()].into_iter().find(|label| f64::from(estimated_width(label) + 10) < width);
-    match label {
-        Some(label) => panel.text(&label, (middle, f64::midpoint(bottom, top)), (0, 3), Anchor::Middle, Ink::OnFill),
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 fn draw_moments(panel: &Panel<'_>, moments: &Moments, shown: &Range<f64>) -> Result<(), PlotError> {
