@@ -5,6 +5,8 @@ mod chain;
 mod commands;
 mod foreign;
 mod guests;
+mod impostors;
+mod moments;
 mod qmp;
 mod refusing;
 mod running;
