@@ -33,6 +33,7 @@ fn fails(source: &mut Machine, (to, heard): (String, thread::JoinHandle<Vec<u8>>
     let error = source.wait_migration("failed")["error-desc"].as_str().unwrap().to_owned();
     println!("{error}");
     assert!(error.contains(&to) && error.contains("unharmed on the source"), "{error}");
+    assert!(!error.contains("refused"), "nobody was there who could refuse: {error}");
     assert_eq!(source.run_state(), "running");
     heard.join().unwrap()
 }

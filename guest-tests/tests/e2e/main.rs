@@ -1,5 +1,7 @@
 //! Guests move, on real KVM, by the built binary. The harness is described in the library of this package.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a panic here is a test's failure")]
+
 mod breaking;
 mod chain;
 mod commands;
