@@ -1,0 +1,7 @@
+//! The `switchover` command, built beside the tests that drive it.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    switchover_tools::cli::main()
+}

@@ -1,0 +1,26 @@
+//! Guests move, on real KVM, by the built binary. The harness is described in the library of this package.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a panic here is a test's failure")]
+
+mod breaking;
+mod chain;
+mod commands;
+mod foreign;
+mod guests;
+mod impostors;
+mod moments;
+mod qmp;
+mod refusing;
+mod running;
+mod strangers;
+
+/// The test's corner of the host, or its end where the host cannot do it.
+macro_rules! lab {
+    ($name:literal) => {
+        match switchover_guest_tests::lab::Lab::open($name) {
+            Some(lab) => lab,
+            None => return,
+        }
+    };
+}
+use lab;

@@ -1,0 +1,174 @@
+//! QMP against the real process: clients that talk nonsense, in pieces, all at once, or go in the middle.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
+
+use serde_json::{Value, json};
+use switchover_guest_tests::journey::Journey;
+use switchover_guest_tests::machine::Machine;
+use switchover_guest_tests::moving::{Transport, allow_postcopy, begin, destination, finish, slow_down};
+use switchover_guest_tests::waiting::PATIENCE;
+
+use crate::lab;
+
+/// A connection on which anything can be said.
+struct Raw {
+    stream: UnixStream,
+    lines: BufReader<UnixStream>,
+}
+
+impl Raw {
+    fn connect(machine: &Machine) -> Self {
+        let stream = UnixStream::connect(machine.qmp_path()).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let lines = BufReader::new(stream.try_clone().unwrap());
+        let mut raw = Self { stream, lines };
+        assert!(raw.hear()["QMP"]["version"]["qemu"]["major"].is_u64());
+        raw
+    }
+
+    fn say(&mut self, text: &[u8]) {
+        self.stream.write_all(text).unwrap();
+    }
+
+    fn hear(&mut self) -> Value {
+        let mut line = String::new();
+        assert!(self.lines.read_line(&mut line).unwrap() > 0, "the machine hung up");
+        serde_json::from_str(&line).unwrap()
+    }
+}
+
+#[test]
+fn nonsense_is_answered_and_the_machine_goes_on() {
+    let lab = lab!("nonsense_is_answered_and_the_machine_goes_on");
+    let mut machine = Machine::start(&lab, &lab.guest("idle", "ws=4M period=50"));
+    let mut raw = Raw::connect(&machine);
+    raw.say(b"{\"execute\":\"query-status\"}");
+    assert_eq!(raw.hear()["error"]["class"], "CommandNotFound");
+    raw.say(b"{\"execute\":\"qmp_capabilities\",\"id\":{\"any\":[1]}}\n");
+    assert_eq!(raw.hear(), json!({ "return": {}, "id": { "any": [1] } }));
+    for nonsense in [&b"nonsense\n"[..], b"{\"execute\":}\n", b"}\n", b"\xff\xfe\n", b"[1,2]\n", b"{}\n"] {
+        raw.say(nonsense);
+        let answer = raw.hear();
+        assert_eq!(answer["error"]["class"], "GenericError", "{nonsense:?}: {answer}");
+        // However many errors one piece of it makes, the next command is understood.
+        raw.say(b"\n{\"execute\":\"query-status\",\"id\":\"next\"}\n");
+        while raw.hear()["id"] != "next" {}
+    }
+    for part in [&b"{\"exe"[..], b"cute\":\"quer", b"y-status\"", b",\"id\":7", b"}"] {
+        raw.say(part);
+    }
+    assert_eq!(raw.hear()["id"], 7);
+    // Two at once, without anything between them.
+    raw.say(b"{\"execute\":\"query-name\",\"id\":1}{\"execute\":\"query-kvm\",\"id\":2}");
+    assert_eq!((raw.hear()["id"].clone(), raw.hear()["id"].clone()), (json!(1), json!(2)));
+    // Far too much of it, on a connection that may be ended for that.
+    let mut flood = Raw::connect(&machine);
+    let _ = flood.stream.write_all(&vec![b'['; 4 << 20]);
+    assert_eq!(machine.run_state(), "running");
+    drop(flood);
+    drop(raw);
+    machine.quit();
+    lab.close();
+}
+
+#[test]
+fn two_clients_see_the_same_machine() {
+    let lab = lab!("two_clients_see_the_same_machine");
+    let spec = lab.guest("random", "ws=8M period=50");
+    let mut source = Machine::start(&lab, &spec);
+    let (mut there, to) = destination(&lab, &spec, Transport::Tcp);
+    let mut journey = Journey::from(&source);
+    journey.works_on(1);
+    let mut other = source.client();
+    other.execute("stop", json!({})).unwrap();
+    source.wait_run_state("paused");
+    source.qmp().wait_event("STOP", PATIENCE).unwrap();
+    source.execute("cont", json!({}));
+    other.wait_event("RESUME", PATIENCE).unwrap();
+    // One switches post-copy on, the other migrates, and both see every step.
+    allow_postcopy(&mut source);
+    other.execute("migrate", json!({ "uri": to })).unwrap();
+    source.wait_migration("active");
+    assert!(source.refuses("migrate", json!({ "uri": to })).contains("in progress"));
+    other.execute("migrate-start-postcopy", json!({})).unwrap();
+    source.wait_migration("completed");
+    other.wait_status(&["completed"], PATIENCE).unwrap();
+    source.qmp().wait_event("STOP", PATIENCE).unwrap();
+    other.wait_event("STOP", PATIENCE).unwrap();
+    there.wait_migration("completed");
+    there.qmp().wait_event("RESUME", PATIENCE).unwrap();
+    other.execute("quit", json!({})).unwrap();
+    source.qmp().wait_event("SHUTDOWN", PATIENCE).unwrap();
+    assert_eq!(source.wait_end(), 0);
+    journey.goes_to(&there);
+    journey.works_on(1);
+    there.quit();
+    journey.log();
+    lab.close();
+}
+
+#[test]
+fn clients_that_go_in_the_middle_change_nothing() {
+    let lab = lab!("clients_that_go_in_the_middle_change_nothing");
+    let spec = lab.guest("random", "ws=16M period=50 pace=200000");
+    let mut source = Machine::start(&lab, &spec);
+    let (mut there, to) = destination(&lab, &spec, Transport::Tcp);
+    let mut journey = Journey::from(&source);
+    journey.works_on(1);
+    slow_down(&mut source, 8_000_000);
+    begin(&mut source, &to);
+    // Gone in `active`, without a goodbye and with half a command on the way.
+    source.disconnect();
+    there.disconnect();
+    let mut raw = Raw::connect(&source);
+    raw.say(b"{\"execute\":\"qmp_capabi");
+    drop(raw);
+    journey.works_on(1);
+    // Gone in post-copy, without waiting for the reply.
+    let mut raw = Raw::connect(&source);
+    raw.say(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"migrate-start-postcopy\"}");
+    assert_eq!(raw.hear()["return"], json!({}));
+    drop(raw);
+    source.client().wait_status(&["completed"], PATIENCE).unwrap();
+    there.client().wait_status(&["completed"], PATIENCE).unwrap();
+    source.client().execute("quit", json!({})).unwrap();
+    assert_eq!(source.wait_end(), 0);
+    journey.goes_to(&there);
+    journey.works_on(1);
+    there.client().execute("quit", json!({})).unwrap();
+    assert_eq!(there.wait_end(), 0);
+    journey.log();
+    lab.close();
+}
+
+#[test]
+fn postcopy_that_is_asked_for_twice_happens_once() {
+    let lab = lab!("postcopy_that_is_asked_for_twice_happens_once");
+    let spec = lab.guest("random", "ws=8M period=50");
+    let mut source = Machine::start(&lab, &spec);
+    let (mut there, to) = destination(&lab, &spec, Transport::Unix);
+    let mut journey = Journey::from(&source);
+    journey.works_on(1);
+    begin(&mut source, &to);
+    let mut other = source.client();
+    other.execute("migrate-start-postcopy", json!({})).unwrap();
+    // Refused or taken, as the first has come far; but never a second handoff.
+    let _ = other.execute("migrate-start-postcopy", json!({}));
+    source.wait_migration("completed");
+    there.wait_migration("completed");
+    let refusal = source.refuses("migrate-start-postcopy", json!({}));
+    assert!(!refusal.is_empty());
+    source.quit();
+    journey.goes_to(&there);
+    journey.works_on(1);
+    // And back again, from the destination.
+    let (mut back, to) = destination(&lab, &spec, Transport::Tcp);
+    begin(&mut there, &to);
+    finish(&mut there, &mut back);
+    there.quit();
+    journey.goes_to(&back);
+    journey.works_on(1);
+    back.quit();
+    lab.close();
+}
