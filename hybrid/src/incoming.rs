@@ -39,8 +39,10 @@ const HANDSHAKES_LIMIT: usize = 16;
 /// Messages of the source that may wait while the session is busy. A well-behaved one sends three in all.
 const EVENTS_ROOM: usize = 1024;
 
-/// How long to wait for a vCPU that was told to run to note its first entry: a wake-up takes some ten microseconds.
-const FIRST_ENTRY_PATIENCE: Duration = Duration::from_millis(20);
+/// How long to wait for a vCPU that was told to run to note its first entry, once nothing else is to be done, and how long
+/// between two looks: a wake-up takes some ten microseconds where a processor is free.
+const FIRST_ENTRY_PATIENCE: Duration = Duration::from_millis(100);
+const FIRST_ENTRY_PAUSE: Duration = Duration::from_micros(200);
 
 /// A migration on its destination. Clones are handles to the same one; dropping them changes nothing.
 #[derive(Clone)]
@@ -453,11 +455,12 @@ impl Shared {
                 }
             }
             DestinationAction::SendRunning => {
-                let first_entry_ns = self.first_entry().map(|at| at.0);
+                // Not waited for: the vCPUs need the processor now, and `Drained` tells it again.
+                let first_entry_ns = self.machine.first_entry().map(|at| at.0);
                 return session.say(&ControlMessage::Running { first_entry_ns });
             }
             DestinationAction::SendDrained => {
-                let first_entry_ns = self.machine.first_entry().map(|at| at.0);
+                let first_entry_ns = self.first_entry().map(|at| at.0);
                 let last_page =
                     self.pager().as_ref().and_then(DestinationPager::last_placed).unwrap_or_else(Nanos::now);
                 self.recorder.write(|record| record.instants.first_entry_ns = first_entry_ns);
@@ -487,16 +490,16 @@ impl Shared {
         None
     }
 
-    /// When the guest entered. It runs already, so that a moment's wait for the vCPUs to have said so costs it nothing.
+    /// When the guest entered. A small guest's memory can be complete before its vCPUs have woken up.
     fn first_entry(&self) -> Option<Nanos> {
         let deadline = Instant::now() + FIRST_ENTRY_PATIENCE;
-        while self.recorder.read().was_running && Instant::now() < deadline {
-            if let Some(at) = self.machine.first_entry() {
-                return Some(at);
+        loop {
+            let entry = self.machine.first_entry();
+            if entry.is_some() || !self.recorder.read().was_running || Instant::now() >= deadline {
+                return entry;
             }
-            thread::yield_now();
+            thread::sleep(FIRST_ENTRY_PAUSE);
         }
-        None
     }
 
     fn finish(&self, outcome: Outcome) {
