@@ -1,10 +1,12 @@
 //! Migrations that break: at every point exactly one side has the guest, says so, and no guest sees a wrong byte.
 
+use nix::sys::signal::Signal;
 use serde_json::json;
 use switchover_guest_tests::journey::Journey;
 use switchover_guest_tests::lab::Lab;
 use switchover_guest_tests::machine::Machine;
-use switchover_guest_tests::moving::{Transport, begin, destination, migrate, slow_down};
+use switchover_guest_tests::moving::{Transport, allow_postcopy, begin, destination, migrate, slow_down};
+use switchover_guest_tests::waiting::until;
 
 use crate::lab;
 
@@ -142,6 +144,14 @@ fn a_source_that_is_still_needed_does_not_quit() {
     assert!(refusal.contains("only here yet"), "{refusal}");
     let refusal = source.refuses("migrate_cancel", json!({}));
     assert!(refusal.contains("handed to the destination"), "{refusal}");
+    // Nor by Ctrl-C, the first time.
+    source.signal(Signal::SIGINT);
+    until("the source has said why it stays", || source.stderr().text().contains("only here yet").then_some(()));
+    assert_eq!(source.run_state(), "postmigrate");
+    // And its guest does not move on before it is whole.
+    allow_postcopy(&mut there);
+    let refusal = there.refuses("migrate", json!({ "uri": "tcp:127.0.0.1:1" }));
+    assert!(refusal.contains("in progress"), "{refusal}");
     assert_eq!(there.run_state(), "running");
     let printed = there.serial().len();
     there.serial().wait_for_more(printed, std::time::Instant::now() + switchover_guest_tests::waiting::PATIENCE);

@@ -5,6 +5,7 @@
 mod breaking;
 mod chain;
 mod commands;
+mod figures;
 mod foreign;
 mod guests;
 mod impostors;

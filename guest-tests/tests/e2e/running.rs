@@ -8,7 +8,7 @@ use switchover_guest_tests::guest_log::GuestLog;
 use switchover_guest_tests::journey::Journey;
 use switchover_guest_tests::lab::{Lab, switchover};
 use switchover_guest_tests::machine::{Machine, Spec};
-use switchover_guest_tests::moving::{Transport, destination, migrate};
+use switchover_guest_tests::moving::{Transport, begin, destination, migrate, slow_down};
 use switchover_guest_tests::waiting::until;
 
 use crate::lab;
@@ -37,6 +37,39 @@ fn a_guest_that_was_stopped_arrives_stopped() {
     assert_eq!(there.run_state(), "paused");
     there.execute("cont", json!({}));
     journey.works_on(1);
+    there.quit();
+    journey.log();
+    lab.close();
+}
+
+#[test]
+fn a_guest_can_be_stopped_while_its_memory_follows() {
+    let lab = lab!("a_guest_can_be_stopped_while_its_memory_follows");
+    let spec = lab.guest("random", "ws=16M period=50 pace=500000");
+    let mut source = Machine::start(&lab, &spec);
+    let mut journey = Journey::from(&source);
+    journey.works_on(1);
+    let (mut there, to) = destination(&lab, &spec, Transport::Tcp);
+    slow_down(&mut source, 8_000_000);
+    begin(&mut source, &to);
+    source.execute("migrate-start-postcopy", json!({}));
+    there.wait_migration("postcopy-active");
+    // As often as one likes: no controller waits for a vCPU that waits for a page.
+    for _ in 0..20 {
+        there.execute("stop", json!({}));
+        assert_eq!(there.run_state(), "paused");
+        there.execute("cont", json!({}));
+        assert_eq!(there.run_state(), "running");
+    }
+    there.execute("stop", json!({}));
+    assert_eq!(there.execute("query-migrate", json!({}))["status"], "postcopy-active");
+    source.wait_migration("completed");
+    there.wait_migration("completed");
+    assert_eq!(there.run_state(), "paused");
+    there.execute("cont", json!({}));
+    source.quit();
+    journey.goes_to(&there);
+    journey.works_on(2);
     there.quit();
     journey.log();
     lab.close();
