@@ -1,9 +1,12 @@
 //! Many migrations in a row: the destination of one is the source of the next.
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use switchover_guest_tests::journey::Journey;
 use switchover_guest_tests::machine::{Holdings, Machine, Spec};
 use switchover_guest_tests::moving::{Transport, begin, destination, migrate};
-use switchover_guest_tests::waiting::until;
+use switchover_guest_tests::waiting::PATIENCE;
 
 use crate::lab;
 
@@ -38,18 +41,22 @@ fn chain(test: &str, vcpus: u8, transport: Transport) {
 
 /// What a machine holds once what belonged to its migration has gone: no more than `limit`, where there is one.
 fn settled(machine: &Machine, limit: Option<Holdings>) -> Holdings {
+    let end = Instant::now() + PATIENCE;
     let mut last = machine.holdings();
     let mut same = 0;
-    until(&format!("it holds no more than {limit:?}, not {last:?}"), || {
+    loop {
         let now = machine.holdings();
         // Threads may still be ending: without a limit, wait for a quiet quarter of a second.
         same = if now == last { same + 1 } else { 0 };
         last = now;
         match limit {
-            Some(limit) => (now.files <= limit.files && now.threads <= limit.threads).then_some(now),
-            None => (same > 100).then_some(now),
+            Some(limit) if now.files <= limit.files && now.threads <= limit.threads => return now,
+            None if same > 100 => return now,
+            _ => {}
         }
-    })
+        assert!(Instant::now() < end, "it holds {now:?}, more than {limit:?}; threads: {:?}", machine.thread_names());
+        thread::sleep(Duration::from_millis(2));
+    }
 }
 
 #[test]
