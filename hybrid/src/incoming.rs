@@ -1,7 +1,6 @@
 //! A destination's migration: the threads that carry out what [`DestinationSession`] decides.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -32,8 +31,9 @@ use crate::session::destination::{DestinationAction, DestinationEvent, Destinati
 use crate::settings::{Observer, Settings};
 use crate::status::MigrationStatus;
 
-/// Connections that may be in their handshake at once. Each may cost a thread and 64 KiB for as long as the handshake
-/// may last, whoever connects.
+/// Connections that may be in their handshake at once: each costs a thread, and 64 KiB at most, whoever connects. Where
+/// there are more, the oldest is dropped: a source speaks at once, and what has been silent for longest is the least
+/// likely to be one.
 const HANDSHAKES_LIMIT: usize = 16;
 
 /// Messages of the source that may wait while the session is busy. A well-behaved one sends three in all.
@@ -56,7 +56,7 @@ struct Shared {
     recorder: Recorder,
     listener: Listener,
     reception: Mutex<Reception<Arc<Socket>>>,
-    handshakes: AtomicUsize,
+    handshakes: Mutex<VecDeque<Arc<Socket>>>,
     lanes: Lanes,
     pager: Mutex<Option<DestinationPager>>,
     cpu: CpuMeter,
@@ -88,7 +88,7 @@ impl Incoming {
             recorder: Recorder::new(observer),
             listener: Listener::bind(at)?,
             reception: Mutex::new(Reception::Waiting),
-            handshakes: AtomicUsize::new(0),
+            handshakes: Mutex::new(VecDeque::new()),
             lanes: Lanes::default(),
             pager: Mutex::new(None),
             cpu: CpuMeter::default(),
@@ -215,37 +215,51 @@ impl Shared {
 
     /// Starts a connection's handshake on a thread of its own: a slow peer must not keep others waiting.
     fn receive(self: &Arc<Self>, socket: Socket) {
-        if self.handshakes.fetch_add(1, Ordering::AcqRel) >= HANDSHAKES_LIMIT {
-            self.handshakes.fetch_sub(1, Ordering::AcqRel);
-            tracing::warn!(peer = socket.peer(), "dropped a connection: too many are in their handshake");
-            return;
-        }
-        let shared = Arc::clone(self);
-        let spawned = thread::Builder::new().name("handshake".to_owned()).spawn(move || {
-            let peer = socket.peer().to_owned();
-            if let Err(reason) = shared.shake_hands(socket) {
-                tracing::warn!(peer, reason, "a connection was not taken");
+        let socket = Arc::new(socket);
+        {
+            let mut handshakes = self.handshakes();
+            handshakes.push_back(Arc::clone(&socket));
+            if handshakes.len() > HANDSHAKES_LIMIT
+                && let Some(oldest) = handshakes.pop_front()
+            {
+                tracing::warn!(peer = oldest.peer(), "dropped a connection: too many are in their handshake");
+                oldest.shutdown();
             }
-            shared.handshakes.fetch_sub(1, Ordering::AcqRel);
+        }
+        let (shared, shaking) = (Arc::clone(self), Arc::clone(&socket));
+        let spawned = thread::Builder::new().name("handshake".to_owned()).spawn(move || {
+            if let Err(reason) = shared.shake_hands(&shaking) {
+                tracing::warn!(peer = shaking.peer(), reason, "a connection was not taken");
+            }
+            shared.end_handshake(&shaking);
         });
         if let Err(error) = spawned {
-            self.handshakes.fetch_sub(1, Ordering::AcqRel);
+            self.end_handshake(&socket);
             tracing::warn!(%error, "dropped a connection: no thread for its handshake");
         }
     }
 
-    fn shake_hands(self: &Arc<Self>, socket: Socket) -> Result<(), String> {
-        let hello = read_hello(&socket).map_err(|error| error.to_string())?;
-        let socket = Arc::new(socket);
-        if let Err(reason) = self.admit(&hello, &socket) {
-            let _ = refuse(&socket, &reason);
+    fn handshakes(&self) -> MutexGuard<'_, VecDeque<Arc<Socket>>> {
+        self.handshakes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end_handshake(&self, socket: &Arc<Socket>) {
+        self.handshakes().retain(|other| !Arc::ptr_eq(other, socket));
+    }
+
+    fn shake_hands(self: &Arc<Self>, socket: &Arc<Socket>) -> Result<(), String> {
+        let hello = read_hello(socket).map_err(|error| error.to_string())?;
+        // It has spoken: it can no longer be dropped for its silence.
+        self.end_handshake(socket);
+        if let Err(reason) = self.admit(&hello, socket) {
+            let _ = refuse(socket, &reason);
             return Err(format!("refused: {reason}"));
         }
         let clock = HostClock::here();
         let same_clock = clock.same_host(&hello.clock);
         let welcome = Welcome { version: hello.common_version().unwrap_or_default(), clock };
         let welcomed = socket.tune(hello.lane.role).map_err(|error| error.to_string());
-        let welcomed = welcomed.and_then(|()| accept(&socket, &welcome).map_err(|error| error.to_string()));
+        let welcomed = welcomed.and_then(|()| accept(socket, &welcome).map_err(|error| error.to_string()));
         if let Err(reason) = welcomed {
             self.reception().forget(hello.session);
             return Err(reason);

@@ -436,6 +436,7 @@ impl Shared {
     }
 
     fn finish(&self, outcome: Outcome, left_paused: Option<MachineError>) {
+        self.watchdog.end();
         match (outcome, left_paused) {
             (Outcome::Completed, _) => self.recorder.set_status(MigrationStatus::Completed),
             (Outcome::Cancelled, Some(error)) => {

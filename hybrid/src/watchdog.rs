@@ -12,10 +12,17 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 
 use crate::lanes::Lanes;
 
-/// A thread that waits for a deadline. It ends with the handle.
+/// A thread that waits for a deadline. It ends when it is told to, or with the handle.
 #[derive(Debug)]
 pub struct Watchdog {
-    deadlines: Sender<Option<Instant>>,
+    orders: Sender<Order>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Order {
+    ShutDownAt(Instant),
+    LetBe,
+    End,
 }
 
 impl Watchdog {
@@ -24,33 +31,43 @@ impl Watchdog {
     /// # Errors
     /// When no thread can be started.
     pub fn start(lanes: Arc<Lanes>) -> io::Result<Self> {
-        let (deadlines, receiver) = unbounded();
+        let (orders, receiver) = unbounded();
         thread::Builder::new().name("watchdog".to_owned()).spawn(move || watch(&receiver, &lanes))?;
-        Ok(Self { deadlines })
+        Ok(Self { orders })
     }
 
     /// Shuts the lanes down at `deadline`, in place of an earlier one.
     pub fn arm(&self, deadline: Instant) {
-        // The thread lives as long as this sender.
-        let _ = self.deadlines.send(Some(deadline));
+        self.order(Order::ShutDownAt(deadline));
     }
 
     /// Lets the lanes be.
     pub fn disarm(&self) {
-        let _ = self.deadlines.send(None);
+        self.order(Order::LetBe);
+    }
+
+    /// The session is over.
+    pub fn end(&self) {
+        self.order(Order::End);
+    }
+
+    fn order(&self, order: Order) {
+        // Fails only after the end, when there is nothing left to watch.
+        let _ = self.orders.send(order);
     }
 }
 
-fn watch(deadlines: &Receiver<Option<Instant>>, lanes: &Lanes) {
+fn watch(orders: &Receiver<Order>, lanes: &Lanes) {
     let mut armed: Option<Instant> = None;
     loop {
         let next = match armed {
-            None => deadlines.recv().map_err(|_| true),
-            Some(deadline) => deadlines.recv_deadline(deadline).map_err(|error| error.is_disconnected()),
+            None => orders.recv().map_err(|_| true),
+            Some(deadline) => orders.recv_deadline(deadline).map_err(|error| error.is_disconnected()),
         };
         match next {
-            Ok(deadline) => armed = deadline,
-            Err(true) => return,
+            Ok(Order::ShutDownAt(deadline)) => armed = Some(deadline),
+            Ok(Order::LetBe) => armed = None,
+            Ok(Order::End) | Err(true) => return,
             Err(false) => {
                 tracing::warn!("the destination does not read: the lanes are shut down");
                 lanes.shut_down();

@@ -273,8 +273,8 @@ fn greet_within(socket: &Socket, hello: &Hello, limit: Duration) -> Result<Welco
     let malformed = |reason: String| HandshakeError::Malformed { peer: peer(), reason };
     let deadline = Deadline::after(limit);
     let body = postcard::to_stdvec(hello).map_err(|error| malformed(error.to_string()))?;
-    envelope::write(socket, &body, &deadline)?;
-    let body = envelope::read(socket, &deadline)?;
+    envelope::write(socket, envelope::HELLO, &body, &deadline)?;
+    let body = envelope::read(socket, envelope::ANSWER, &deadline)?;
     match postcard::take_from_bytes(&body) {
         Ok((Answer::Welcome(welcome), _)) => {
             let asked = hello.versions();
@@ -296,7 +296,7 @@ fn greet_within(socket: &Socket, hello: &Hello, limit: Duration) -> Result<Welco
 
 fn read_hello_within(socket: &Socket, limit: Duration) -> Result<Hello, HandshakeError> {
     let peer = || socket.peer().to_owned();
-    let body = envelope::read(socket, &Deadline::after(limit))?;
+    let body = envelope::read(socket, envelope::HELLO, &Deadline::after(limit))?;
     let hello = understand(&body).map_err(|wrong| match wrong {
         Wrong::Version(theirs) => HandshakeError::Version { peer: peer(), theirs, ours: OURS },
         Wrong::Sense(reason) => HandshakeError::Malformed { peer: peer(), reason },
@@ -339,7 +339,7 @@ fn understand(body: &[u8]) -> Result<Hello, Wrong> {
 fn answer(socket: &Socket, answer: &Answer, deadline: &Deadline) -> Result<(), HandshakeError> {
     let body = postcard::to_stdvec(answer)
         .map_err(|error| HandshakeError::Malformed { peer: socket.peer().to_owned(), reason: error.to_string() })?;
-    envelope::write(socket, &body, deadline)
+    envelope::write(socket, envelope::ANSWER, &body, deadline)
 }
 
 /// Text from outside, with what could move a terminal's cursor escaped.

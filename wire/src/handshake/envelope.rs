@@ -13,9 +13,16 @@ use nix::sys::socket::{MsgFlags, recv, send};
 use super::HandshakeError;
 use crate::socket::Socket;
 
-/// What every handshake begins with, in both directions. The first byte is in no text, and the last ones change
-/// where something on the way takes the stream for text.
-const MAGIC: [u8; 8] = *b"\x93SWOVR\r\n";
+/// What a text of the handshake begins with. The first byte is in no text of another protocol, and the last ones change
+/// where something on the way takes the stream for text. The two directions differ: a source that is connected to an echo
+/// must not take its own words for an answer.
+type Magic = [u8; 8];
+
+/// What a source's text begins with.
+pub const HELLO: Magic = *b"\x93SWOVR\r\n";
+
+/// What a destination's begins with.
+pub const ANSWER: Magic = *b"\x93SWOVA\r\n";
 
 /// The longest body, in bytes. A description of 1000 MSRs and 200 CPUID leaves has less than 10 KiB.
 pub const MAX_BODY: usize = 64 << 10;
@@ -57,12 +64,12 @@ impl Deadline {
 }
 
 /// Sends `body` in its wrapping.
-pub fn write(socket: &Socket, body: &[u8], deadline: &Deadline) -> Result<(), HandshakeError> {
+pub fn write(socket: &Socket, magic: Magic, body: &[u8], deadline: &Deadline) -> Result<(), HandshakeError> {
     let length = u32::try_from(body.len()).ok().filter(|_| body.len() <= MAX_BODY);
     let Some(length) = length else {
         return Err(HandshakeError::TooLong { peer: socket.peer().to_owned(), length: body.len() });
     };
-    let bytes = [&MAGIC, &length.to_le_bytes()[..], &crc32fast::hash(body).to_le_bytes(), body].concat();
+    let bytes = [&magic, &length.to_le_bytes()[..], &crc32fast::hash(body).to_le_bytes(), body].concat();
     let mut rest = &bytes[..];
     while !rest.is_empty() {
         deadline.wait(socket, PollFlags::POLLOUT)?;
@@ -81,8 +88,8 @@ pub fn write(socket: &Socket, body: &[u8], deadline: &Deadline) -> Result<(), Ha
 }
 
 /// Receives a body.
-pub fn read(socket: &Socket, deadline: &Deadline) -> Result<Vec<u8>, HandshakeError> {
-    read_magic(socket, deadline)?;
+pub fn read(socket: &Socket, magic: Magic, deadline: &Deadline) -> Result<Vec<u8>, HandshakeError> {
+    read_magic(socket, magic, deadline)?;
     let mut header = [0; REST_OF_HEADER];
     fill(socket, &mut header, deadline)?;
     let [l0, l1, l2, l3, c0, c1, c2, c3] = header;
@@ -99,12 +106,12 @@ pub fn read(socket: &Socket, deadline: &Deadline) -> Result<Vec<u8>, HandshakeEr
 }
 
 /// The magic, compared as it comes: what speaks otherwise is not waited for.
-fn read_magic(socket: &Socket, deadline: &Deadline) -> Result<(), HandshakeError> {
+fn read_magic(socket: &Socket, magic: Magic, deadline: &Deadline) -> Result<(), HandshakeError> {
     let mut seen = [0; SHOWN];
     let mut got = 0;
-    while got < MAGIC.len() {
-        got += some(socket, &mut seen[got..MAGIC.len()], deadline)?;
-        if !MAGIC.starts_with(&seen[..got]) {
+    while got < magic.len() {
+        got += some(socket, &mut seen[got..magic.len()], deadline)?;
+        if !magic.starts_with(&seen[..got]) {
             // What is there already makes the message clearer.
             got += recv(socket.as_fd().as_raw_fd(), &mut seen[got..], MsgFlags::MSG_DONTWAIT).unwrap_or(0);
             let first = seen[..got].escape_ascii().to_string();

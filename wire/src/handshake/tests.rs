@@ -34,8 +34,12 @@ fn raw(socket: &Socket, bytes: &[u8]) {
 }
 
 fn wrapped(body: &[u8]) -> Vec<u8> {
+    begun_with(b"\x93SWOVR\r\n", body)
+}
+
+fn begun_with(magic: &[u8; 8], body: &[u8]) -> Vec<u8> {
     let length = u32::try_from(body.len()).unwrap();
-    [b"\x93SWOVR\r\n", &length.to_le_bytes()[..], &crc32fast::hash(body).to_le_bytes(), body].concat()
+    [magic, &length.to_le_bytes()[..], &crc32fast::hash(body).to_le_bytes(), body].concat()
 }
 
 /// What a destination makes of these bytes, and what it told the source.
@@ -44,11 +48,12 @@ fn read_raw(bytes: &[u8]) -> (Result<Hello, HandshakeError>, Option<String>) {
     raw(&near, bytes);
     let hello = read_hello_within(&far, SHORT);
     drop(far);
-    let told =
-        envelope::read(&near, &Deadline::after(SHORT)).ok().map(|body| match postcard::from_bytes(&body).unwrap() {
+    let told = envelope::read(&near, envelope::ANSWER, &Deadline::after(SHORT)).ok().map(|body| {
+        match postcard::from_bytes(&body).unwrap() {
             Answer::Refused { reason } => reason,
             Answer::Welcome(_) => "welcome".to_owned(),
-        });
+        }
+    });
     (hello, told)
 }
 
@@ -99,7 +104,7 @@ fn a_long_reason_is_cut_between_characters() {
     // Cut by whoever sends it, too: a destination must not fail at refusing.
     let (near, far) = Socket::pair().unwrap();
     refuse(&far, &"x".repeat(2 * envelope::MAX_BODY)).unwrap();
-    assert!(envelope::read(&near, &Deadline::after(SHORT)).unwrap().len() < MAX_REASON + 8);
+    assert!(envelope::read(&near, envelope::ANSWER, &Deadline::after(SHORT)).unwrap().len() < MAX_REASON + 8);
 }
 
 #[test]
@@ -191,14 +196,20 @@ fn lengths_and_checksums_are_checked() {
 }
 
 #[test]
+fn an_echo_is_no_answer() {
+    let echo = wrapped(&postcard::to_stdvec(&hello(LaneRole::Control)).unwrap());
+    assert!(matches!(greet_raw(&echo), HandshakeError::NotSwitchover { .. }));
+}
+
+#[test]
 fn an_answer_is_checked_too() {
-    let answer = |answer: &Answer| wrapped(&postcard::to_stdvec(answer).unwrap());
+    let answer = |answer: &Answer| begun_with(b"\x93SWOVA\r\n", &postcard::to_stdvec(answer).unwrap());
     let error = greet_raw(&answer(&Answer::Welcome(Welcome { version: 2, ..welcome() })));
     assert!(error.to_string().contains("chose version 2, where version 1 was offered"), "{error}");
     let clock = HostClock { boot_id: "x".repeat(65) };
     let error = greet_raw(&answer(&Answer::Welcome(Welcome { clock, ..welcome() })));
     assert!(error.to_string().contains("boot id has 65 bytes"), "{error}");
-    assert!(matches!(greet_raw(&wrapped(&[9])), HandshakeError::Malformed { .. }));
+    assert!(matches!(greet_raw(&begun_with(b"\x93SWOVA\r\n", &[9])), HandshakeError::Malformed { .. }));
 }
 
 #[test]
