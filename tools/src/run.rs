@@ -11,7 +11,7 @@ use switchover_runtime::config::{SerialTarget, VmConfig};
 use switchover_runtime::controller::VmController;
 use switchover_runtime::qmp::controller::Controller as _;
 use switchover_runtime::qmp::endpoint::Endpoint;
-use switchover_runtime::qmp::server::Server;
+use switchover_runtime::qmp::server::{Bound, Server};
 use switchover_runtime::run_state::ExitReason;
 use switchover_runtime::vm::Vm;
 use switchover_wire::address::{Address, AddressError};
@@ -136,27 +136,18 @@ pub fn main(args: RunArgs) -> Result<(), Failure> {
         serial: args.serial.0,
         lazy_memory: args.lazy_memory,
     };
+    let no_threads = |error| Failure::failed(format_args!("cannot start the machine's threads: {error}"));
+    let socket = args.qmp.as_ref().map(Bound::at).transpose().map_err(Failure::failed)?;
     let vm = if args.incoming.is_some() { Vm::incoming(&config) } else { Vm::boot(&config) };
     let vm = vm.map_err(Failure::failed)?;
-    let (controller, events) = VmController::new(Arc::clone(&vm), args.lazy_memory)
-        .map_err(|error| Failure::failed(format_args!("cannot start the machine's threads: {error}")))?;
-    let server = match &args.qmp {
-        Some(endpoint) => {
-            Some(Server::start(endpoint, Arc::<VmController>::clone(&controller), events).map_err(Failure::failed)?)
-        }
-        None => None,
-    };
+    let (controller, events) = VmController::new(Arc::clone(&vm), args.lazy_memory).map_err(no_threads)?;
     let (ended, path) = (Arc::clone(&controller), args.qmp.as_ref().map(|endpoint| endpoint.path().to_owned()));
     let take_ends = move || ends.into_iter().for_each(|number: u32| end(&ended, number, path.as_deref()));
-    std::thread::Builder::new()
-        .name("end".to_owned())
-        .spawn(take_ends)
-        .map_err(|error| Failure::failed(format_args!("cannot start the machine's threads: {error}")))?;
-    let begun = begin(&vm, &controller, args.incoming.as_ref());
-    let exit = match begun {
-        Ok(()) => vm.wait_exit(),
-        Err(failure) => ExitReason::Failed(failure.sentence),
-    };
+    std::thread::Builder::new().name("end".to_owned()).spawn(take_ends).map_err(no_threads)?;
+    begin(&vm, &controller, args.incoming.as_ref())?;
+    let serve = |socket| Server::start(socket, Arc::<VmController>::clone(&controller), events);
+    let server = socket.map(serve).transpose().map_err(Failure::failed)?;
+    let exit = vm.wait_exit();
     controller.finish(&exit);
     drop(server);
     judge(exit)

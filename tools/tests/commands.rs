@@ -207,6 +207,7 @@ fn a_machine_ends_by_quit_by_a_signal_and_by_its_guest() {
     }
     let place = Place::new();
     let (child, mut client) = place.boot("quit", "ws=1M");
+    assert_eq!(run_state(&mut client), "running", "whoever is answered finds the guest started");
     ask(&mut client, "quit");
     let told = client.wait_event("SHUTDOWN", PATIENCE).unwrap();
     assert_eq!(told["data"], json!({"guest": false, "reason": "host-qmp-quit"}));

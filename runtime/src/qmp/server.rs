@@ -69,17 +69,31 @@ struct Connection {
     tells_events: AtomicBool,
 }
 
-impl Server {
-    /// Serves `controller` at `endpoint`, and tells whoever is connected of `events`.
+/// A socket that clients can connect to already, and where nobody answers yet.
+#[derive(Debug)]
+pub struct Bound(Listener);
+
+impl Bound {
+    /// Takes the socket. A machine does so before it starts its guest, and serves it afterwards: so neither can a guest
+    /// run that nobody can control, nor is a client's command overtaken by what the machine was told in the first place.
     ///
     /// # Errors
-    /// When the socket cannot be had.
+    /// When it cannot be had.
+    pub fn at(endpoint: &Endpoint) -> Result<Self, ServerError> {
+        Ok(Self(Listener::bind(&endpoint.address())?))
+    }
+}
+
+impl Server {
+    /// Serves `controller` on a socket, and tells whoever is connected of `events`.
+    ///
+    /// # Errors
+    /// When no thread can be started.
     pub fn start(
-        endpoint: &Endpoint,
+        Bound(listener): Bound,
         controller: Arc<dyn Controller>,
         events: Receiver<TimedEvent>,
     ) -> Result<Self, ServerError> {
-        let listener = Listener::bind(&endpoint.address())?;
         let shared = Arc::new(Shared { listener, commands: Commands::new(controller), connections: Mutex::default() });
         let mut server = Self { shared: Arc::clone(&shared), announcing: None, accepting: None };
         let (goes_on, ends) = bounded(0);

@@ -12,7 +12,7 @@ use switchover_hybrid::status::MigrationStatus;
 use super::controller::{Event, TimedEvent};
 use super::endpoint::Endpoint;
 use super::fake::Fake;
-use super::server::Server;
+use super::server::{Bound, Server};
 use crate::run_state::RunState;
 
 struct Setup {
@@ -28,7 +28,7 @@ fn serve(run_state: RunState) -> Setup {
     let endpoint = Endpoint::at(directory.path().join("qmp"));
     let fake = Arc::new(Fake::new(run_state));
     let (events, told) = unbounded();
-    let server = Server::start(&endpoint, Arc::<Fake>::clone(&fake), told).unwrap();
+    let server = Server::start(Bound::at(&endpoint).unwrap(), Arc::<Fake>::clone(&fake), told).unwrap();
     Setup { server, fake, events, endpoint, _directory: directory }
 }
 
@@ -310,8 +310,7 @@ fn a_client_that_does_not_read_holds_nobody_up() {
 #[test]
 fn a_dead_servers_socket_is_replaced_and_a_live_ones_is_not() {
     let setup = serve(RunState::Running);
-    let (_events, told) = unbounded();
-    let error = Server::start(&setup.endpoint, Arc::<Fake>::clone(&setup.fake), told).err().unwrap();
+    let error = Bound::at(&setup.endpoint).unwrap_err();
     assert!(error.to_string().contains("another process listens"), "{error}");
     Client::negotiated(&setup);
 }
