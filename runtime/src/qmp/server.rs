@@ -140,15 +140,30 @@ impl Connection {
     }
 
     fn send(&self, message: &Value) -> io::Result<()> {
-        let mut text = message.to_string();
-        text.push_str("\r\n");
-        self.writer.lock().unwrap_or_else(PoisonError::into_inner).write_all(text.as_bytes())
+        write_line(&mut self.writer(), message)
+    }
+
+    /// Sends the reply that ends the negotiation: every event from now on comes behind it, and none is lost.
+    fn send_and_tell_events(&self, reply: &Value) -> io::Result<()> {
+        let mut writer = self.writer();
+        self.tells_events.store(true, Ordering::SeqCst);
+        write_line(&mut writer, reply)
+    }
+
+    fn writer(&self) -> MutexGuard<'_, UnixStream> {
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn end(&self) {
         // It fails only where the client has ended it already.
         let _ = self.handle.shutdown(Shutdown::Both);
     }
+}
+
+fn write_line(writer: &mut UnixStream, message: &Value) -> io::Result<()> {
+    let mut text = message.to_string();
+    text.push_str("\r\n");
+    writer.write_all(text.as_bytes())
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, ServerError> {
@@ -216,14 +231,16 @@ fn serve(commands: &Commands, connection: &Connection, mut stream: UnixStream) -
         };
         for input in framing.feed(bytes.get(..count).unwrap_or_default()) {
             let answer = session.answer(commands, input);
-            let sent = connection.send(&answer.reply);
             match answer.then {
-                Then::GoOn => {}
-                Then::TellEvents => connection.tells_events.store(true, Ordering::SeqCst),
-                // A client that quits and goes without its reply still means it.
-                Then::Quit => commands.end(),
+                Then::GoOn => connection.send(&answer.reply)?,
+                Then::TellEvents => connection.send_and_tell_events(&answer.reply)?,
+                Then::Quit => {
+                    let sent = connection.send(&answer.reply);
+                    // A client that quits and goes without its reply still means it.
+                    commands.end();
+                    sent?;
+                }
             }
-            sent?;
         }
     }
 }
