@@ -363,3 +363,13 @@ fn a_destination_that_refused_never_runs() {
     assert!(actions.iter().any(|action| matches!(action, DestinationAction::SendRefused(_))));
     assert_eq!(session.on(DestinationEvent::Commit), (DestinationSession::Over, Vec::new()));
 }
+
+#[test]
+fn a_commit_without_the_state_runs_nothing() {
+    for events in [vec![DestinationEvent::Prepared], vec![DestinationEvent::Prepared, DestinationEvent::State]] {
+        let session = events.into_iter().fold(DestinationSession::new(), |session, event| session.on(event).0);
+        let (session, actions) = session.on(DestinationEvent::Commit);
+        assert_eq!(session, DestinationSession::Over);
+        assert!(!actions.contains(&DestinationAction::Run), "{actions:?}");
+    }
+}
