@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -154,6 +154,21 @@ impl Ram {
         self.inner.alias.advise(Advice::PopulateWrite).map_err(|source| RamError::Populate { size, source })
     }
 
+    /// Writes to every page without changing it. Where this host is itself a guest, pages that were populated some seconds
+    /// ago may have been taken by *its* host meanwhile, and are slow to write once: 5 Gbit/s against 25 (measured on
+    /// loopback, 256 MiB idle for 4 s). Elsewhere it costs some ten nanoseconds a page.
+    pub fn touch(&self) {
+        // Hidden from the compiler, which would turn the addition of a known 0 into a mere load.
+        let nothing = std::hint::black_box(0);
+        for page in 0..self.inner.pages.0 {
+            if let Some(address) = self.alias_of(PageIndex(page)) {
+                // SAFETY: a page's address is aligned for any integer and lies in the alias, which `self` keeps mapped;
+                // every access to the alias here is atomic, and adding nothing changes nothing for whoever else reads.
+                unsafe { AtomicU64::from_ptr(address.cast()) }.fetch_add(nothing, Ordering::Relaxed);
+            }
+        }
+    }
+
     /// Gives every page back to the host: RAM reads as zero again.
     ///
     /// # Errors
@@ -185,6 +200,16 @@ mod tests {
             ram.clear().unwrap();
             assert_eq!(ram.guest_base().add(2 * PAGE_SIZE).read(), 0);
         }
+    }
+
+    #[test]
+    fn touching_changes_nothing() {
+        let ram = Ram::new(PageCount(2)).unwrap();
+        // SAFETY: the mapping is live and this test's own.
+        unsafe { ram.alias_of(PageIndex(1)).unwrap().write(9) };
+        ram.touch();
+        // SAFETY: as above.
+        assert_eq!(unsafe { ram.alias_of(PageIndex(1)).unwrap().read() }, 9);
     }
 
     #[test]

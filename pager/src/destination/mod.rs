@@ -175,6 +175,7 @@ impl DestinationPager {
             .map_err(|errno| DestinationPagerError::EventFd(errno.into()))?;
         if !lazy {
             ram.populate()?;
+            ram.touch();
         }
         let pages = ram.pages();
         let shared = Arc::new(Shared {
