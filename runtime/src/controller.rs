@@ -1,10 +1,8 @@
 //! A virtual machine and its migrations as QMP commands see them.
 
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::{fs, io, thread};
+use std::{io, thread};
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
 use switchover_hybrid::error::MigrationError;
@@ -31,7 +29,6 @@ pub struct VmController {
     migration: Mutex<Migration>,
     events: Sender<TimedEvent>,
     quit_by_client: AtomicBool,
-    listening_file: Mutex<Option<SocketFile>>,
 }
 
 /// The last migration. A machine that a guest has moved into may be the source of its next one.
@@ -56,7 +53,6 @@ impl VmController {
             migration: Mutex::new(Migration::None),
             events,
             quit_by_client: AtomicBool::new(false),
-            listening_file: Mutex::new(None),
         };
         Ok((Arc::new(controller), told))
     }
@@ -64,7 +60,10 @@ impl VmController {
     /// The machine is over, for this reason: tells clients so, the last thing that they are told, and removes the socket's
     /// file that a source may still connect to, since the threads that hold it end with the process.
     pub fn finish(&self, reason: &ExitReason) {
-        drop(lock(&self.listening_file).take());
+        if let Migration::Incoming(incoming) = &*self.migration() {
+            // Its threads end with the process, and would leave a unix socket's file behind.
+            incoming.close();
+        }
         let (guest, reason) = match reason {
             ExitReason::Guest(_) => (true, "guest-shutdown"),
             ExitReason::Shutdown => (true, "guest-reset"),
@@ -152,9 +151,6 @@ impl Controller for VmController {
             .name("incoming-end".to_owned())
             .spawn(move || fail_without_a_guest(&vm, &watched))
             .map_err(MigrationError::Thread)?;
-        if let Address::Unix(path) = incoming.address() {
-            *lock(&self.listening_file) = SocketFile::at(&path).ok();
-        }
         *migration = Migration::Incoming(incoming);
         Ok(())
     }
@@ -222,33 +218,6 @@ impl Migration {
     fn is_under_way(&self) -> bool {
         self.progress().is_some_and(|(_, progress)| progress.status.is_under_way())
     }
-}
-
-/// A socket's file, removed on drop unless somebody has put another in its place.
-struct SocketFile {
-    path: PathBuf,
-    identity: (u64, u64),
-}
-
-impl SocketFile {
-    fn at(path: &Path) -> io::Result<Self> {
-        // Absolute, because the process may change its directory before the end.
-        let path = std::path::absolute(path)?;
-        let identity = identity(&path)?;
-        Ok(Self { path, identity })
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|now| now == self.identity) {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
 }
 
 /// A destination whose migration fails before the commit has no guest, and never will: its process ends, as QEMU's

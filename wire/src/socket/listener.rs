@@ -8,6 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -27,7 +28,7 @@ pub struct Listener {
     address: Address,
     closed: AtomicBool,
     /// The unix socket's file, to be removed in the end.
-    _file: Option<SocketFile>,
+    file: Mutex<Option<SocketFile>>,
 }
 
 #[derive(Debug)]
@@ -48,14 +49,19 @@ impl Listener {
                 let listener = bind_tcp(host, *port).map_err(failed)?;
                 let port = listener.local_addr().map_err(failed)?.port();
                 let address = Address::Tcp { host: host.clone(), port };
-                Ok(Self { kind: Kind::Tcp(listener), address, closed: AtomicBool::new(false), _file: None })
+                Ok(Self { kind: Kind::Tcp(listener), address, closed: AtomicBool::new(false), file: Mutex::new(None) })
             }
             Address::Unix(path) => {
                 clear_the_way(address, path)?;
                 let listener = UnixListener::bind(path).map_err(failed)?;
                 let file = SocketFile::of(path).map_err(failed)?;
                 let kind = Kind::Unix(listener);
-                Ok(Self { kind, address: address.clone(), closed: AtomicBool::new(false), _file: Some(file) })
+                Ok(Self {
+                    kind,
+                    address: address.clone(),
+                    closed: AtomicBool::new(false),
+                    file: Mutex::new(Some(file)),
+                })
             }
         }
     }
@@ -87,12 +93,13 @@ impl Listener {
         }
     }
 
-    /// Ends it: whoever waits in [`accept`](Self::accept) returns, new connections are refused. May be called any
-    /// number of times.
+    /// Ends it: whoever waits in [`accept`](Self::accept) returns, new connections are refused, a unix socket's file is
+    /// gone. May be called any number of times.
     pub fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
         // Linux wakes a blocked accept with EINVAL, for TCP and unix sockets both; a later accept fails at once.
         let _ = shutdown(self.as_fd().as_raw_fd(), Shutdown::Both);
+        drop(self.file.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
     fn accept_once(&self) -> io::Result<Socket> {
