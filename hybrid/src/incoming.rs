@@ -146,27 +146,12 @@ impl Incoming {
     pub fn report(&self) -> SideReport {
         let shared = &self.shared;
         let record = shared.recorder.read();
-        let mut cpu = CpuSeconds::from(shared.cpu.total());
-        let mut report = SideReport {
-            side: Side::Destination,
-            session: record.session.unwrap_or_default(),
-            status: record.status,
-            error: record.error,
-            clock: HostClock::here(),
-            phases: record.phases,
-            instants: record.instants,
-            lanes: shared.lanes.bytes(),
-            state_bytes: record.state_bytes,
-            ram_pages: shared.machine.ram().pages().0,
-            pages: None,
-            faults: None,
-            rates: None,
-            cpu,
-        };
+        let mut report = record.into_report(Side::Destination, &shared.lanes, shared.machine.ram().pages());
+        report.cpu += CpuSeconds::from(shared.cpu.total());
         report.instants.first_entry_ns =
             report.instants.commit_ns.and_then(|_| shared.machine.first_entry()).map(|at| at.0);
         if let Some(pager) = shared.pager().as_ref() {
-            cpu += CpuSeconds::from(pager.cpu());
+            report.cpu += CpuSeconds::from(pager.cpu());
             let seen = pager.progress();
             report.pages = Some(PageClasses {
                 zero: seen.zero,
@@ -179,7 +164,6 @@ impl Incoming {
             report.rates = report.instants.commit_ns.map(|start| rate_series(&stats, pager, Nanos(start)));
             report.faults = fault_report(&stats).ok();
         }
-        report.cpu = cpu;
         report
     }
 

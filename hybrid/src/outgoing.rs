@@ -164,26 +164,12 @@ impl Outgoing {
     pub fn report(&self) -> SideReport {
         let shared = &self.shared;
         let record = shared.recorder.read();
-        let mut cpu = CpuSeconds::from(shared.cpu.total());
+        let mut report = record.into_report(Side::Source, &shared.lanes, shared.machine.ram().pages());
+        report.cpu += CpuSeconds::from(shared.cpu.total());
         if let Some(pager) = shared.pager().as_ref() {
-            cpu += CpuSeconds::from(pager.cpu());
+            report.cpu += CpuSeconds::from(pager.cpu());
         }
-        SideReport {
-            side: Side::Source,
-            session: record.session.unwrap_or_default(),
-            status: record.status,
-            error: record.error,
-            clock: HostClock::here(),
-            phases: record.phases,
-            instants: record.instants,
-            lanes: shared.lanes.bytes(),
-            state_bytes: record.state_bytes,
-            ram_pages: shared.machine.ram().pages().0,
-            pages: None,
-            faults: None,
-            rates: None,
-            cpu,
-        }
+        report
     }
 
     /// Waits until it is over.

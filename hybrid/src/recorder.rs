@@ -2,9 +2,11 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use switchover_wire::clock::Nanos;
+use switchover_wire::clock::{HostClock, Nanos};
+use switchover_wire::types::PageCount;
 
-use crate::report::{Instants, PhaseSpan};
+use crate::lanes::Lanes;
+use crate::report::{CpuSeconds, Instants, PhaseSpan, Side, SideReport};
 use crate::settings::{Notice, Observer};
 use crate::status::MigrationStatus;
 
@@ -150,6 +152,27 @@ impl Recorder {
 }
 
 impl Record {
+    /// The record as a report, with what only one side knows left empty: pages, faults, rates and CPU time.
+    #[must_use]
+    pub fn into_report(self, side: Side, lanes: &Lanes, ram: PageCount) -> SideReport {
+        SideReport {
+            side,
+            session: self.session.unwrap_or_default(),
+            status: self.status,
+            error: self.error,
+            clock: HostClock::here(),
+            phases: self.phases,
+            instants: self.instants,
+            lanes: lanes.bytes(),
+            state_bytes: self.state_bytes,
+            ram_pages: ram.0,
+            pages: None,
+            faults: None,
+            rates: None,
+            cpu: CpuSeconds::default(),
+        }
+    }
+
     /// The blackout as far as this record knows it.
     #[must_use]
     pub fn downtime_ns(&self) -> Option<u64> {
