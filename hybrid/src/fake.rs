@@ -3,11 +3,14 @@
 //! It exists to test migrations where KVM is not at hand, and to show what an embedder's [`Machine`] must do. Its
 //! memory is moved by the real pager; only the guest is made up.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use switchover_pager::ram::{Ram, RamError};
+use switchover_precopy::bitmap::PageBitmap;
+use switchover_precopy::dirty::{DirtyLog, DirtyLogError};
 use switchover_wire::clock::Nanos;
 use switchover_wire::description::{MachineDescription, RamRegion};
 use switchover_wire::types::{PAGE_SIZE_U64, PageCount, PageIndex};
@@ -18,10 +21,64 @@ use crate::machine::{Machine, MachineError, Paused};
 /// no sweep has.
 const STEP: u64 = 6_364_136_223_846_793_005;
 
+/// What one visit of the guest takes, roughly: throttling stretches it.
+const VISIT: Duration = Duration::from_micros(20);
+
 /// A machine whose guest is a thread.
 pub struct FakeMachine {
     ram: Ram,
     inner: Arc<Inner>,
+    dirty: Arc<FakeDirtyLog>,
+}
+
+/// A book of written pages that the "guest" itself keeps, before each write.
+#[derive(Debug)]
+pub struct FakeDirtyLog {
+    words: Vec<AtomicU64>,
+    kept: AtomicBool,
+}
+
+impl FakeDirtyLog {
+    /// A book for RAM of this size, closed.
+    #[must_use]
+    pub fn new(pages: PageCount) -> Self {
+        Self { words: (0..pages.0.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(), kept: AtomicBool::new(false) }
+    }
+
+    /// `page` has just been written. After the write: a reader that rearms between the two would otherwise miss it.
+    pub fn note(&self, page: PageIndex) {
+        if self.kept.load(Ordering::SeqCst)
+            && let Some(word) = usize::try_from(page.0 / 64).ok().and_then(|index| self.words.get(index))
+        {
+            word.fetch_or(1 << (page.0 % 64), Ordering::SeqCst);
+        }
+    }
+}
+
+impl DirtyLog for FakeDirtyLog {
+    fn start(&self) -> Result<(), DirtyLogError> {
+        self.words.iter().for_each(|word| word.store(u64::MAX, Ordering::SeqCst));
+        self.kept.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn peek(&self, noted: &mut PageBitmap) -> Result<(), DirtyLogError> {
+        let words: Vec<u64> = self.words.iter().map(|word| word.load(Ordering::SeqCst)).collect();
+        noted.unite(&PageBitmap::from_words(&words, noted.pages()));
+        Ok(())
+    }
+
+    fn rearm(&self, first: PageIndex, words: &[u64]) -> Result<(), DirtyLogError> {
+        let start = usize::try_from(first.0 / 64).unwrap_or(usize::MAX);
+        for (own, cleared) in self.words.iter().skip(start).zip(words) {
+            own.fetch_and(!cleared, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    fn stop(&self) {
+        self.kept.store(false, Ordering::SeqCst);
+    }
 }
 
 struct Inner {
@@ -30,6 +87,7 @@ struct Inner {
     first_entry: AtomicU64,
     corrupt: AtomicU64,
     ended: AtomicBool,
+    throttle: AtomicU8,
 }
 
 struct Control {
@@ -65,10 +123,12 @@ impl FakeMachine {
             first_entry: AtomicU64::new(0),
             corrupt: AtomicU64::new(0),
             ended: AtomicBool::new(false),
+            throttle: AtomicU8::new(0),
         });
-        let (guest, guest_ram) = (Arc::clone(&inner), ram.clone());
-        thread::spawn(move || guest.run(&guest_ram));
-        Ok(Arc::new(Self { ram, inner }))
+        let dirty = Arc::new(FakeDirtyLog::new(pages));
+        let (guest, guest_ram, book) = (Arc::clone(&inner), ram.clone(), Arc::clone(&dirty));
+        thread::spawn(move || guest.run(&guest_ram, &book));
+        Ok(Arc::new(Self { ram, inner, dirty }))
     }
 
     /// Visits made so far: each read one page, checked it, and wrote it.
@@ -97,11 +157,19 @@ impl FakeMachine {
 }
 
 impl Inner {
+    /// Waits so long that the visits take only what the throttle leaves of the time.
+    fn yield_to_throttle(&self) {
+        let percent = u32::from(self.throttle.load(Ordering::Acquire).min(99));
+        if percent > 0 {
+            thread::sleep(VISIT * percent / (100 - percent));
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Control> {
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run(&self, ram: &Ram) {
+    fn run(&self, ram: &Ram, dirty: &FakeDirtyLog) {
         let pages = ram.pages().0;
         loop {
             let visit = {
@@ -136,7 +204,9 @@ impl Inner {
                 let count = (seen & 0xffff_ffff) + 1;
                 word.write_volatile(page.0 << 32 | (count & 0xffff_ffff));
             }
+            dirty.note(page);
             self.lock().visits += 1;
+            self.yield_to_throttle();
         }
     }
 }
@@ -159,6 +229,21 @@ impl Machine for FakeMachine {
 
     fn ram(&self) -> Ram {
         self.ram.clone()
+    }
+
+    fn dirty_log(&self) -> Arc<dyn DirtyLog> {
+        Arc::<FakeDirtyLog>::clone(&self.dirty)
+    }
+
+    fn throttle(&self, percent: u8) {
+        self.inner.throttle.store(percent, Ordering::Release);
+    }
+
+    fn limit_dirty_rate(&self, bytes_per_second: Option<u64>) -> Result<(), MachineError> {
+        if bytes_per_second.is_none() {
+            return Ok(());
+        }
+        Err(MachineError::new("limit the vCPU's dirty rate", "the fake machine cannot"))
     }
 
     fn pause(&self) -> Result<Paused, MachineError> {

@@ -138,6 +138,7 @@ impl Incoming {
             normal_pages: seen.pushed + seen.requested,
             postcopy_requests: seen.requests,
             error: record.error,
+            ..Progress::default()
         }
     }
 

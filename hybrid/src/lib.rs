@@ -62,6 +62,7 @@ pub mod fake;
 pub mod incoming;
 mod lanes;
 pub mod machine;
+pub mod monitor;
 pub mod outgoing;
 mod patience;
 pub mod progress;

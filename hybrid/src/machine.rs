@@ -1,8 +1,10 @@
 //! The one trait through which a migration sees a virtual machine.
 
 use std::error::Error;
+use std::sync::Arc;
 
 use switchover_pager::ram::Ram;
+use switchover_precopy::dirty::DirtyLog;
 use switchover_wire::clock::Nanos;
 use switchover_wire::description::MachineDescription;
 use switchover_wire::types::PageIndex;
@@ -50,6 +52,21 @@ pub trait Machine: Send + Sync + 'static {
 
     /// Its memory.
     fn ram(&self) -> Ram;
+
+    /// Its book of written pages.
+    fn dirty_log(&self) -> Arc<dyn DirtyLog>;
+
+    /// Keeps the vCPUs from running for this share of the time, in percent; 0 ends it. At most 99.
+    ///
+    /// Called on a source only. A pause takes no longer for it.
+    fn throttle(&self, percent: u8);
+
+    /// Holds each vCPU to so many newly written bytes a second; `None` ends it. Needs a started
+    /// [`dirty_log`](Self::dirty_log).
+    ///
+    /// # Errors
+    /// When the machine cannot tell what each vCPU writes.
+    fn limit_dirty_rate(&self, bytes_per_second: Option<u64>) -> Result<(), MachineError>;
 
     /// Takes every vCPU out of the guest and completes what they had half done. On success nothing writes guest
     /// memory any more; on failure the guest runs as it did before.

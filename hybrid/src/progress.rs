@@ -25,6 +25,16 @@ pub struct Progress {
     pub total_time_ns: u64,
     /// From the start until the destination was prepared.
     pub setup_time_ns: Option<u64>,
+    /// Bytes that crossed all lanes before the handoff.
+    pub precopy_bytes: u64,
+    /// Rounds of pre-copy begun.
+    pub rounds: u32,
+    /// Pages that the guest newly wrote a second, over the last round.
+    pub dirty_pages_per_second: u64,
+    /// The blackout that the monitor expects of a handoff now.
+    pub expected_downtime_ns: Option<u64>,
+    /// The share of time for which vCPUs are kept from running, in percent.
+    pub throttle_percent: u8,
     /// The blackout as this side can know it: from the last source exit to the first destination entry where the
     /// two are known on one clock; else, on the source, until it was told that the guest runs.
     pub downtime_ns: Option<u64>,

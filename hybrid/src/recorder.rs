@@ -170,6 +170,7 @@ impl Record {
             faults: None,
             rates: None,
             cpu: CpuSeconds::default(),
+            precopy: None,
         }
     }
 
@@ -223,7 +224,11 @@ mod tests {
     fn each_status_is_told_once() {
         let told = Arc::new(Mutex::new(Vec::new()));
         let heard = Arc::clone(&told);
-        let recorder = Recorder::new(Arc::new(move |Notice::Status(status)| heard.lock().unwrap().push(status)));
+        let recorder = Recorder::new(Arc::new(move |notice| {
+            if let Notice::Status(status) = notice {
+                heard.lock().unwrap().push(status);
+            }
+        }));
         recorder.begin();
         recorder.set_status(MigrationStatus::Setup);
         recorder.fail("no".into());

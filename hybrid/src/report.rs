@@ -14,6 +14,7 @@ use switchover_pager::stats::{self, FaultStats, SLICE_NS};
 use switchover_wire::clock::{HostClock, Nanos};
 use thiserror::Error;
 
+use crate::monitor::{Sample, Verdict};
 use crate::status::MigrationStatus;
 
 /// Which side a report is of.
@@ -175,6 +176,87 @@ impl std::ops::AddAssign for CpuSeconds {
     }
 }
 
+/// What pre-copy did; the source's.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct PrecopyReport {
+    /// When its first round began.
+    pub start_ns: u64,
+    /// The rounds that were begun.
+    pub rounds: Vec<RoundReport>,
+    /// What the monitor decided: at the end of each round, and where it ended one early.
+    pub decisions: Vec<DecisionReport>,
+    /// What the monitor saw, in the order of time.
+    pub samples: Vec<Sample>,
+    /// How pages were encoded.
+    pub encodings: EncodingCounts,
+    /// The highest share of time for which vCPUs were kept from running, in percent.
+    pub throttle_percent: u8,
+    /// Pages that the handoff left to be sent.
+    pub handoff_pages: u64,
+}
+
+/// One round of pre-copy.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct RoundReport {
+    /// Counted from 1.
+    pub round: u32,
+    /// Its start.
+    pub start_ns: u64,
+    /// Its end: every page had been handed to a lane, or the migration went over to the handoff.
+    pub end_ns: u64,
+    /// Pages that it began with.
+    pub pages: u64,
+    /// Those that it sent with bytes.
+    pub data_pages: u64,
+    /// Those that it sent as zero.
+    pub zero_pages: u64,
+    /// Pages put off to the next round, because an earlier version was still under way.
+    pub deferred_pages: u64,
+    /// Bytes on the wire.
+    pub wire_bytes: u64,
+    /// Pages that were written during it.
+    pub dirtied_pages: u64,
+    /// Those pages, where the settings ask for them: [`switchover_wire::bitmap`], base64.
+    pub dirtied: Option<String>,
+}
+
+/// A decision of the monitor, and what then happened.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct DecisionReport {
+    /// When.
+    pub at_ns: u64,
+    /// In, or at the end of, which round.
+    pub round: u32,
+    /// What it chose, why, and what it expected.
+    #[serde(flatten)]
+    pub verdict: Verdict,
+    /// Distinct pages that the next round really had.
+    pub actual_round_pages: Option<u64>,
+    /// How long it really took.
+    pub actual_round_ns: Option<u64>,
+    /// The blackout that there really was, where this decision led to the handoff and both sides read one clock.
+    pub actual_blackout_ns: Option<u64>,
+}
+
+/// How many pages went in which encoding before the handoff.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct EncodingCounts {
+    /// As they are.
+    pub raw: u64,
+    /// LZ4.
+    pub lz4: u64,
+    /// zstd.
+    pub zstd: u64,
+    /// As a difference to the version that the destination held.
+    pub delta: u64,
+    /// As a reference to another page.
+    pub same: u64,
+    /// Bytes of all these before encoding.
+    pub bytes_in: u64,
+    /// And after it.
+    pub bytes_out: u64,
+}
+
 /// One side's report.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct SideReport {
@@ -206,6 +288,9 @@ pub struct SideReport {
     pub rates: Option<RateSeries>,
     /// CPU time of the migration's threads.
     pub cpu: CpuSeconds,
+    /// What pre-copy did, where it ran; the source's.
+    #[serde(default)]
+    pub precopy: Option<PrecopyReport>,
 }
 
 /// The pager's books as a report shows them.

@@ -2,25 +2,96 @@
 
 use std::sync::Arc;
 
+use switchover_precopy::pack::PackSettings;
+
+use crate::monitor::{Limits, Mode};
 use crate::status::MigrationStatus;
 
 /// How a migration is to be carried out. Both sides have settings of their own; what the source asks for suffices.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Settings {
-    /// Post-copy is allowed. A source without it is refused for now: nothing else is built.
+    /// How it may end its pre-copy, and within which bounds. [`Mode::Postcopy`] makes no rounds at all.
+    pub limits: Limits,
+    /// Post-copy is allowed: the controller may hand off whenever it wants.
     pub postcopy: bool,
-    /// How many `bulk` lanes the source opens.
+    /// How many `bulk` lanes the source opens. Each encodes on a thread of its own.
     pub bulk_lanes: u8,
-    /// Bound on pushed bytes a second after the handoff, all bulk lanes together; 0 means none.
-    pub max_postcopy_bandwidth: u64,
+    /// Bounds on pushed bytes a second.
+    pub bandwidth: Bandwidth,
+    /// Which encodings pre-copy may use.
+    pub packing: PackSettings,
+    /// How vCPUs are slowed down where pre-copy does not converge by itself.
+    pub throttling: Throttling,
+    /// Pause the guest and wait for the controller's word before the handoff.
+    pub pause_before_switchover: bool,
+    /// Record each round's bitmap in the report.
+    pub record_bitmaps: bool,
     /// Destination: do not reserve memory before the handoff. The guest is lost if memory runs out after it.
     pub lazy_memory: bool,
 }
 
+/// Bounds on the bytes a second of all bulk lanes together; 0 means none.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Bandwidth {
+    /// Before the handoff.
+    pub precopy: u64,
+    /// After it.
+    pub postcopy: u64,
+}
+
+/// How vCPUs are slowed down for pre-copy. Never after the handoff, and never by the hybrid.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Throttling {
+    /// Not at all.
+    #[default]
+    Off,
+    /// For a growing share of the time, as long as rounds do not shrink.
+    AutoConverge {
+        /// The first share, in percent.
+        initial: u8,
+        /// What each step adds, in percent.
+        increment: u8,
+        /// The ceiling, in percent.
+        most: u8,
+    },
+    /// Each vCPU is held to this many newly written bytes a second.
+    DirtyLimit {
+        /// Bytes a second, of each vCPU.
+        bytes_per_second: u64,
+    },
+}
+
 impl Default for Settings {
     fn default() -> Self {
-        Self { postcopy: true, bulk_lanes: 1, max_postcopy_bandwidth: 0, lazy_memory: false }
+        Self {
+            limits: Limits { mode: Mode::Postcopy, ..Limits::default() },
+            postcopy: true,
+            bulk_lanes: 1,
+            bandwidth: Bandwidth::default(),
+            packing: PackSettings::default(),
+            throttling: Throttling::Off,
+            pause_before_switchover: false,
+            record_bitmaps: false,
+            lazy_memory: false,
+        }
     }
+}
+
+impl Settings {
+    /// What may change while a migration runs.
+    #[must_use]
+    pub const fn tunables(&self) -> Tunables {
+        Tunables { limits: self.limits, bandwidth: self.bandwidth }
+    }
+}
+
+/// What a controller may change while a migration runs. The mode of the limits stays what it was.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Tunables {
+    /// When to stop.
+    pub limits: Limits,
+    /// How fast to send.
+    pub bandwidth: Bandwidth,
 }
 
 /// What an observer is told.
@@ -28,6 +99,8 @@ impl Default for Settings {
 pub enum Notice {
     /// The status has changed to this.
     Status(MigrationStatus),
+    /// This round of pre-copy begins, counted from 1.
+    Round(u32),
 }
 
 /// Whoever wants to know of a migration's steps. Called on the migration's own thread: must return at once.

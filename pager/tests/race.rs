@@ -16,7 +16,7 @@ use common::{events, guest_read, guest_write, lane_pair, userfaultfd_or_skip};
 use switchover_pager::destination::DestinationPager;
 use switchover_pager::lane::PagerEvent;
 use switchover_pager::ram::Ram;
-use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES};
+use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, FrameFlags};
 use switchover_wire::frame::fault::{FaultReply, FaultRequest, ReplyContent};
 use switchover_wire::ring::Ring;
 use switchover_wire::types::{LaneRole, PAGE_SIZE, PageCount, PageIndex};
@@ -61,7 +61,8 @@ fn the_guests_write_survives_the_copy_that_comes_too_late() {
         let page = request.page;
 
         let first = PageIndex(page.0 / CHUNK_PAGES * CHUNK_PAGES);
-        let frame = BulkFrame::Chunk { first, data: 1 << (page.0 % CHUNK_PAGES), zero: 0 }.encode();
+        let frame =
+            BulkFrame::Chunk { first, data: 1 << (page.0 % CHUNK_PAGES), zero: 0 }.encode(FrameFlags::default());
         ring.send_all(bulk.socket.as_fd(), &[IoSlice::new(&frame), IoSlice::new(&old)]).unwrap();
         assert_eq!(was_written.recv_timeout(Duration::from_secs(30)), Ok(page));
 
@@ -112,9 +113,9 @@ fn the_pushed_copy_that_comes_too_late_is_thrown_away() {
     guest.join().unwrap();
 
     // The whole chunk is pushed, the page that was answered in its middle.
-    let frame = BulkFrame::Chunk { first: PageIndex(0), data: u64::MAX, zero: 0 }.encode();
+    let frame = BulkFrame::Chunk { first: PageIndex(0), data: u64::MAX, zero: 0 }.encode(FrameFlags::default());
     ring.send_all(bulk.socket.as_fd(), &[IoSlice::new(&frame), IoSlice::new(&old.repeat(64))]).unwrap();
-    let end = BulkFrame::End { pages: CHUNK_PAGES }.encode();
+    let end = BulkFrame::End { pages: CHUNK_PAGES }.encode(FrameFlags::default());
     ring.send_all(bulk.socket.as_fd(), &[IoSlice::new(&end)]).unwrap();
     assert_eq!(pager_events.recv_timeout(Duration::from_secs(30)), Ok(PagerEvent::Complete));
     pager.finish().unwrap();

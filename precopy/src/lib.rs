@@ -16,3 +16,6 @@
 //! ```
 
 pub mod bitmap;
+pub mod dirty;
+pub mod heat;
+pub mod pack;

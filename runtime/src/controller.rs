@@ -89,7 +89,10 @@ impl VmController {
 
     fn observer(&self) -> Observer {
         let events = self.events.clone();
-        Arc::new(move |Notice::Status(status)| tell(&events, Event::Migration(status)))
+        Arc::new(move |notice| match notice {
+            Notice::Status(status) => tell(&events, Event::Migration(status)),
+            Notice::Round(_) => {}
+        })
     }
 }
 

@@ -10,6 +10,8 @@ use crossbeam::channel::Receiver;
 use kvm_ioctls::{Kvm, VcpuFd};
 use switchover_hybrid::machine::{Machine, MachineError, Paused};
 use switchover_pager::ram::Ram;
+use switchover_precopy::bitmap::PageBitmap;
+use switchover_precopy::dirty::{DirtyLog, DirtyLogError};
 use switchover_wire::clock::Nanos;
 use switchover_wire::description::MachineDescription;
 use switchover_wire::types::PageIndex;
@@ -187,6 +189,16 @@ impl Machine for Vm {
         self.shared.memory.ram().clone()
     }
 
+    fn dirty_log(&self) -> Arc<dyn DirtyLog> {
+        Arc::new(NoDirtyLog)
+    }
+
+    fn throttle(&self, _percent: u8) {}
+
+    fn limit_dirty_rate(&self, _bytes_per_second: Option<u64>) -> Result<(), MachineError> {
+        Ok(())
+    }
+
     fn pause(&self) -> Result<Paused, MachineError> {
         self.shared.control.pause(PAUSE_PATIENCE).map_err(|error| MachineError::new("pause the guest", error))
     }
@@ -262,4 +274,19 @@ impl Drop for Vm {
 
 fn read(path: &Path) -> Result<Vec<u8>, VmError> {
     fs::read(path).map_err(|source| VmError::ReadFile { path: path.to_owned(), source })
+}
+
+struct NoDirtyLog;
+
+impl DirtyLog for NoDirtyLog {
+    fn start(&self) -> Result<(), DirtyLogError> {
+        Err(DirtyLogError::new("start the dirty log", "it is not built"))
+    }
+    fn peek(&self, _: &mut PageBitmap) -> Result<(), DirtyLogError> {
+        Ok(())
+    }
+    fn rearm(&self, _: PageIndex, _: &[u64]) -> Result<(), DirtyLogError> {
+        Ok(())
+    }
+    fn stop(&self) {}
 }

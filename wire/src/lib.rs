@@ -38,9 +38,11 @@
 //! - *A closed connection is an error*, whatever was read before it.
 
 pub mod address;
+pub mod bitmap;
 pub mod clock;
 pub mod counters;
 pub mod description;
+pub mod encoding;
 pub mod frame;
 pub mod handshake;
 pub mod message;

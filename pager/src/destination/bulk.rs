@@ -93,7 +93,9 @@ impl BulkReceiver {
         loop {
             self.ring.recv_exact(self.lane.socket.as_fd(), &mut [IoSliceMut::new(&mut header)])?;
             self.lane.socket.counters().add_received(BulkFrame::LEN as u64);
-            match BulkFrame::decode(&header, self.shared.states.pages())? {
+            let (frame, _flags) = BulkFrame::decode(&header, self.shared.states.pages())?;
+            match frame {
+                BulkFrame::Packed { .. } => todo!(),
                 BulkFrame::Chunk { first, data, zero } => {
                     self.take_zeros(first, zero)?;
                     self.take_data(first, data)?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use switchover_wire::clock::Nanos;
-use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES};
+use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, FrameFlags};
 use switchover_wire::ring::{Ring, RingError};
 use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 use thiserror::Error;
@@ -151,9 +151,10 @@ impl Pusher {
         let (first, data) = match *frame {
             BulkFrame::Chunk { first, data, .. } => (first, data),
             BulkFrame::Zeros { first, .. } => (first, 0),
-            BulkFrame::End { .. } => (PageIndex(0), 0),
+            // Nothing is encoded after the handoff.
+            BulkFrame::Packed { .. } | BulkFrame::End { .. } => (PageIndex(0), 0),
         };
-        let header = frame.encode();
+        let header = frame.encode(FrameFlags::default());
         let bytes = header.len() as u64 + u64::from(data.count_ones()) * PAGE_SIZE_U64;
         let wait = self.shared.pacer.take(bytes, Nanos::now());
         if !wait.is_zero() && self.shared.queue.pause(wait) {

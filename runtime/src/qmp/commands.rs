@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
-use switchover_hybrid::settings::Settings;
+use switchover_hybrid::settings::{Bandwidth, Settings};
 
 use super::arguments::Arguments;
 use super::capabilities::Capabilities;
@@ -245,9 +245,9 @@ impl Commands {
         Settings {
             postcopy: capabilities.has("postcopy-ram"),
             bulk_lanes: if capabilities.has("multifd") { parameters.multifd_channels } else { 1 },
-            max_postcopy_bandwidth: parameters.max_postcopy_bandwidth,
-            // The machine's own, which its controller knows.
-            lazy_memory: false,
+            bandwidth: Bandwidth { precopy: 0, postcopy: parameters.max_postcopy_bandwidth },
+            // The rest is the machine's own, which its controller knows.
+            ..Settings::default()
         }
     }
 }

@@ -74,7 +74,7 @@ impl Controller for Fake {
     }
 
     fn migrate(&self, to: Address, settings: Settings) -> Result<(), ControlError> {
-        self.note(format!("migrate to {to} over {} at {}", settings.bulk_lanes, settings.max_postcopy_bandwidth));
+        self.note(format!("migrate to {to} over {} at {}", settings.bulk_lanes, settings.bandwidth.postcopy));
         self.stand(MigrationStatus::Active);
         Ok(())
     }

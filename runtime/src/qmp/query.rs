@@ -105,6 +105,7 @@ mod tests {
             total_time_ns: 2_000_000_000,
             setup_time_ns: Some(7_900_000),
             downtime_ns: Some(1_234_567),
+            ..Progress::default()
         };
         MigrationView { progress, listening_at: None }
     }

@@ -96,6 +96,7 @@ pub fn sides(seed: u64) -> (SideReport, SideReport) {
         faults: None,
         rates: None,
         cpu: CpuSeconds { user: 0.05, system: 0.19 },
+        precopy: None,
     };
     let destination = SideReport {
         side: Side::Destination,

@@ -1,14 +1,18 @@
-//! Frames of a bulk lane: pages that the source pushes.
+//! Frames of a bulk lane: pages that the source pushes, and, the other way, what the destination has taken of them.
 //!
-//! All headers have 32 bytes: kind, mark, six reserved, then three numbers of 8 bytes each:
+//! All headers of the source have 32 bytes: kind, mark, flags, a reserved byte, the length of a packed payload (4), then
+//! three numbers of 8 bytes each:
 //!
-//! | kind | first number | second | third |
-//! |---|---|---|---|
-//! | chunk | first page | data mask | zero mask |
-//! | zeros | first page | count | 0 |
-//! | end | data pages sent | 0 | 0 |
+//! | kind | payload length | first number | second | third |
+//! |---|---|---|---|---|
+//! | chunk | 0 | first page | data mask | zero mask |
+//! | zeros | 0 | first page | count | 0 |
+//! | end | 0 | data pages sent | 0 | 0 |
+//! | packed | bytes | first page | data mask | zero mask |
+//!
+//! The destination's have 16: kind, mark, six reserved, frames taken since the lane began (8).
 
-use super::{FrameError, MARK, check_mark, check_page, check_zero, u64_at};
+use super::{FrameError, MARK, check_mark, check_page, check_zero, u32_at, u64_at};
 use crate::types::{PAGE_SIZE, PageCount, PageIndex};
 
 /// Pages that one [`BulkFrame::Chunk`] can cover: one for each bit of its masks.
@@ -17,10 +21,44 @@ pub const CHUNK_PAGES: u64 = 64;
 const CHUNK: u8 = 0xB1;
 const ZEROS: u8 = 0xB2;
 const END: u8 = 0xB3;
+const PACKED: u8 = 0xB4;
+const TAKEN: u8 = 0xBA;
 
 const CHUNK_NAME: &str = "chunk";
 const ZEROS_NAME: &str = "zeros";
 const END_NAME: &str = "end";
+const PACKED_NAME: &str = "packed chunk";
+const TAKEN_NAME: &str = "taken";
+
+/// The longest payload of a packed chunk: every page as it is, and room for what each entry of its table may take.
+pub const PACKED_LIMIT: usize = CHUNK_PAGES as usize * (PAGE_SIZE + 64);
+
+/// What holds for a frame besides its content.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct FrameFlags {
+    /// Sent while the guest still ran on the source: it counts for nothing once the handoff's set of missing pages is known.
+    pub precopy: bool,
+    /// The destination answers with [`Taken`] when it has taken this frame.
+    pub acknowledge: bool,
+}
+
+impl FrameFlags {
+    const PRECOPY: u8 = 1;
+    const ACKNOWLEDGE: u8 = 2;
+
+    /// As the header's byte.
+    #[must_use]
+    pub const fn bits(self) -> u8 {
+        (if self.precopy { Self::PRECOPY } else { 0 }) | (if self.acknowledge { Self::ACKNOWLEDGE } else { 0 })
+    }
+
+    fn from_bits(frame: &'static str, bits: u8) -> Result<Self, FrameError> {
+        if bits & !(Self::PRECOPY | Self::ACKNOWLEDGE) != 0 {
+            return Err(FrameError::new(frame, "flags", &format_args!("{bits:#04x}"), "a sum of 1 and 2"));
+        }
+        Ok(Self { precopy: bits & Self::PRECOPY != 0, acknowledge: bits & Self::ACKNOWLEDGE != 0 })
+    }
+}
 
 /// A header on a bulk lane.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -41,6 +79,18 @@ pub enum BulkFrame {
         /// Its length, at least 1.
         count: PageCount,
     },
+    /// As [`BulkFrame::Chunk`], but the pages are encoded: a payload of `payload` bytes follows, in the format of
+    /// [`crate::encoding`].
+    Packed {
+        /// A multiple of [`CHUNK_PAGES`].
+        first: PageIndex,
+        /// Bit i: page `first + i` is in the payload.
+        data: u64,
+        /// Bit i: page `first + i` is zero.
+        zero: u64,
+        /// Bytes that follow, at most [`PACKED_LIMIT`].
+        payload: u32,
+    },
     /// The source has pushed everything that this lane will carry.
     End {
         /// Data pages sent on this lane, to be compared with those received; never used as a size.
@@ -57,21 +107,25 @@ impl BulkFrame {
     pub const fn payload(&self) -> usize {
         match self {
             Self::Chunk { data, .. } => data.count_ones() as usize * PAGE_SIZE,
+            Self::Packed { payload, .. } => *payload as usize,
             Self::Zeros { .. } | Self::End { .. } => 0,
         }
     }
 
     /// The header as bytes.
     #[must_use]
-    pub fn encode(&self) -> [u8; Self::LEN] {
-        let (kind, numbers) = match *self {
-            Self::Chunk { first, data, zero } => (CHUNK, [first.0, data, zero]),
-            Self::Zeros { first, count } => (ZEROS, [first.0, count.0, 0]),
-            Self::End { pages } => (END, [pages, 0, 0]),
+    pub fn encode(&self, flags: FrameFlags) -> [u8; Self::LEN] {
+        let (kind, length, numbers) = match *self {
+            Self::Chunk { first, data, zero } => (CHUNK, 0, [first.0, data, zero]),
+            Self::Zeros { first, count } => (ZEROS, 0, [first.0, count.0, 0]),
+            Self::End { pages } => (END, 0, [pages, 0, 0]),
+            Self::Packed { first, data, zero, payload } => (PACKED, payload, [first.0, data, zero]),
         };
         let mut bytes = [0; Self::LEN];
         bytes[0] = kind;
         bytes[1] = MARK;
+        bytes[2] = flags.bits();
+        bytes[4..8].copy_from_slice(&length.to_le_bytes());
         for (field, number) in bytes[8..].chunks_exact_mut(8).zip(numbers) {
             field.copy_from_slice(&number.to_le_bytes());
         }
@@ -82,20 +136,39 @@ impl BulkFrame {
     ///
     /// # Errors
     /// When they are no such frame.
-    pub fn decode(bytes: &[u8; Self::LEN], ram: PageCount) -> Result<Self, FrameError> {
+    pub fn decode(bytes: &[u8; Self::LEN], ram: PageCount) -> Result<(Self, FrameFlags), FrameError> {
         let name = match bytes[0] {
             CHUNK => CHUNK_NAME,
             ZEROS => ZEROS_NAME,
             END => END_NAME,
+            PACKED => PACKED_NAME,
             kind => {
-                return Err(FrameError::new("bulk", "kind", &format_args!("{kind:#04x}"), "0xb1, 0xb2 or 0xb3"));
+                return Err(FrameError::new("bulk", "kind", &format_args!("{kind:#04x}"), "0xb1 to 0xb4"));
             }
         };
         check_mark(name, bytes[1])?;
-        check_zero(name, "reserved", &bytes[2..8])?;
+        let flags = FrameFlags::from_bits(name, bytes[2])?;
+        check_zero(name, "reserved", &bytes[3..4])?;
+        let length = u32_at(bytes, 4);
+        if bytes[0] != PACKED {
+            check_zero(name, "payload length", &bytes[4..8])?;
+        }
         let numbers = [u64_at(bytes, 8), u64_at(bytes, 16), u64_at(bytes, 24)];
-        match bytes[0] {
-            CHUNK => chunk(numbers, ram),
+        let frame = match bytes[0] {
+            CHUNK => {
+                let (first, data, zero) = chunk(CHUNK_NAME, numbers, ram)?;
+                Ok(Self::Chunk { first, data, zero })
+            }
+            PACKED => {
+                let (first, data, zero) = chunk(PACKED_NAME, numbers, ram)?;
+                // No pages, no payload; and no page without a byte of it.
+                let pages = data.count_ones();
+                if length as usize > PACKED_LIMIT || length < pages || (pages == 0 && length > 0) {
+                    let allowed = format!("{pages} to {PACKED_LIMIT} bytes for {pages} pages");
+                    return Err(FrameError::new(name, "payload length", &length, allowed));
+                }
+                Ok(Self::Packed { first, data, zero, payload: length })
+            }
             ZEROS => {
                 check_zero(name, "reserved", &bytes[24..])?;
                 zeros(numbers[0], numbers[1], ram)
@@ -104,14 +177,54 @@ impl BulkFrame {
                 check_zero(name, "reserved", &bytes[16..])?;
                 Ok(Self::End { pages: numbers[0] })
             }
-        }
+        }?;
+        Ok((frame, flags))
     }
 }
 
-fn chunk([first, data, zero]: [u64; 3], ram: PageCount) -> Result<BulkFrame, FrameError> {
+/// What the destination has taken of a bulk lane.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Taken {
+    /// Frames since the lane began, all kinds and phases.
+    pub frames: u64,
+}
+
+impl Taken {
+    /// Bytes on the wire.
+    pub const LEN: usize = 16;
+
+    /// As bytes.
+    #[must_use]
+    pub fn encode(&self) -> [u8; Self::LEN] {
+        let mut bytes = [0; Self::LEN];
+        bytes[0] = TAKEN;
+        bytes[1] = MARK;
+        bytes[8..].copy_from_slice(&self.frames.to_le_bytes());
+        bytes
+    }
+
+    /// From bytes.
+    ///
+    /// # Errors
+    /// When they are no such frame.
+    pub fn decode(bytes: &[u8; Self::LEN]) -> Result<Self, FrameError> {
+        if bytes[0] != TAKEN {
+            return Err(FrameError::new(TAKEN_NAME, "kind", &format_args!("{:#04x}", bytes[0]), "0xba"));
+        }
+        check_mark(TAKEN_NAME, bytes[1])?;
+        check_zero(TAKEN_NAME, "reserved", &bytes[2..8])?;
+        Ok(Self { frames: u64_at(bytes, 8) })
+    }
+}
+
+fn chunk(
+    name: &'static str,
+    [first, data, zero]: [u64; 3],
+    ram: PageCount,
+) -> Result<(PageIndex, u64, u64), FrameError> {
     let wrong =
-        |field, got: u64, allowed: String| Err(FrameError::new(CHUNK_NAME, field, &format_args!("{got:#x}"), allowed));
-    let page = check_page(CHUNK_NAME, "first page", first, ram)?;
+        |field, got: u64, allowed: String| Err(FrameError::new(name, field, &format_args!("{got:#x}"), allowed));
+    let page = check_page(name, "first page", first, ram)?;
     if !first.is_multiple_of(CHUNK_PAGES) {
         return wrong("first page", first, format!("a multiple of {CHUNK_PAGES}"));
     }
@@ -130,7 +243,7 @@ fn chunk([first, data, zero]: [u64; 3], ram: PageCount) -> Result<BulkFrame, Fra
     if data | zero == 0 {
         return wrong("data mask", data, "at least one bit in one of the masks".to_owned());
     }
-    Ok(BulkFrame::Chunk { first: page, data, zero })
+    Ok((page, data, zero))
 }
 
 fn zeros(first: u64, count: u64, ram: PageCount) -> Result<BulkFrame, FrameError> {
@@ -162,29 +275,46 @@ mod tests {
             (1..=1000 - first)
                 .prop_map(move |count| BulkFrame::Zeros { first: PageIndex(first), count: PageCount(count) })
         });
-        prop_oneof![chunk, zeros, any::<u64>().prop_map(|pages| BulkFrame::End { pages })]
+        let packed =
+            (0..15_u64, 1..u64::MAX, any::<u64>(), 64..PACKED_LIMIT as u32).prop_map(|(index, data, zero, payload)| {
+                BulkFrame::Packed { first: PageIndex(index * CHUNK_PAGES), data, zero: zero & !data, payload }
+            });
+        prop_oneof![chunk, zeros, packed, any::<u64>().prop_map(|pages| BulkFrame::End { pages })]
+    }
+
+    fn flags() -> impl Strategy<Value = FrameFlags> {
+        (any::<bool>(), any::<bool>()).prop_map(|(precopy, acknowledge)| FrameFlags { precopy, acknowledge })
     }
 
     proptest! {
         #[test]
-        fn frames_survive_the_wire(frame in valid()) {
-            prop_assert_eq!(BulkFrame::decode(&frame.encode(), RAM).unwrap(), frame);
+        fn frames_survive_the_wire(frame in valid(), flags in flags()) {
+            prop_assert_eq!(BulkFrame::decode(&frame.encode(flags), RAM).unwrap(), (frame, flags));
+        }
+
+        #[test]
+        fn what_was_taken_survives_the_wire(frames: u64, at in 0..16_usize, change in 1..=255_u8) {
+            let mut bytes = Taken { frames }.encode();
+            prop_assert_eq!(Taken::decode(&bytes).unwrap(), Taken { frames });
+            bytes[at] ^= change;
+            prop_assert!(at >= 8 || Taken::decode(&bytes).is_err());
         }
 
         #[test]
         fn one_changed_byte_is_another_frame_or_none(frame in valid(), at in 0..32_usize, change in 1..=255_u8) {
-            let mut bytes = frame.encode();
+            let mut bytes = frame.encode(FrameFlags::default());
             bytes[at] ^= change;
-            if let Ok(other) = BulkFrame::decode(&bytes, RAM) {
-                prop_assert_eq!(other.encode(), bytes);
-                prop_assert_ne!(other, frame);
-                prop_assert!(!(1..8).contains(&at), "mark and reserved bytes are checked");
+            if let Ok((other, flags)) = BulkFrame::decode(&bytes, RAM) {
+                prop_assert_eq!(other.encode(flags), bytes);
+                prop_assert_ne!((other, flags), (frame, FrameFlags::default()));
+                prop_assert!(at != 1 && at != 3, "mark and reserved byte are checked");
             }
         }
 
         #[test]
         fn whatever_decodes_is_within_ram(
-            kind in CHUNK..=END,
+            kind in CHUNK..=PACKED,
+            length in prop_oneof![Just(0_u32), 0..300_000_u32, any::<u32>()],
             numbers in prop::array::uniform3(prop_oneof![0..1100_u64, any::<u64>(), Just(0), Just(u64::MAX)]),
             ram in prop_oneof![0..1100_u64, any::<u64>()],
         ) {
@@ -194,8 +324,10 @@ mod tests {
             for (field, number) in bytes[8..].chunks_exact_mut(8).zip(numbers) {
                 field.copy_from_slice(&number.to_le_bytes());
             }
-            match BulkFrame::decode(&bytes, PageCount(ram)) {
-                Ok(BulkFrame::Chunk { first, data, zero }) => {
+            bytes[4..8].copy_from_slice(&length.to_le_bytes());
+            match BulkFrame::decode(&bytes, PageCount(ram)).map(|(frame, _)| frame) {
+                Ok(frame @ (BulkFrame::Chunk { first, data, zero } | BulkFrame::Packed { first, data, zero, .. })) => {
+                    prop_assert!(frame.payload() <= PACKED_LIMIT);
                     let last = 63 - u64::from((data | zero).leading_zeros());
                     prop_assert!(first.0 % CHUNK_PAGES == 0 && data & zero == 0 && data | zero != 0);
                     prop_assert!(u128::from(first.0) + u128::from(last) < u128::from(ram));
@@ -231,19 +363,27 @@ mod tests {
             (zeros(999, 2), "count", "1 to"),
             (zeros(1, u64::MAX), "count", "1 to"),
         ] {
-            let error = BulkFrame::decode(&frame.encode(), RAM).unwrap_err();
+            let error = BulkFrame::decode(&frame.encode(FrameFlags::default()), RAM).unwrap_err();
             assert_eq!(error.field, field, "{frame:?}: {error}");
             assert!(error.allowed.contains(allowed), "{frame:?}: {error}");
         }
-        let mut end = BulkFrame::End { pages: 5 }.encode();
+        let plain = FrameFlags::default();
+        let mut end = BulkFrame::End { pages: 5 }.encode(plain);
         end[20] = 1;
         assert_eq!(BulkFrame::decode(&end, RAM).unwrap_err().field, "reserved");
-        let mut run = zeros(0, 1).encode();
+        let mut run = zeros(0, 1).encode(plain);
         run[31] = 1;
         assert_eq!(BulkFrame::decode(&run, RAM).unwrap_err().field, "reserved");
-        let mut other = chunk(0, 1, 0).encode();
-        other[0] = 0xB4;
+        let mut other = chunk(0, 1, 0).encode(plain);
+        other[0] = 0xB5;
         assert_eq!(BulkFrame::decode(&other, RAM).unwrap_err().field, "kind");
+        let mut flagged = chunk(0, 1, 0).encode(plain);
+        flagged[2] = 4;
+        assert_eq!(BulkFrame::decode(&flagged, RAM).unwrap_err().field, "flags");
+        for (data, payload) in [(0, 1), (3, 1), (1, PACKED_LIMIT as u32 + 1)] {
+            let packed = BulkFrame::Packed { first: PageIndex(0), data, zero: 4, payload }.encode(plain);
+            assert_eq!(BulkFrame::decode(&packed, RAM).unwrap_err().field, "payload length");
+        }
     }
 
     #[test]
