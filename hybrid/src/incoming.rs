@@ -21,6 +21,7 @@ use crate::capability;
 use crate::error::MigrationError;
 use crate::lanes::{BULK_LANES_LIMIT, Lanes};
 use crate::machine::Machine;
+use crate::missing::MissingPages;
 use crate::patience::{Patience, Rank, next_event};
 use crate::progress::Progress;
 use crate::reception::{self, Reception};
@@ -376,8 +377,22 @@ impl Shared {
 
     /// The control lane's thread: turns what the source says into events.
     fn listen(&self, mut reader: ControlReader, events: &Sender<DestinationEvent>, arriving: &Mutex<Option<Vec<u8>>>) {
+        let mut handoff = MissingPages::new(self.machine.ram().pages());
         loop {
             let event = match reader.recv() {
+                Ok(ControlMessage::Round { number }) => {
+                    if let Some(pager) = self.pager().as_ref() {
+                        pager.begin_round(number);
+                    }
+                    continue;
+                }
+                Ok(ControlMessage::Missing { first, pages, set, complete_first }) => {
+                    match handoff.add(first, pages, &set).and_then(|missing| self.hand_over(missing)) {
+                        Ok(true) => DestinationEvent::Missing { complete_first },
+                        Ok(false) => continue,
+                        Err(reason) => DestinationEvent::Lost(reason),
+                    }
+                }
                 Ok(ControlMessage::State { state, was_running }) => {
                     self.recorder.write(|record| {
                         record.was_running = was_running;
@@ -406,6 +421,16 @@ impl Shared {
                 return;
             }
         }
+    }
+
+    /// Once all of `missing` is known, forgets what has come of it. Says whether it did. On this thread and at once: the guest
+    /// stands still meanwhile.
+    fn hand_over(&self, missing: Option<Vec<u64>>) -> Result<bool, String> {
+        let Some(missing) = missing else { return Ok(false) };
+        let pager = self.pager();
+        let pager = pager.as_ref().ok_or("the source handed off before this side was prepared")?;
+        self.recorder.timed("hand-over", || pager.hand_over(&missing)).map_err(|error| error.to_string())?;
+        Ok(true)
     }
 
     /// Feeds events to the session and carries out its actions, until it is over.
@@ -464,6 +489,17 @@ impl Shared {
                     self.pager().as_ref().and_then(DestinationPager::last_placed).unwrap_or_else(Nanos::now);
                 self.recorder.write(|record| record.instants.first_entry_ns = first_entry_ns);
                 return session.say(&ControlMessage::Drained { first_entry_ns, last_page_ns: last_page.0 });
+            }
+            DestinationAction::EndWatch => {
+                let ended = self.pager().as_ref().map(|pager| self.recorder.timed("end-watch", || pager.end_watch()));
+                if let Some(Err(error)) = ended {
+                    tracing::warn!(%error, "userfaultfd goes on watching memory that is complete");
+                }
+            }
+            DestinationAction::MapTheRest => {
+                if let Some(pager) = self.pager().as_ref() {
+                    pager.map_the_rest();
+                }
             }
             DestinationAction::FinishPager => {
                 if let Some(pager) = self.pager().as_mut()

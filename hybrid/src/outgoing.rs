@@ -10,22 +10,26 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use switchover_pager::cpu::CpuMeter;
 use switchover_pager::lane::{Notify, PageLane, PagerEvent};
 use switchover_pager::source::{SourcePager, SourceProgress};
+use switchover_precopy::bitmap::PageBitmap;
+use switchover_precopy::rounds::{Rounds, RoundsSettings};
 use switchover_wire::address::Address;
 use switchover_wire::clock::{HostClock, Nanos};
 use switchover_wire::handshake::{Hello, LaneCounts, VERSION_MAX, VERSION_MIN, greet};
-use switchover_wire::message::{ControlMessage, ControlReader, ControlWriter};
+use switchover_wire::message::{ControlMessage, ControlReader, ControlWriter, MISSING_PAGES, MessageError};
 use switchover_wire::socket::Socket;
-use switchover_wire::types::{LaneId, LaneRole, SessionId};
+use switchover_wire::types::{LaneId, LaneRole, PageCount, PageIndex, SessionId};
 
 use crate::capability;
 use crate::error::MigrationError;
 use crate::lanes::{BULK_LANES_LIMIT, Lanes};
 use crate::machine::{Machine, MachineError};
+use crate::monitor::{Choice, Limits, Mode};
 use crate::patience::{Patience, Rank, next_event};
 use crate::progress::Progress;
 use crate::recorder::Recorder;
 use crate::report::{CpuSeconds, Side, SideReport};
-use crate::session::source::{SourceAction, SourceEvent, SourceSession, WishRefused};
+use crate::rounds::{Conductor, Precopy, RoundsEnd};
+use crate::session::source::{Ending, Plan, SourceAction, SourceEvent, SourceSession, WishRefused};
 use crate::session::{Failure, GuestAfter, Outcome};
 use crate::settings::{Observer, Settings, Tunables};
 use crate::status::MigrationStatus;
@@ -40,6 +44,12 @@ const HANDOFF_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long telling the destination to give up may take: the guest may be standing still meanwhile.
 const ABORT_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How often a wait for a lane's last frame looks whether the migration was cancelled.
+const LOOK_FOR_CANCEL: Duration = Duration::from_millis(10);
+
+/// [`MISSING_PAGES`] as a step. It fits any machine's addresses.
+const MISSING_STEP: usize = MISSING_PAGES as usize;
 
 /// Messages of the destination that may wait while the session is busy. A well-behaved one sends five in all.
 const EVENTS_ROOM: usize = 1024;
@@ -61,7 +71,15 @@ struct Shared {
     /// Ends a send that would keep the guest paused.
     watchdog: Watchdog,
     pager: Mutex<Option<SourcePager>>,
+    precopy: Mutex<Option<Arc<Precopy>>>,
+    tunables: Mutex<Tunables>,
     cpu: CpuMeter,
+}
+
+/// What a session's thread needs besides what it shares.
+struct Session {
+    control: Arc<Mutex<ControlWriter>>,
+    patience: Patience,
 }
 
 impl Outgoing {
@@ -75,12 +93,10 @@ impl Outgoing {
         settings: Settings,
         observer: Observer,
     ) -> Result<Self, MigrationError> {
-        if !settings.postcopy {
-            return Err(MigrationError::PostcopyNotAllowed);
-        }
         if !(1..=BULK_LANES_LIMIT).contains(&settings.bulk_lanes) {
             return Err(MigrationError::BulkLanes { asked: settings.bulk_lanes, limit: BULK_LANES_LIMIT });
         }
+        let plan = Plan { rounds: settings.limits.mode != Mode::Postcopy, hold: settings.pause_before_switchover };
         let (events, receiver) = bounded(EVENTS_ROOM);
         let lanes = Arc::new(Lanes::default());
         let shared = Arc::new(Shared {
@@ -88,11 +104,13 @@ impl Outgoing {
             settings,
             recorder: Recorder::new(observer),
             watchdog: Watchdog::start(Arc::clone(&lanes)).map_err(MigrationError::Thread)?,
-            session: Mutex::new(SourceSession::new()),
+            session: Mutex::new(SourceSession::new(plan)),
             events,
             cancelled: AtomicBool::new(false),
             lanes,
             pager: Mutex::new(None),
+            precopy: Mutex::new(None),
+            tunables: Mutex::new(settings.tunables()),
             cpu: CpuMeter::default(),
         });
         shared.recorder.begin();
@@ -107,11 +125,14 @@ impl Outgoing {
     /// Hands the guest off: now, or as soon as the destination is prepared.
     ///
     /// # Errors
-    /// When the migration is over.
+    /// When the migration is over, or post-copy is not allowed.
     pub fn start_postcopy(&self) -> Result<(), MigrationError> {
         let too_late = |why| MigrationError::TooLate { wish: "start post-copy", why };
         if self.shared.recorder.read().status.is_final() {
             return Err(too_late("the migration is over"));
+        }
+        if !self.shared.settings.postcopy {
+            return Err(MigrationError::PostcopyNotAllowed);
         }
         self.shared.events.send(SourceEvent::StartPostcopy).map_err(|_| too_late("the migration is over"))
     }
@@ -121,11 +142,28 @@ impl Outgoing {
     /// # Errors
     /// When it does not wait for this.
     pub fn proceed(&self) -> Result<(), MigrationError> {
-        Err(MigrationError::TooLate { wish: "go on", why: "the migration does not wait for it" })
+        let too_late = || MigrationError::TooLate { wish: "go on", why: "the migration does not wait for it" };
+        if !self.shared.session().is_held() {
+            return Err(too_late());
+        }
+        self.shared.events.send(SourceEvent::Proceed).map_err(|_| too_late())
     }
 
-    /// Changes what may be changed while it runs. Takes effect at once.
-    pub fn set_tunables(&self, _tunables: Tunables) {}
+    /// Changes what may be changed while it runs; the mode stays. Takes effect within some milliseconds.
+    pub fn set_tunables(&self, tunables: Tunables) {
+        let shared = &self.shared;
+        let limits = Limits { mode: shared.settings.limits.mode, ..tunables.limits };
+        let tunables = Tunables { limits, ..tunables };
+        // Held until both know: what is started meanwhile takes these from here.
+        let mut current = shared.tunables();
+        *current = tunables;
+        if let Some(precopy) = shared.precopy().as_ref() {
+            precopy.set_tunables(tunables);
+        }
+        if let Some(pager) = shared.pager().as_ref() {
+            pager.set_max_bandwidth(tunables.bandwidth.postcopy);
+        }
+    }
 
     /// Calls the migration off. Whether that still succeeded is seen from the status: `cancelled`, or else.
     ///
@@ -155,6 +193,15 @@ impl Outgoing {
         let record = shared.recorder.read();
         let ram_total = shared.machine.ram().pages().bytes();
         let pager = shared.pager_progress();
+        let precopy = shared.precopy().as_ref().map(|precopy| precopy.progress());
+        let pages = |of: fn(&SourceProgress) -> u64| pager.as_ref().map_or(0, of);
+        let handed_over = record.instants.last_exit_ns.is_some();
+        let rounds = precopy.unwrap_or_default();
+        let remaining = match (precopy, pager) {
+            (Some(precopy), _) if !handed_over => precopy.remaining,
+            (_, Some(pager)) => pager.remaining.bytes(),
+            _ => ram_total,
+        };
         Progress {
             status: record.status,
             downtime_ns: record.downtime_ns(),
@@ -162,12 +209,16 @@ impl Outgoing {
             total_time_ns: record.total_time_ns(),
             ram_total,
             transferred: shared.lanes.transferred(),
-            remaining: pager.map_or(ram_total, |pager| pager.remaining.bytes()),
-            zero_pages: pager.map_or(0, |pager| pager.zero),
-            normal_pages: pager.map_or(0, |pager| pager.data),
-            postcopy_requests: pager.map_or(0, |pager| pager.requests),
+            remaining,
+            zero_pages: pages(|pager| pager.zero) + rounds.sent.zero_pages,
+            normal_pages: pages(|pager| pager.data) + rounds.sent.data_pages,
+            postcopy_requests: pages(|pager| pager.requests),
+            precopy_bytes: rounds.sent.wire_bytes,
+            rounds: rounds.rounds,
+            dirty_pages_per_second: rounds.dirty_pages_per_second,
+            expected_downtime_ns: rounds.expected_downtime_ns.filter(|_| !handed_over),
+            throttle_percent: if handed_over { 0 } else { rounds.throttle_percent },
             error: record.error,
-            ..Progress::default()
         }
     }
 
@@ -176,10 +227,23 @@ impl Outgoing {
     pub fn report(&self) -> SideReport {
         let shared = &self.shared;
         let record = shared.recorder.read();
+        // Only between two readings of one clock is it a blackout.
+        let blackout_ns =
+            record.downtime_ns().filter(|_| record.same_clock && record.instants.first_entry_ns.is_some());
         let mut report = record.into_report(Side::Source, &shared.lanes, shared.machine.ram().pages());
         report.cpu += CpuSeconds::from(shared.cpu.total());
         if let Some(pager) = shared.pager().as_ref() {
             report.cpu += CpuSeconds::from(pager.cpu());
+        }
+        if let Some(precopy) = shared.precopy().as_ref() {
+            report.cpu += CpuSeconds::from(precopy.cpu());
+            let mut rounds = precopy.report();
+            if let Some(last) = rounds.decisions.last_mut()
+                && matches!(last.verdict.choice, Choice::StopAndCopy | Choice::Postcopy)
+            {
+                last.actual_blackout_ns = blackout_ns;
+            }
+            report.precopy = Some(rounds);
         }
         report
     }
@@ -200,6 +264,14 @@ impl Shared {
         self.pager.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn precopy(&self) -> std::sync::MutexGuard<'_, Option<Arc<Precopy>>> {
+        self.precopy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tunables(&self) -> std::sync::MutexGuard<'_, Tunables> {
+        self.tunables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn pager_progress(&self) -> Option<SourceProgress> {
         self.pager().as_ref().map(SourcePager::progress)
     }
@@ -207,7 +279,10 @@ impl Shared {
     /// The migration's thread, from beginning to end.
     fn migrate(self: &Arc<Self>, to: &Address, events: &Receiver<SourceEvent>) {
         match self.open(to) {
-            Ok(control) => self.drive(control, events),
+            Ok(control) => {
+                let control = Arc::new(Mutex::new(control));
+                self.drive(Session { control, patience: Patience::endless() }, events);
+            }
             Err(reason) => {
                 self.lanes.shut_down();
                 // Ends its threads, if it was started.
@@ -236,8 +311,12 @@ impl Shared {
         let control = self.open_lane(to, &hello(LaneRole::Control, 0))?;
         let mut page_lanes = Vec::new();
         let bulk = (0..lanes.bulk).map(|index| (LaneRole::Bulk, index));
+        let mut round_trip = Duration::MAX;
         for (role, index) in std::iter::once((LaneRole::Fault, 0)).chain(bulk) {
+            let began = Instant::now();
             let socket = self.open_lane(to, &hello(role, index))?;
+            // Connecting and the handshake are a round trip each.
+            round_trip = round_trip.min(began.elapsed() / 2);
             page_lanes.push(PageLane { id: LaneId { role, index }, socket });
         }
         let events = self.events.clone();
@@ -250,10 +329,22 @@ impl Shared {
                 let _ = events.send(SourceEvent::Lost(reason));
             }
         });
-        let bandwidth = self.settings.bandwidth.postcopy;
-        let pager = SourcePager::start(self.machine.ram(), page_lanes, bandwidth, &notify)
+        let tunables = self.tunables();
+        if self.settings.limits.mode != Mode::Postcopy {
+            let bulk: Vec<_> = page_lanes.iter().filter(|lane| lane.id.role == LaneRole::Bulk).cloned().collect();
+            let rounds =
+                RoundsSettings { packing: self.settings.packing, bytes_per_second: tunables.bandwidth.precopy };
+            let log = self.machine.dirty_log();
+            let rounds = Rounds::start(&self.machine.ram(), log, &bulk, rounds, &notify);
+            let rounds = rounds.map_err(|error| error.to_string())?;
+            let precopy = Precopy::new(rounds, &*self.machine, &self.settings, round_trip);
+            precopy.set_tunables(*tunables);
+            *self.precopy() = Some(Arc::new(precopy));
+        }
+        let pager = SourcePager::start(self.machine.ram(), page_lanes, tunables.bandwidth.postcopy, &notify)
             .map_err(|error| error.to_string())?;
         *self.pager() = Some(pager);
+        drop(tunables);
 
         let reader = ControlReader::new(Arc::clone(&control)).map_err(|error| error.to_string())?;
         let writer = ControlWriter::new(control).map_err(|error| error.to_string())?;
@@ -313,18 +404,17 @@ impl Shared {
     }
 
     /// Feeds events to the session and carries out its actions, until it is over.
-    fn drive(&self, mut control: ControlWriter, events: &Receiver<SourceEvent>) {
-        let mut patience = Patience::endless();
+    fn drive(self: &Arc<Self>, mut session: Session, events: &Receiver<SourceEvent>) {
         let mut waiting = VecDeque::new();
         let mut left_paused = None;
         loop {
             let event = waiting.pop_front().unwrap_or_else(|| {
-                next_event(events, &mut patience, rank, &mut waiting).unwrap_or(SourceEvent::HandoffTimedOut)
+                next_event(events, &mut session.patience, rank, &mut waiting).unwrap_or(SourceEvent::HandoffTimedOut)
             });
             let actions = {
-                let mut session = self.session();
-                let (next, actions) = std::mem::replace(&mut *session, SourceSession::Over).on(event);
-                *session = next;
+                let mut phase = self.session();
+                let (next, actions) = std::mem::replace(&mut *phase, SourceSession::Over).on(event);
+                *phase = next;
                 actions
             };
             for action in actions {
@@ -333,7 +423,7 @@ impl Shared {
                     SourceAction::Resume => left_paused = self.machine.resume().err(),
                     // An answer is what the list was working towards, or why the rest of it must not be done.
                     action => {
-                        if let Some(event) = self.perform(action, &mut control, &mut patience) {
+                        if let Some(event) = self.perform(action, &mut session) {
                             waiting.push_back(event);
                             break;
                         }
@@ -343,58 +433,53 @@ impl Shared {
         }
     }
 
-    fn perform(
-        &self,
-        action: SourceAction,
-        control: &mut ControlWriter,
-        patience: &mut Patience,
-    ) -> Option<SourceEvent> {
+    fn perform(self: &Arc<Self>, action: SourceAction, session: &mut Session) -> Option<SourceEvent> {
         match action {
             SourceAction::Status(status) => self.recorder.set_status(status),
+            SourceAction::BeginRounds => return self.begin_rounds(session).err().map(SourceEvent::GaveUp),
+            SourceAction::EndRounds => self.end_rounds(),
             SourceAction::Pause => return Some(self.pause()),
-            SourceAction::ServePages => {
-                let first = self.machine.first_pages();
-                if let Some(pager) = self.pager().as_mut() {
-                    pager.start_serving(&first);
-                }
+            SourceAction::ServePages(ending) => {
+                let deadline = Instant::now() + HANDOFF_PATIENCE + self.tunables().limits.downtime_limit * 2;
+                session.patience = Patience::until(deadline);
+                self.watchdog.arm(deadline);
+                return self.serve_pages(session, ending).err().map(SourceEvent::StateFailed);
             }
             SourceAction::PushPages => {
                 if let Some(pager) = self.pager().as_ref() {
                     pager.start_sweep();
                 }
             }
-            SourceAction::SendState => {
-                let deadline = Instant::now() + HANDOFF_PATIENCE;
-                *patience = Patience::until(deadline);
-                self.watchdog.arm(deadline);
-                return Some(self.send_state(control));
-            }
+            SourceAction::SendState(_) => return Some(self.send_state(session)),
             SourceAction::SurrenderRightToRun => self.machine.surrender_right_to_run(),
             SourceAction::TakeBackRightToRun => {
                 tracing::warn!("the destination refused the guest for good: it goes on here");
                 self.machine.take_back_right_to_run();
             }
             SourceAction::SendCommit => {
-                *patience = Patience::endless();
+                session.patience = Patience::endless();
                 self.watchdog.disarm();
                 self.recorder.write(|record| record.instants.commit_ns = Some(Nanos::now().0));
-                if let Err(error) = control.send(&ControlMessage::Commit) {
+                if let Err(error) = session.send(&ControlMessage::Commit) {
                     return Some(SourceEvent::Lost(error.to_string()));
                 }
             }
             SourceAction::AcknowledgeDrained => {
                 self.recorder.write(|record| record.instants.drained_ns = Some(Nanos::now().0));
-                if let Err(error) = control.send(&ControlMessage::DrainedAck) {
+                if let Err(error) = session.send(&ControlMessage::DrainedAck) {
                     tracing::warn!(%error, "the destination has everything, but could not be told that we know");
                 }
             }
             SourceAction::SendAbort(reason) => {
                 self.watchdog.arm(Instant::now() + ABORT_PATIENCE);
-                if let Err(error) = control.send(&ControlMessage::Abort { reason }) {
+                if let Err(error) = session.send(&ControlMessage::Abort { reason }) {
                     tracing::debug!(%error, "the destination could not be told to give up");
                 }
             }
             SourceAction::CloseLanes => {
+                if let Some(precopy) = self.precopy().as_ref() {
+                    precopy.end();
+                }
                 if let Some(pager) = self.pager().as_mut() {
                     pager.stop();
                 }
@@ -405,6 +490,74 @@ impl Shared {
             SourceAction::Resume | SourceAction::Finish(_) => {}
         }
         None
+    }
+
+    /// Starts the machine's book of written pages, and the thread that conducts the rounds.
+    fn begin_rounds(self: &Arc<Self>, session: &Session) -> Result<(), String> {
+        let precopy = self.precopy().clone().ok_or("pre-copy was never set up")?;
+        self.machine.dirty_log().start().map_err(|error| error.to_string())?;
+        let (shared, control) = (Arc::clone(self), Arc::clone(&session.control));
+        let conduct = move || {
+            let tell = |round| {
+                shared.recorder.tell_round(round);
+                let mut control = control.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Err(error) = control.send(&ControlMessage::Round { number: round }) {
+                    tracing::debug!(%error, "the destination could not be told of a round");
+                }
+            };
+            let end = Conductor::new(&precopy, &*shared.machine, &shared.settings).conduct(tell);
+            let event = match end {
+                RoundsEnd::SwitchOver(ending) => SourceEvent::SwitchOver(ending),
+                RoundsEnd::GaveUp(reason) | RoundsEnd::Failed(reason) => SourceEvent::GaveUp(reason),
+                RoundsEnd::Ended => return,
+            };
+            let _ = shared.events.send(event);
+        };
+        let (shared, name) = (Arc::clone(self), "rounds".to_owned());
+        let spawned = thread::Builder::new().name(name).spawn(move || shared.cpu.measure(conduct));
+        spawned.map(drop).map_err(|error| format!("cannot start the thread that conducts pre-copy: {error}"))
+    }
+
+    /// Ends the rounds, and waits for the frames under way. The guest runs on meanwhile.
+    fn end_rounds(&self) {
+        let Some(precopy) = self.precopy().clone() else { return };
+        precopy.end();
+        while !precopy.wait_ended(Instant::now() + LOOK_FOR_CANCEL) {
+            if self.cancelled.load(Ordering::Acquire) {
+                // A lane that is stuck must not keep a cancel waiting.
+                self.lanes.shut_down();
+            }
+        }
+    }
+
+    /// Tells the destination what it lacks, and serves it.
+    fn serve_pages(&self, session: &Session, ending: Ending) -> Result<(), String> {
+        let pages = self.machine.ram().pages();
+        let precopy = self.precopy().clone();
+        let (missing, under_way) = match &precopy {
+            Some(precopy) => precopy.missing(pages).map_err(|error| error.to_string())?,
+            None => (PageBitmap::full(pages), Vec::new()),
+        };
+        for first in (0..pages.0).step_by(MISSING_STEP) {
+            let stretch = PageCount(MISSING_PAGES.min(pages.0 - first));
+            let words = usize::try_from(first / 64).unwrap_or(usize::MAX)
+                ..usize::try_from((first + stretch.0).div_ceil(64)).unwrap_or(usize::MAX);
+            let set = switchover_wire::bitmap::encode(missing.words().get(words).unwrap_or(&[]));
+            let complete_first = ending == Ending::StopAndCopy;
+            let message = ControlMessage::Missing { first: PageIndex(first), pages: stretch, set, complete_first };
+            session.send(&message).map_err(|error| error.to_string())?;
+        }
+        let mut first = self.machine.first_pages();
+        if let (Some(precopy), Ending::Postcopy) = (&precopy, ending) {
+            first.extend(precopy.hottest(&missing));
+        }
+        if let Some(pager) = self.pager().as_mut() {
+            pager.start_serving(&first, missing.words(), under_way);
+            if ending == Ending::StopAndCopy {
+                pager.start_sweep();
+            }
+        }
+        Ok(())
     }
 
     fn pause(&self) -> SourceEvent {
@@ -420,14 +573,14 @@ impl Shared {
         }
     }
 
-    fn send_state(&self, control: &mut ControlWriter) -> SourceEvent {
+    fn send_state(&self, session: &Session) -> SourceEvent {
         let state = match self.recorder.timed("save-state", || self.machine.save_state()) {
             Ok(state) => state,
             Err(error) => return SourceEvent::StateFailed(error.to_string()),
         };
         self.recorder.write(|record| record.state_bytes = state.len() as u64);
         let was_running = self.recorder.read().was_running;
-        match self.recorder.timed("send-state", || control.send(&ControlMessage::State { state, was_running })) {
+        match self.recorder.timed("send-state", || session.send(&ControlMessage::State { state, was_running })) {
             Ok(()) => SourceEvent::StateSent,
             Err(error) => SourceEvent::Lost(error.to_string()),
         }
@@ -435,6 +588,14 @@ impl Shared {
 
     fn finish(&self, outcome: Outcome, left_paused: Option<MachineError>) {
         self.watchdog.end();
+        if self.precopy().is_some() {
+            // Whether the guest goes on here or not: it is watched and slowed down no longer.
+            self.machine.throttle(0);
+            if let Err(error) = self.machine.limit_dirty_rate(None) {
+                tracing::error!(%error, "the guest's dirty rate stays limited");
+            }
+            self.machine.dirty_log().stop();
+        }
         match (outcome, left_paused) {
             (Outcome::Completed, _) => self.recorder.set_status(MigrationStatus::Completed),
             (Outcome::Cancelled, Some(error)) => {
@@ -454,6 +615,12 @@ impl Shared {
                 self.recorder.fail(format!("{}; {}", failure.reason, failure.guest.sentence()));
             }
         }
+    }
+}
+
+impl Session {
+    fn send(&self, message: &ControlMessage) -> Result<(), MessageError> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner).send(message)
     }
 }
 

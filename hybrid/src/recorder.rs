@@ -121,6 +121,11 @@ impl Recorder {
         (self.observer)(Notice::Status(status));
     }
 
+    /// A round of pre-copy begins.
+    pub fn tell_round(&self, round: u32) {
+        (self.observer)(Notice::Round(round));
+    }
+
     /// Does `work` and records how long it took.
     pub fn timed<T>(&self, name: &str, work: impl FnOnce() -> T) -> T {
         let start_ns = Nanos::now().0;

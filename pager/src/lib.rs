@@ -29,10 +29,10 @@
 pub mod cpu;
 pub mod destination;
 pub mod lane;
-mod pace;
+pub mod pace;
 pub mod ram;
-mod runs;
-mod sent;
+pub mod runs;
+pub mod sent;
 pub mod source;
 pub mod state;
 pub mod stats;

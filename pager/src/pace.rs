@@ -1,6 +1,7 @@
 //! Holding the pushed bytes of all bulk lanes together under a set rate.
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use switchover_wire::clock::Nanos;
@@ -13,7 +14,7 @@ const BURST_FLOOR: i128 = 512 * 1024;
 /// A token bucket that several lanes draw from.
 #[derive(Debug)]
 pub struct Pacer {
-    bytes_per_second: u64,
+    bytes_per_second: AtomicU64,
     bucket: Mutex<Bucket>,
 }
 
@@ -28,16 +29,25 @@ impl Pacer {
     /// A bucket of `bytes_per_second`; 0 means no limit.
     #[must_use]
     pub fn new(bytes_per_second: u64) -> Self {
-        Self { bytes_per_second, bucket: Mutex::new(Bucket { tokens: 0, filled_at: Nanos::now() }) }
+        Self {
+            bytes_per_second: AtomicU64::new(bytes_per_second),
+            bucket: Mutex::new(Bucket { tokens: 0, filled_at: Nanos::now() }),
+        }
+    }
+
+    /// The rate is this from now on.
+    pub fn set_rate(&self, bytes_per_second: u64) {
+        self.bytes_per_second.store(bytes_per_second, Ordering::Relaxed);
     }
 
     /// Takes `bytes` and says how long to wait before sending them.
     #[must_use]
     pub fn take(&self, bytes: u64, now: Nanos) -> Duration {
-        if self.bytes_per_second == 0 {
+        let rate = self.bytes_per_second.load(Ordering::Relaxed);
+        if rate == 0 {
             return Duration::ZERO;
         }
-        let rate = i128::from(self.bytes_per_second);
+        let rate = i128::from(rate);
         let burst = (rate * BURST_MS / 1000).max(BURST_FLOOR);
         let mut bucket = self.bucket.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let earned = i128::from(now.since(bucket.filled_at)) * rate / 1_000_000_000;

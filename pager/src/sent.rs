@@ -37,6 +37,14 @@ impl SentPages {
         Self { words: (0..pages.0.div_ceil(CHUNK_PAGES)).map(|_| AtomicU64::new(0)).collect(), pages }
     }
 
+    /// Only the pages with a bit in `missing` are still to be sent; words that it lacks have none. Called before anything is
+    /// sent.
+    pub fn leave_only(&self, missing: &[u64]) {
+        for (index, word) in self.words.iter().enumerate() {
+            word.store(!missing.get(index).copied().unwrap_or(0), Ordering::Release);
+        }
+    }
+
     /// The bits of the pages that `chunk` has.
     #[must_use]
     pub fn full(&self, chunk: ChunkIndex) -> u64 {
@@ -44,6 +52,13 @@ impl SentPages {
             left if left >= CHUNK_PAGES => u64::MAX,
             left => (1 << left) - 1,
         }
+    }
+
+    /// Whether all of `chunk` was sent. A plain load, so that a sweep passes over what is done at memory's speed.
+    #[must_use]
+    pub fn is_done(&self, chunk: ChunkIndex) -> bool {
+        let word = usize::try_from(chunk.0).ok().and_then(|index| self.words.get(index));
+        word.is_none_or(|word| !word.load(Ordering::Acquire) & self.full(chunk) == 0)
     }
 
     /// Takes those of `wanted` that nobody has sent, and returns them: the caller must send them.
@@ -61,8 +76,10 @@ impl SentPages {
     /// Pages that nobody has sent.
     #[must_use]
     pub fn remaining(&self) -> PageCount {
-        let sent: u64 = self.words.iter().map(|word| u64::from(word.load(Ordering::Relaxed).count_ones())).sum();
-        PageCount(self.pages.0 - sent)
+        let left = (0..).zip(&self.words).map(|(chunk, word)| {
+            u64::from((!word.load(Ordering::Relaxed) & self.full(ChunkIndex(chunk))).count_ones())
+        });
+        PageCount(left.sum())
     }
 }
 
@@ -77,6 +94,17 @@ mod tests {
         assert_eq!(sent.claim(ChunkIndex(1), u64::MAX), !0b10);
         assert_eq!(sent.claim(ChunkIndex(1), u64::MAX), 0);
         assert_eq!(sent.remaining(), PageCount(66));
+    }
+
+    #[test]
+    fn what_the_destination_has_is_not_sent_again() {
+        let sent = SentPages::new(PageCount(130));
+        sent.leave_only(&[0b110, 0, u64::MAX]);
+        assert_eq!(sent.remaining(), PageCount(4));
+        assert_eq!(sent.claim(ChunkIndex(0), u64::MAX), 0b110);
+        assert_eq!(sent.claim(ChunkIndex(1), u64::MAX), 0);
+        assert_eq!(sent.claim(ChunkIndex(2), u64::MAX), 0b11);
+        assert_eq!(sent.remaining(), PageCount(0));
     }
 
     #[test]

@@ -7,6 +7,10 @@
 //!     │ └─────────────────┼── claim(lane) ──────▶┤ release (the lane died) ──▶ Absent
 //!     └── claim_zero ─────┴─▶ Zero
 //!   any ── remove ──▶ Removed
+//!
+//!   before the handoff, while nobody runs on this memory:
+//!   Absent, Zero, Present ── reclaim(lane) ──▶ Landing(lane) ── arrived ──▶ Present, arrived_zero ──▶ Zero
+//!   at the handoff, for each page that must come again:  Zero, Present ── forget ──▶ Absent
 //! ```
 //!
 //! All changes are compare-and-exchanges on one byte a page, so that the fault thread and the bulk lanes need no
@@ -135,6 +139,51 @@ impl PageStates {
         self.claim_as(page, |_| ZERO)
     }
 
+    /// `lane` is about to receive a version of `page` while the guest still runs on the source: a page that is here gives
+    /// way to a newer one. Says whether one was here; `None` where the page is landing, asked for or removed, which before
+    /// the handoff only a source brings about that sends two versions at once.
+    ///
+    /// Only before the handoff: afterwards the guest may have written what is here.
+    pub fn reclaim(&self, page: PageIndex, lane: LaneTag) -> Option<bool> {
+        let state = self.slot(page);
+        let mut current = state.load(Ordering::Acquire);
+        loop {
+            let resident = match current {
+                ABSENT => false,
+                ZERO | PRESENT => true,
+                _ => return None,
+            };
+            match state.compare_exchange_weak(current, LANDING | lane.0, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Some(resident),
+                Err(now) => current = now,
+            }
+        }
+    }
+
+    /// The source says that `page`, which `lane` had [reclaimed](Self::reclaim), is zero; what had landed in it is wiped
+    /// out. Only before the handoff.
+    pub fn arrived_zero(&self, page: PageIndex, lane: LaneTag) {
+        let state = self.slot(page);
+        let swapped = state.compare_exchange(LANDING | lane.0, ZERO, Ordering::AcqRel, Ordering::Acquire);
+        debug_assert!(swapped.is_ok(), "before the handoff only its lane changes a landing page");
+    }
+
+    /// The handoff: what is here of `page` is an old version, or may be, and it must come again. Says whether it was
+    /// here. One that is landing is left to its lane, which [releases](Self::release) it.
+    pub fn forget(&self, page: PageIndex) -> bool {
+        let state = self.slot(page);
+        let mut current = state.load(Ordering::Acquire);
+        loop {
+            if !matches!(current, ZERO | PRESENT) {
+                return false;
+            }
+            match state.compare_exchange_weak(current, ABSENT, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return true,
+                Err(now) => current = now,
+            }
+        }
+    }
+
     /// The last byte of `page`, which `lane` had claimed, has landed. Called before it is mapped: a fault that is
     /// read from now on maps it itself, and one read earlier is woken by the mapping.
     pub fn arrived(&self, page: PageIndex, lane: LaneTag) -> Arrival {
@@ -152,7 +201,7 @@ impl PageStates {
         }
     }
 
-    /// `lane` died while it was receiving `page`. Says whether a fault waits for the page, which must then be asked
+    /// `lane` died while it was receiving `page`, or what it received is too old to count. Says whether a fault waits for the page, which must then be asked
     /// for elsewhere.
     pub fn release(&self, page: PageIndex, lane: LaneTag) -> bool {
         let state = self.slot(page);

@@ -49,7 +49,7 @@ pub enum WatchError {
     /// A page could not be mapped.
     #[error("cannot {attempted} {count} from {first}: {source}")]
     Place {
-        /// "map", "map zeros at", "wake".
+        /// "map", "map zeros at", "unmap", "wake".
         attempted: &'static str,
         /// The first page.
         first: PageIndex,
@@ -218,6 +218,27 @@ impl Watch {
                 return Ok(());
             }
         }
+    }
+
+    /// Takes `count` pages out of the guest mapping, so that touching them faults again. Their bytes stay in the file.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn unmap(&self, first: PageIndex, count: PageCount) -> Result<(), WatchError> {
+        let length = usize::try_from(count.bytes()).unwrap_or(usize::MAX);
+        // SAFETY: the range lies inside the guest mapping, which `ram` keeps mapped. It is a shared mapping of a file: its
+        // pages are unmapped, never freed, so nobody who holds an address into it loses a byte.
+        let done = unsafe { libc::madvise(self.address(first), length, libc::MADV_DONTNEED) };
+        if done == 0 {
+            return Ok(());
+        }
+        Err(WatchError::Place { attempted: "unmap", first, count, source: io::Error::last_os_error() })
+    }
+
+    /// Whether it goes on.
+    #[must_use]
+    pub fn is_registered(&self) -> bool {
+        self.registered.load(Ordering::Acquire)
     }
 
     /// Ends the watch: nobody can fault any more, and what is not mapped is simply what the file holds. Only for
@@ -401,6 +422,24 @@ mod tests {
         write_alias(watch.ram(), PageIndex(2), 0);
         watch.map_zero(PageIndex(0), PageCount(4)).unwrap();
         assert!((0..4).all(|page| read_guest(watch.ram(), PageIndex(page)) == 0));
+        watch.unregister().unwrap();
+    }
+
+    #[test]
+    fn an_unmapped_page_faults_again_and_keeps_its_bytes() {
+        let Some(watch) = watch("an_unmapped_page_faults_again_and_keeps_its_bytes", 4) else { return };
+        let ram = watch.ram().clone();
+        for page in 0..4 {
+            write_alias(&ram, PageIndex(page), 7);
+        }
+        watch.map(PageIndex(0), PageCount(4), true).unwrap();
+        assert_eq!(read_guest(&ram, PageIndex(1)), 7);
+        watch.unmap(PageIndex(1), PageCount(2)).unwrap();
+        let reader = thread::spawn(move || read_guest(&ram, PageIndex(1)));
+        assert_eq!(wait_for_fault(&watch), PageIndex(1));
+        write_alias(watch.ram(), PageIndex(1), 8);
+        watch.map(PageIndex(1), PageCount(1), true).unwrap();
+        assert_eq!(reader.join().unwrap(), 8);
         watch.unregister().unwrap();
     }
 

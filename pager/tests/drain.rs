@@ -42,7 +42,9 @@ fn move_memory(test: &str, bulk_lanes: u8, lazy: bool, bandwidth: u64) {
 
     let mut source = SourcePager::start(from, source_lanes, bandwidth, &source_notify).unwrap();
     let mut destination = DestinationPager::start(to.clone(), destination_lanes, lazy, &notify).unwrap();
-    source.start_serving(&[PageIndex(4000), PageIndex(1), PageIndex(4000)]);
+    let all = vec![u64::MAX; usize::try_from(PAGES.div_ceil(64)).unwrap()];
+    destination.hand_over(&all).unwrap();
+    source.start_serving(&[PageIndex(4000), PageIndex(1), PageIndex(4000)], &all, Vec::new());
     source.start_sweep();
 
     // A guest that reads every page, in an order that the sweep does not have, and writes each: nothing that arrives

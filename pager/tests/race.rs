@@ -40,6 +40,7 @@ fn the_guests_write_survives_the_copy_that_comes_too_late() {
     let ram = Ram::new(PageCount(PAGES)).unwrap();
     let lanes = vec![destination_fault, destination_bulk];
     let mut pager = DestinationPager::start(ram.clone(), lanes, false, &notify).unwrap();
+    pager.hand_over(&vec![u64::MAX; usize::try_from(ram.pages().0.div_ceil(64)).unwrap()]).unwrap();
 
     let (written, was_written) = sync_channel::<PageIndex>(0);
     let guest = {
@@ -96,6 +97,7 @@ fn the_pushed_copy_that_comes_too_late_is_thrown_away() {
     let ram = Ram::new(PageCount(CHUNK_PAGES)).unwrap();
     let lanes = vec![destination_fault, destination_bulk];
     let mut pager = DestinationPager::start(ram.clone(), lanes, false, &notify).unwrap();
+    pager.hand_over(&vec![u64::MAX; usize::try_from(ram.pages().0.div_ceil(64)).unwrap()]).unwrap();
     let guest = {
         let ram = ram.clone();
         thread::spawn(move || {

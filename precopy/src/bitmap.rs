@@ -1,5 +1,7 @@
 //! One bit a page.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use switchover_wire::types::{PageCount, PageIndex};
 
 /// A set of pages of a RAM of fixed size.
@@ -44,6 +46,12 @@ impl PageBitmap {
         self.pages
     }
 
+    /// Its words: bit `i % 64` of word `i / 64` stands for page `i`.
+    #[must_use]
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
     /// How many pages are in the set.
     #[must_use]
     pub fn count(&self) -> PageCount {
@@ -81,6 +89,20 @@ impl PageBitmap {
         self.trim();
     }
 
+    /// How many pages are in both sets.
+    #[must_use]
+    pub fn intersect_count(&self, other: &Self) -> PageCount {
+        PageCount(self.words.iter().zip(&other.words).map(|(own, theirs)| u64::from((own & theirs).count_ones())).sum())
+    }
+
+    /// Takes all pages of another set over the same RAM out.
+    pub fn subtract(&mut self, other: &Self) {
+        debug_assert_eq!(self.pages, other.pages);
+        for (own, theirs) in self.words.iter_mut().zip(&other.words) {
+            *own &= !theirs;
+        }
+    }
+
     /// The pages of the set in ascending order. Empty words cost one comparison.
     pub fn iter(&self) -> impl Iterator<Item = PageIndex> + '_ {
         self.words.iter().zip((0_u64..).step_by(64)).flat_map(|(word, first)| {
@@ -108,6 +130,43 @@ impl PageBitmap {
         if let (Some(last), true) = (self.words.last_mut(), used != 0) {
             *last &= (1 << used) - 1;
         }
+    }
+}
+
+/// A set of pages that several threads change, a word of 64 at a time.
+#[derive(Debug)]
+pub struct AtomicPageBitmap {
+    words: Box<[AtomicU64]>,
+    pages: PageCount,
+}
+
+impl AtomicPageBitmap {
+    /// The empty set.
+    #[must_use]
+    pub fn new(pages: PageCount) -> Self {
+        Self { words: (0..pages.0.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(), pages }
+    }
+
+    /// Adds the pages of `bits` to word `index`; says which pages it had before.
+    pub fn fetch_or(&self, index: usize, bits: u64) -> u64 {
+        self.words.get(index).map_or(0, |word| word.fetch_or(bits, Ordering::AcqRel))
+    }
+
+    /// Leaves only the pages of `bits` in word `index`; says which pages it had before.
+    pub fn fetch_and(&self, index: usize, bits: u64) -> u64 {
+        self.words.get(index).map_or(0, |word| word.fetch_and(bits, Ordering::AcqRel))
+    }
+
+    /// Takes all pages out of word `index`.
+    pub fn take(&self, index: usize) -> u64 {
+        self.words.get(index).map_or(0, |word| word.swap(0, Ordering::AcqRel))
+    }
+
+    /// The set as it is now, each word at its own instant.
+    #[must_use]
+    pub fn snapshot(&self) -> PageBitmap {
+        let words: Vec<u64> = self.words.iter().map(|word| word.load(Ordering::Acquire)).collect();
+        PageBitmap::from_words(&words, self.pages)
     }
 }
 

@@ -18,4 +18,7 @@
 pub mod bitmap;
 pub mod dirty;
 pub mod heat;
+mod live;
 pub mod pack;
+pub mod rounds;
+pub mod throttle;

@@ -61,6 +61,19 @@ pub struct PackCounts {
     pub bytes_out: u64,
 }
 
+impl PackCounts {
+    /// Adds another lane's.
+    pub fn add(&mut self, other: &Self) {
+        self.raw += other.raw;
+        self.lz4 += other.lz4;
+        self.zstd += other.zstd;
+        self.delta += other.delta;
+        self.same += other.same;
+        self.bytes_in += other.bytes_in;
+        self.bytes_out += other.bytes_out;
+    }
+}
+
 /// A packed chunk, ready to be sent in one piece.
 #[derive(Debug)]
 pub struct Packed<'a> {

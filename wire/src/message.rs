@@ -13,6 +13,7 @@ use crate::clock::HostClock;
 use crate::handshake::{MAX_REASON, cut, printable};
 use crate::ring::{Ring, RingError};
 use crate::socket::Socket;
+use crate::types::{PageCount, PageIndex};
 
 /// The longest body of a message, in bytes. Saved state is the only large one: a few KiB a vCPU.
 pub const MAX_MESSAGE: usize = 16 << 20;
@@ -64,7 +65,28 @@ pub enum ControlMessage {
         /// Why, as a sentence.
         reason: String,
     },
+    /// Source: this round of pre-copy begins. A hint on what is likely to come again.
+    Round {
+        /// Counted from 1.
+        number: u32,
+    },
+    /// Source: the guest is paused, and of this stretch of RAM these pages are still to be sent. What came of them before
+    /// counts for nothing; all others are complete. Comes before [`ControlMessage::State`], and covers RAM from its first
+    /// page to its last, in several messages where it is large.
+    Missing {
+        /// The stretch's first page, a multiple of 64: where the one before ended.
+        first: PageIndex,
+        /// Its length.
+        pages: PageCount,
+        /// One bit a page, as [`crate::bitmap::encode`] writes it.
+        set: Vec<u8>,
+        /// Confirm the state only when every page is here: the guest shall not run before.
+        complete_first: bool,
+    },
 }
+
+/// The most pages that one [`ControlMessage::Missing`] tells about: at most 8 MiB of bits, and so within [`MAX_MESSAGE`].
+pub const MISSING_PAGES: u64 = 1 << 26;
 
 impl ControlMessage {
     /// Its name, for logs: the content of `State` is no reading matter.
@@ -80,6 +102,8 @@ impl ControlMessage {
             Self::Drained { .. } => "Drained",
             Self::DrainedAck => "DrainedAck",
             Self::Abort { .. } => "Abort",
+            Self::Round { .. } => "Round",
+            Self::Missing { .. } => "Missing",
         }
     }
 }
@@ -301,6 +325,15 @@ mod tests {
             }),
             Just(ControlMessage::DrainedAck),
             any::<String>().prop_map(|reason| ControlMessage::Abort { reason }),
+            any::<u32>().prop_map(|number| ControlMessage::Round { number }),
+            (any::<u64>(), any::<u64>(), any::<Vec<u8>>(), any::<bool>()).prop_map(
+                |(first, pages, set, complete_first)| ControlMessage::Missing {
+                    first: PageIndex(first),
+                    pages: PageCount(pages),
+                    set,
+                    complete_first,
+                }
+            ),
         ]
     }
 

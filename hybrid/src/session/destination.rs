@@ -10,6 +10,11 @@ pub enum DestinationEvent {
     Prepared,
     /// It could not be prepared.
     PrepareFailed(String),
+    /// The source has said which pages are still to come, and the pager knows.
+    Missing {
+        /// The guest shall not run before they are here.
+        complete_first: bool,
+    },
     /// The guest's state is here.
     State,
     /// [`DestinationAction::LoadState`] succeeded.
@@ -53,6 +58,11 @@ pub enum DestinationAction {
     SendRunning,
     /// Tell the source that we have everything.
     SendDrained,
+    /// Memory is complete before the guest has run: unregister userfaultfd. A failure changes nothing: it is unregistered in
+    /// the end.
+    EndWatch,
+    /// The guest runs: map what is here, before it is touched.
+    MapTheRest,
     /// Unregister userfaultfd, end the pager, close all lanes: memory is complete.
     FinishPager,
     /// End the pager of a guest that never ran here, and close all lanes.
@@ -89,6 +99,8 @@ pub struct Preparing(());
 pub struct Prepared {
     /// Pages come as soon as the source is paused: all of a small guest's can be here before its state is.
     complete: bool,
+    /// The handoff has begun: whether the guest waits for all of its memory.
+    complete_first: Option<bool>,
 }
 
 /// Phase data of [`DestinationSession::Loading`].
@@ -96,6 +108,9 @@ pub struct Prepared {
 pub struct Loading {
     loaded: bool,
     complete: bool,
+    complete_first: bool,
+    /// The source has been told that the state is loaded.
+    restored: bool,
 }
 
 /// Phase data of [`DestinationSession::Postcopy`].
@@ -151,13 +166,19 @@ impl Preparing {
 
 impl Prepared {
     fn on(self, event: DestinationEvent) -> Step {
-        match event {
-            DestinationEvent::Complete => (DestinationSession::Prepared(Self { complete: true }), Vec::new()),
-            DestinationEvent::State => (
-                DestinationSession::Loading(Loading { loaded: false, complete: self.complete }),
-                vec![DestinationAction::Status(MigrationStatus::Device), DestinationAction::LoadState],
-            ),
-            other => never_ran(other),
+        match (event, self.complete_first) {
+            (DestinationEvent::Complete, _) => {
+                (DestinationSession::Prepared(Self { complete: true, ..self }), Vec::new())
+            }
+            (DestinationEvent::Missing { complete_first }, None) => {
+                (DestinationSession::Prepared(Self { complete_first: Some(complete_first), ..self }), Vec::new())
+            }
+            (DestinationEvent::State, Some(complete_first)) => {
+                let loading = Loading { loaded: false, complete: self.complete, complete_first, restored: false };
+                let actions = vec![DestinationAction::Status(MigrationStatus::Device), DestinationAction::LoadState];
+                (DestinationSession::Loading(loading), actions)
+            }
+            (other, _) => never_ran(other),
         }
     }
 }
@@ -165,26 +186,35 @@ impl Prepared {
 impl Loading {
     fn on(self, event: DestinationEvent) -> Step {
         match event {
-            DestinationEvent::Loaded if !self.loaded => {
-                (DestinationSession::Loading(Self { loaded: true, ..self }), vec![DestinationAction::SendRestored])
-            }
-            DestinationEvent::Complete => (DestinationSession::Loading(Self { complete: true, ..self }), Vec::new()),
+            DestinationEvent::Loaded if !self.loaded => Self { loaded: true, ..self }.confirm(),
+            DestinationEvent::Complete if !self.complete => Self { complete: true, ..self }.confirm(),
             // The commit makes this side the one that may run, and the only one.
-            DestinationEvent::Commit if self.loaded => {
-                let mut actions = vec![
-                    DestinationAction::Run,
-                    DestinationAction::SendRunning,
-                    DestinationAction::Status(MigrationStatus::PostcopyActive),
-                ];
+            DestinationEvent::Commit if self.restored => {
+                let mut actions = vec![DestinationAction::Run, DestinationAction::SendRunning];
                 if self.complete {
                     actions.push(DestinationAction::SendDrained);
                     (DestinationSession::Drained(Drained(())), actions)
                 } else {
+                    actions.push(DestinationAction::Status(MigrationStatus::PostcopyActive));
+                    actions.push(DestinationAction::MapTheRest);
                     (DestinationSession::Postcopy(Postcopy(())), actions)
                 }
             }
             other => never_ran(other),
         }
+    }
+
+    /// Tells the source that the guest can run here, as soon as it can. What the guest waits for anyway is done behind that.
+    fn confirm(self) -> Step {
+        let mut actions = Vec::new();
+        let confirmed = self.loaded && (self.complete || !self.complete_first);
+        if confirmed && !self.restored {
+            actions.push(DestinationAction::SendRestored);
+        }
+        if confirmed && self.complete {
+            actions.push(DestinationAction::EndWatch);
+        }
+        (DestinationSession::Loading(Self { restored: confirmed, ..self }), actions)
     }
 }
 

@@ -8,8 +8,14 @@ use crate::status::MigrationStatus;
 pub enum SourceEvent {
     /// The destination is prepared.
     Prepared,
-    /// The controller wants the handoff.
+    /// The controller wants the handoff by post-copy.
     StartPostcopy,
+    /// Pre-copy has come to its end: no lane sends any more, and the handoff is due.
+    SwitchOver(Ending),
+    /// Pre-copy does not converge, and nothing else is allowed.
+    GaveUp(String),
+    /// The controller lets a paused guest go on to its handoff.
+    Proceed,
     /// The controller wants out.
     Cancel,
     /// [`SourceAction::Pause`] succeeded.
@@ -36,20 +42,42 @@ pub enum SourceEvent {
     Lost(String),
 }
 
+/// How pre-copy ends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ending {
+    /// The guest runs on the destination when all of it is there.
+    StopAndCopy,
+    /// The guest runs on the destination at once; the rest follows.
+    Postcopy,
+}
+
+/// What is fixed when a session begins.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Plan {
+    /// Memory is copied in rounds before the handoff.
+    pub rounds: bool,
+    /// The paused guest waits for the controller's word before its handoff.
+    pub hold: bool,
+}
+
 /// What a source does.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum SourceAction {
     /// Show this status.
     Status(MigrationStatus),
+    /// Begin the rounds of pre-copy; they end with `SwitchOver` or `GaveUp`, or by [`SourceAction::EndRounds`].
+    BeginRounds,
+    /// No more rounds: returns when no lane sends any more.
+    EndRounds,
     /// Pause the machine; answer with `Paused` or `PauseFailed`.
     Pause,
-    /// Serve pages from now on, and push the few that the guest's first instructions will want: memory no longer
-    /// changes.
-    ServePages,
+    /// Memory no longer changes: find out what the destination lacks, serve pages from now on, and push the few that the
+    /// guest's first instructions will want; all of them, where the guest shall not run before. Failing is `Lost`.
+    ServePages(Ending),
     /// Push all others. Not before the guest runs: until then the handoff needs the processors more.
     PushPages,
-    /// Save the state and send it; answer with `StateSent`, `StateFailed` or `Lost`.
-    SendState,
+    /// Tell the destination what it lacks, save the state and send it; answer with `StateSent`, `StateFailed` or `Lost`.
+    SendState(Ending),
     /// Give up the right to run.
     SurrenderRightToRun,
     /// Take the right to run again, because the destination has said, finally, that it never ran and never will.
@@ -97,13 +125,16 @@ pub enum SourceSession {
 /// Phase data of [`SourceSession::Setup`].
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Setup {
+    plan: Plan,
     /// The controller has asked for the handoff already.
     start_at_once: bool,
 }
 
 /// Phase data of [`SourceSession::Active`].
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Active(());
+pub struct Active {
+    plan: Plan,
+}
 
 /// Phase data of [`SourceSession::Handoff`].
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -111,16 +142,30 @@ pub enum Handoff {
     /// The machine is being asked to pause. What ends the migration meanwhile has to wait for its answer: whether the
     /// guest must be resumed is not known before.
     Pausing {
+        /// How the handoff will be made.
+        ending: Ending,
+        /// Whether the controller's word is waited for.
+        hold: bool,
         /// How it will end.
         doomed: Option<Outcome>,
     },
-    /// The guest is paused.
-    Paused,
+    /// The guest is paused, and the controller has not said go on.
+    Held {
+        /// How the handoff will be made.
+        ending: Ending,
+    },
+    /// The guest is paused, and its state is on the way.
+    Paused {
+        /// How the handoff is made.
+        ending: Ending,
+    },
 }
 
 /// Phase data of [`SourceSession::Committed`].
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Committed(());
+pub struct Committed {
+    ending: Ending,
+}
 
 /// Phase data of [`SourceSession::Postcopy`].
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -132,8 +177,14 @@ pub type Step = (SourceSession, Vec<SourceAction>);
 impl SourceSession {
     /// A session whose lanes are open.
     #[must_use]
-    pub fn new() -> Self {
-        Self::Setup(Setup::default())
+    pub fn new(plan: Plan) -> Self {
+        Self::Setup(Setup { plan, start_at_once: false })
+    }
+
+    /// Whether it waits for [`SourceEvent::Proceed`].
+    #[must_use]
+    pub const fn is_held(&self) -> bool {
+        matches!(self, Self::Handoff(Handoff::Held { .. }))
     }
 
     /// Whether a cancel can still be carried out.
@@ -164,7 +215,7 @@ impl SourceSession {
 
 impl Default for SourceSession {
     fn default() -> Self {
-        Self::new()
+        Self::new(Plan::default())
     }
 }
 
@@ -173,15 +224,18 @@ impl Setup {
         match event {
             SourceEvent::Prepared => {
                 let active = SourceAction::Status(MigrationStatus::Active);
+                let phase = Active { plan: self.plan };
                 if self.start_at_once {
-                    let (next, mut actions) = Active(()).start();
+                    let (next, mut actions) = phase.hand_off(Ending::Postcopy);
                     actions.insert(0, active);
                     (next, actions)
                 } else {
-                    (SourceSession::Active(Active(())), vec![active])
+                    let mut actions = vec![active];
+                    actions.extend(self.plan.rounds.then_some(SourceAction::BeginRounds));
+                    (SourceSession::Active(phase), actions)
                 }
             }
-            SourceEvent::StartPostcopy => (SourceSession::Setup(Self { start_at_once: true }), Vec::new()),
+            SourceEvent::StartPostcopy => (SourceSession::Setup(Self { start_at_once: true, ..self }), Vec::new()),
             other => before_pause(other),
         }
     }
@@ -190,58 +244,97 @@ impl Setup {
 impl Active {
     fn on(self, event: SourceEvent) -> Step {
         match event {
-            SourceEvent::StartPostcopy => self.start(),
+            SourceEvent::StartPostcopy => {
+                let rounds = self.plan.rounds;
+                let (next, mut actions) = self.hand_off(Ending::Postcopy);
+                if rounds {
+                    actions.insert(0, SourceAction::EndRounds);
+                }
+                (next, actions)
+            }
+            SourceEvent::SwitchOver(ending) if self.plan.rounds => self.hand_off(ending),
             other => before_pause(other),
         }
     }
 
-    fn start(self) -> Step {
-        let Self(()) = self;
-        (
-            SourceSession::Handoff(Handoff::Pausing { doomed: None }),
-            vec![SourceAction::Status(MigrationStatus::Device), SourceAction::Pause],
-        )
+    fn hand_off(self, ending: Ending) -> Step {
+        let hold = self.plan.hold;
+        let mut actions = Vec::new();
+        if !hold {
+            actions.push(SourceAction::Status(MigrationStatus::Device));
+        }
+        actions.push(SourceAction::Pause);
+        (SourceSession::Handoff(Handoff::Pausing { ending, hold, doomed: None }), actions)
     }
 }
 
 impl Handoff {
     fn on(self, event: SourceEvent) -> Step {
         match self {
-            Self::Pausing { doomed } => Self::while_pausing(doomed, event),
-            Self::Paused => Self::while_paused(event),
+            Self::Pausing { ending, hold, doomed } => Self::while_pausing(ending, hold, doomed, event),
+            Self::Held { ending } => Self::while_held(ending, event),
+            Self::Paused { ending } => Self::while_paused(ending, event),
         }
     }
 
-    fn while_pausing(doomed: Option<Outcome>, event: SourceEvent) -> Step {
+    fn while_pausing(ending: Ending, hold: bool, doomed: Option<Outcome>, event: SourceEvent) -> Step {
         match (event, doomed) {
-            (SourceEvent::Paused, None) => {
-                (SourceSession::Handoff(Self::Paused), vec![SourceAction::ServePages, SourceAction::SendState])
-            }
+            (SourceEvent::Paused, None) if hold => (
+                SourceSession::Handoff(Self::Held { ending }),
+                vec![SourceAction::Status(MigrationStatus::PreSwitchover)],
+            ),
+            (SourceEvent::Paused, None) => Self::go(ending),
             (SourceEvent::Paused, Some(outcome)) => give_up(outcome, true),
             (SourceEvent::PauseFailed(reason), doomed) => give_up(doomed.unwrap_or_else(|| fail(reason)), false),
-            (SourceEvent::StartPostcopy, doomed) => (SourceSession::Handoff(Self::Pausing { doomed }), Vec::new()),
+            // The rounds' own decision may have crossed the controller's wish.
+            (SourceEvent::StartPostcopy | SourceEvent::SwitchOver(_) | SourceEvent::GaveUp(_), doomed) => {
+                (SourceSession::Handoff(Self::Pausing { ending, hold, doomed }), Vec::new())
+            }
             (event, doomed) => {
-                let doomed = Some(doomed.unwrap_or_else(|| ending(event)));
-                (SourceSession::Handoff(Self::Pausing { doomed }), Vec::new())
+                let doomed = Some(doomed.unwrap_or_else(|| self::ending(event)));
+                (SourceSession::Handoff(Self::Pausing { ending, hold, doomed }), Vec::new())
             }
         }
     }
 
-    fn while_paused(event: SourceEvent) -> Step {
+    fn while_held(ending: Ending, event: SourceEvent) -> Step {
         match event {
-            SourceEvent::StartPostcopy | SourceEvent::StateSent => (SourceSession::Handoff(Self::Paused), Vec::new()),
+            SourceEvent::Proceed => {
+                let (next, mut actions) = Self::go(ending);
+                actions.insert(0, SourceAction::Status(MigrationStatus::Device));
+                (next, actions)
+            }
+            SourceEvent::StartPostcopy | SourceEvent::SwitchOver(_) | SourceEvent::GaveUp(_) => {
+                (SourceSession::Handoff(Self::Held { ending }), Vec::new())
+            }
+            other => give_up(self::ending(other), true),
+        }
+    }
+
+    fn go(ending: Ending) -> Step {
+        let actions = vec![SourceAction::ServePages(ending), SourceAction::SendState(ending)];
+        (SourceSession::Handoff(Self::Paused { ending }), actions)
+    }
+
+    fn while_paused(ending: Ending, event: SourceEvent) -> Step {
+        match event {
+            SourceEvent::StartPostcopy
+            | SourceEvent::SwitchOver(_)
+            | SourceEvent::GaveUp(_)
+            | SourceEvent::Proceed
+            | SourceEvent::StateSent => (SourceSession::Handoff(Self::Paused { ending }), Vec::new()),
             // The point of no return. The right to run goes before the commit is submitted: whatever becomes of the
             // commit on its way, nothing on this side can run the guest any more.
-            SourceEvent::Restored => (
-                SourceSession::Committed(Committed(())),
-                // The status comes between the two: who sees it knows that this process holds the guest's only pages.
-                vec![
-                    SourceAction::SurrenderRightToRun,
-                    SourceAction::Status(MigrationStatus::PostcopyActive),
-                    SourceAction::SendCommit,
-                ],
-            ),
-            other => give_up(ending(other), true),
+            SourceEvent::Restored => {
+                let mut actions = vec![SourceAction::SurrenderRightToRun];
+                if ending == Ending::Postcopy {
+                    // Between the two: who sees it knows that this process holds the guest's only pages.
+                    actions.push(SourceAction::Status(MigrationStatus::PostcopyActive));
+                }
+                actions.push(SourceAction::SendCommit);
+                (SourceSession::Committed(Committed { ending }), actions)
+            }
+            other => give_up(self::ending(other), true),
         }
     }
 }
@@ -249,10 +342,15 @@ impl Handoff {
 impl Committed {
     fn on(self, event: SourceEvent) -> Step {
         match event {
-            SourceEvent::Running => (SourceSession::Postcopy(Postcopy(())), vec![SourceAction::PushPages]),
+            SourceEvent::Running => {
+                // Where the guest waited for all of it, all of it was pushed.
+                let push = self.ending == Ending::Postcopy;
+                (SourceSession::Postcopy(Postcopy(())), push.then_some(SourceAction::PushPages).into_iter().collect())
+            }
             SourceEvent::StateSent
             | SourceEvent::Cancel
             | SourceEvent::StartPostcopy
+            | SourceEvent::Proceed
             | SourceEvent::HandoffTimedOut => (SourceSession::Committed(self), Vec::new()),
             // A destination refuses only where it has not acted on the commit, and never acts on one afterwards. So its
             // word, which crossed our commit, brings the guest back. Silence or a lost link does not.
@@ -285,6 +383,7 @@ impl Postcopy {
             SourceEvent::StateSent
             | SourceEvent::Cancel
             | SourceEvent::StartPostcopy
+            | SourceEvent::Proceed
             | SourceEvent::HandoffTimedOut => (SourceSession::Postcopy(self), Vec::new()),
             SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => given_away(reason),
             other => given_away(breach(&other)),
@@ -301,7 +400,10 @@ fn before_pause(event: SourceEvent) -> Step {
 fn ending(event: SourceEvent) -> Outcome {
     match event {
         SourceEvent::Cancel => Outcome::Cancelled,
-        SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) | SourceEvent::StateFailed(reason) => fail(reason),
+        SourceEvent::Lost(reason)
+        | SourceEvent::LaneLost(reason)
+        | SourceEvent::StateFailed(reason)
+        | SourceEvent::GaveUp(reason) => fail(reason),
         SourceEvent::Refused(reason) => fail(refusal(&reason)),
         SourceEvent::HandoffTimedOut => fail("the destination did not confirm the guest's state in time".to_owned()),
         other => fail(breach(&other)),

@@ -6,8 +6,9 @@
 use std::collections::VecDeque;
 
 use super::destination::{DestinationAction, DestinationEvent, DestinationSession};
-use super::source::{SourceAction, SourceEvent, SourceSession};
+use super::source::{Ending, Plan, SourceAction, SourceEvent, SourceSession};
 use super::{GuestAfter, Outcome};
+use crate::status::MigrationStatus;
 
 /// What goes wrong, and at which step.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -30,8 +31,36 @@ enum Mishap {
 const ALL_MISHAPS: [Mishap; 6] =
     [Mishap::Cut, Mishap::Cancel, Mishap::TimeOut, Mishap::MachineFails, Mishap::LaneFails, Mishap::AllPagesArrive];
 
+/// How a migration is meant to go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Scenario {
+    plan: Plan,
+    /// What the rounds decide; `None` without rounds, where the controller decides.
+    ending: Option<Ending>,
+    /// The controller asks for the handoff while the rounds are going on.
+    impatient: bool,
+}
+
+const fn scenario(ending: Option<Ending>, hold: bool, impatient: bool) -> Scenario {
+    Scenario { plan: Plan { rounds: ending.is_some(), hold }, ending, impatient }
+}
+
+const ALL_SCENARIOS: [Scenario; 6] = [
+    scenario(None, false, false),
+    scenario(None, true, false),
+    scenario(Some(Ending::Postcopy), false, false),
+    scenario(Some(Ending::StopAndCopy), false, false),
+    scenario(Some(Ending::StopAndCopy), true, false),
+    scenario(Some(Ending::StopAndCopy), false, true),
+];
+
 /// The answers that actions call for are queued beside the messages, in the order in which they arise.
 struct World {
+    scenario: Scenario,
+    /// The rounds are going on, and write into the destination's memory.
+    rounds: bool,
+    /// The destination has been told which pages are missing, and whether the guest waits for them.
+    complete_first: Option<bool>,
     source: SourceSession,
     destination: DestinationSession,
     to_source: VecDeque<SourceEvent>,
@@ -53,11 +82,15 @@ struct World {
 }
 
 impl World {
-    fn new() -> Self {
+    fn new(scenario: Scenario) -> Self {
+        let wish = scenario.ending.is_none().then_some(SourceEvent::StartPostcopy);
         Self {
-            source: SourceSession::new(),
+            scenario,
+            rounds: false,
+            complete_first: None,
+            source: SourceSession::new(scenario.plan),
             destination: DestinationSession::new(),
-            to_source: VecDeque::from([SourceEvent::StartPostcopy]),
+            to_source: wish.into_iter().collect(),
             to_destination: VecDeque::from([DestinationEvent::Prepared]),
             link: true,
             machine_fails: false,
@@ -104,7 +137,11 @@ impl World {
     }
 
     fn complete(&mut self) {
-        if self.source_serves && self.link && !std::mem::replace(&mut self.pages_complete, true) {
+        if self.source_serves
+            && self.complete_first.is_some()
+            && self.link
+            && !std::mem::replace(&mut self.pages_complete, true)
+        {
             self.to_destination.push_back(DestinationEvent::Complete);
         }
     }
@@ -146,7 +183,20 @@ impl World {
 
     fn source_does(&mut self, action: SourceAction) {
         match action {
+            SourceAction::Status(MigrationStatus::PreSwitchover) => {
+                assert!(self.scenario.plan.hold && !self.source_runs);
+                self.to_source.push_back(SourceEvent::Proceed);
+            }
             SourceAction::Status(_) => {}
+            SourceAction::BeginRounds => {
+                self.rounds = true;
+                let ending = self.scenario.ending.expect("rounds only where they are planned");
+                if self.scenario.impatient {
+                    self.to_source.push_back(SourceEvent::StartPostcopy);
+                }
+                self.to_source.push_back(SourceEvent::SwitchOver(ending));
+            }
+            SourceAction::EndRounds => self.rounds = false,
             SourceAction::Pause if std::mem::take(&mut self.machine_fails) => {
                 self.to_source.push_back(SourceEvent::PauseFailed("tired".into()));
             }
@@ -154,15 +204,20 @@ impl World {
                 self.source_runs = false;
                 self.to_source.push_back(SourceEvent::Paused);
             }
-            SourceAction::ServePages => {
+            SourceAction::ServePages(ending) => {
                 assert!(!self.source_runs, "pages are served while the guest changes them");
                 self.source_serves = true;
+                let complete_first = ending == Ending::StopAndCopy;
+                self.tell_destination(DestinationEvent::Missing { complete_first });
+                if self.link {
+                    self.complete_first = Some(complete_first);
+                }
             }
             SourceAction::PushPages => assert!(self.source_serves),
-            SourceAction::SendState if std::mem::take(&mut self.machine_fails) => {
+            SourceAction::SendState(_) if std::mem::take(&mut self.machine_fails) => {
                 self.to_source.push_back(SourceEvent::StateFailed("tired".into()));
             }
-            SourceAction::SendState => {
+            SourceAction::SendState(_) => {
                 self.to_source.push_back(SourceEvent::StateSent);
                 self.tell_destination(DestinationEvent::State);
             }
@@ -202,8 +257,15 @@ impl World {
                 self.refused = true;
                 self.tell_source(SourceEvent::Refused(reason));
             }
+            DestinationAction::EndWatch => {
+                assert!(self.pages_complete, "the watch ended before the pages were complete");
+                self.watch_registered = false;
+            }
+            DestinationAction::MapTheRest => assert!(self.destination_runs),
             DestinationAction::Run => {
                 assert!(self.commit_submitted, "ran without the commit");
+                let complete_first = self.complete_first.expect("ran without knowing what is missing");
+                assert!(self.pages_complete || !complete_first, "ran before its memory was complete");
                 assert!(!self.refused, "ran after the final refusal");
                 self.commit_arrived = true;
                 self.destination_runs = true;
@@ -263,8 +325,8 @@ impl World {
     }
 }
 
-fn run(mishaps: &[(usize, Mishap)], source_first: bool) -> World {
-    let mut world = World::new();
+fn run(scenario: Scenario, mishaps: &[(usize, Mishap)], source_first: bool) -> World {
+    let mut world = World::new(scenario);
     for step in 0..200 {
         for (_, mishap) in mishaps.iter().filter(|(at, _)| *at == step) {
             world.strike(*mishap);
@@ -278,26 +340,30 @@ fn run(mishaps: &[(usize, Mishap)], source_first: bool) -> World {
             }
         }
     }
-    world.check_end(&format!("{mishaps:?}, source first: {source_first}"));
+    world.check_end(&format!("{scenario:?}, {mishaps:?}, source first: {source_first}"));
     world
 }
 
 #[test]
 fn an_undisturbed_migration_completes_on_both_sides() {
-    for source_first in [true, false] {
-        let world = run(&[(0, Mishap::Nothing)], source_first);
-        assert_eq!(world.source_outcome, Some(Outcome::Completed));
-        assert_eq!(world.destination_outcome, Some(Outcome::Completed));
-        assert!(world.destination_runs && !world.source_runs && !world.watch_registered);
+    for scenario in ALL_SCENARIOS {
+        for source_first in [true, false] {
+            let world = run(scenario, &[(0, Mishap::Nothing)], source_first);
+            assert_eq!(world.source_outcome, Some(Outcome::Completed), "{scenario:?}");
+            assert_eq!(world.destination_outcome, Some(Outcome::Completed), "{scenario:?}");
+            assert!(world.destination_runs && !world.source_runs && !world.watch_registered);
+        }
     }
 }
 
 #[test]
 fn one_mishap_at_any_step_leaves_one_guest() {
-    for mishap in ALL_MISHAPS {
-        for at in 0..40 {
-            for source_first in [true, false] {
-                run(&[(at, mishap)], source_first);
+    for scenario in ALL_SCENARIOS {
+        for mishap in ALL_MISHAPS {
+            for at in 0..40 {
+                for source_first in [true, false] {
+                    run(scenario, &[(at, mishap)], source_first);
+                }
             }
         }
     }
@@ -305,12 +371,13 @@ fn one_mishap_at_any_step_leaves_one_guest() {
 
 #[test]
 fn two_mishaps_at_any_steps_leave_one_guest() {
-    for first in ALL_MISHAPS {
-        for second in ALL_MISHAPS {
+    let pairs = ALL_MISHAPS.into_iter().flat_map(|first| ALL_MISHAPS.into_iter().map(move |second| (first, second)));
+    for (first, second) in pairs {
+        for scenario in ALL_SCENARIOS {
             for at in 0..20 {
                 for later in at..20 {
                     for source_first in [true, false] {
-                        run(&[(at, first), (later, second)], source_first);
+                        run(scenario, &[(at, first), (later, second)], source_first);
                     }
                 }
             }
@@ -320,17 +387,19 @@ fn two_mishaps_at_any_steps_leave_one_guest() {
 
 #[test]
 fn a_cancel_before_the_commit_leaves_the_guest_running() {
-    for at in 0..6 {
-        let world = run(&[(at, Mishap::Cancel)], true);
-        if world.source_outcome == Some(Outcome::Cancelled) {
-            assert!(world.source_runs && !world.destination_runs, "cancelled at step {at}");
+    for scenario in ALL_SCENARIOS {
+        for at in 0..8 {
+            let world = run(scenario, &[(at, Mishap::Cancel)], true);
+            if world.source_outcome == Some(Outcome::Cancelled) {
+                assert!(world.source_runs && !world.destination_runs, "cancelled at step {at}");
+            }
         }
     }
 }
 
 fn committed() -> SourceSession {
     let steps = [SourceEvent::Prepared, SourceEvent::StartPostcopy, SourceEvent::Paused, SourceEvent::Restored];
-    steps.into_iter().fold(SourceSession::new(), |session, event| session.on(event).0)
+    steps.into_iter().fold(SourceSession::new(Plan::default()), |session, event| session.on(event).0)
 }
 
 #[test]
@@ -356,7 +425,8 @@ fn nothing_else_after_the_commit_lets_the_source_run() {
 #[test]
 fn a_destination_that_refused_never_runs() {
     let mut session = DestinationSession::new();
-    for event in [DestinationEvent::Prepared, DestinationEvent::State, DestinationEvent::Loaded] {
+    let missing = DestinationEvent::Missing { complete_first: false };
+    for event in [DestinationEvent::Prepared, missing, DestinationEvent::State, DestinationEvent::Loaded] {
         session = session.on(event).0;
     }
     let (session, actions) = session.on(DestinationEvent::LaneLost("broken".into()));
@@ -366,10 +436,35 @@ fn a_destination_that_refused_never_runs() {
 
 #[test]
 fn a_commit_without_the_state_runs_nothing() {
-    for events in [vec![DestinationEvent::Prepared], vec![DestinationEvent::Prepared, DestinationEvent::State]] {
+    let missing = || DestinationEvent::Missing { complete_first: true };
+    for events in [
+        vec![DestinationEvent::Prepared],
+        vec![DestinationEvent::Prepared, missing()],
+        vec![DestinationEvent::Prepared, missing(), DestinationEvent::State],
+        // Loaded, but the guest was to wait for its memory.
+        vec![DestinationEvent::Prepared, missing(), DestinationEvent::State, DestinationEvent::Loaded],
+    ] {
         let session = events.into_iter().fold(DestinationSession::new(), |session, event| session.on(event).0);
         let (session, actions) = session.on(DestinationEvent::Commit);
         assert_eq!(session, DestinationSession::Over);
         assert!(!actions.contains(&DestinationAction::Run), "{actions:?}");
     }
+}
+
+#[test]
+fn a_state_before_the_missing_pages_is_refused() {
+    let session = DestinationSession::new().on(DestinationEvent::Prepared).0;
+    let (session, actions) = session.on(DestinationEvent::State);
+    assert_eq!(session, DestinationSession::Over);
+    assert!(actions.iter().any(|action| matches!(action, DestinationAction::SendRefused(_))));
+}
+
+#[test]
+fn rounds_that_do_not_converge_leave_the_guest_running() {
+    let plan = Plan { rounds: true, hold: false };
+    let session = SourceSession::new(plan).on(SourceEvent::Prepared).0;
+    let (session, actions) = session.on(SourceEvent::GaveUp("it writes too fast".into()));
+    assert_eq!(session, SourceSession::Over);
+    let failed = |action: &SourceAction| matches!(action, SourceAction::Finish(Outcome::Failed(failure)) if failure.guest == GuestAfter::OnSource);
+    assert!(actions.iter().any(failed) && !actions.contains(&SourceAction::Resume), "{actions:?}");
 }

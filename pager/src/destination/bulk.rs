@@ -1,18 +1,19 @@
 //! Receiving pushed pages on a `bulk` lane, straight into the alias.
 
-use std::io::IoSliceMut;
+use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use switchover_wire::clock::Nanos;
 use switchover_wire::frame::FrameError;
-use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES};
+use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, Taken};
 use switchover_wire::ring::{Ring, RingError};
 use switchover_wire::types::{LaneId, PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 use thiserror::Error;
 
 use super::Shared;
+use super::handoff::Phase;
 use crate::lane::{PageLane, PagerEvent};
 use crate::runs::{CHUNK_LEN, runs};
 use crate::state::{Arrival, Claim, LaneTag};
@@ -34,6 +35,15 @@ pub enum BulkError {
     /// A page could not be mapped.
     #[error(transparent)]
     Watch(#[from] WatchError),
+    /// A page of an earlier frame is still landing elsewhere.
+    #[error("the source sends a second version of {0} while the first is under way")]
+    TwoVersions(PageIndex),
+    /// Something that only pre-copy may send, or that cannot be read.
+    #[error("the source sends packed pages after the handoff")]
+    Packed,
+    /// The pager ends.
+    #[error("the lane was stopped")]
+    Stopped,
     /// The source's count of pages is not ours.
     #[error("the source says that it sent {said} pages on this lane, but {got} arrived")]
     Count {
@@ -52,8 +62,20 @@ pub struct BulkReceiver {
     ring: Ring,
     /// Where pages go whose claim was lost: nothing may write the alias of a page that is here.
     scratch: Box<[u8; PAGE_SIZE]>,
+    /// Data pages since the handoff.
     received: u64,
+    /// Frames since the lane began.
+    frames: u64,
     rate: RateSeries,
+}
+
+/// The pages of one frame that a lane may write, a bit each.
+struct Claimed {
+    won: u64,
+    /// Those of which a version was here.
+    resident: u64,
+    /// The frame came before the handoff.
+    counts: bool,
 }
 
 impl BulkReceiver {
@@ -69,6 +91,7 @@ impl BulkReceiver {
             ring: Ring::new(RING_ENTRIES)?,
             scratch: Box::new([0; PAGE_SIZE]),
             received: 0,
+            frames: 0,
             rate: RateSeries::new(),
         })
     }
@@ -93,9 +116,22 @@ impl BulkReceiver {
         loop {
             self.ring.recv_exact(self.lane.socket.as_fd(), &mut [IoSliceMut::new(&mut header)])?;
             self.lane.socket.counters().add_received(BulkFrame::LEN as u64);
-            let (frame, _flags) = BulkFrame::decode(&header, self.shared.states.pages())?;
+            let (frame, flags) = BulkFrame::decode(&header, self.shared.states.pages())?;
+            if !flags.precopy {
+                // It may have overtaken the handoff's own message, which comes on another lane.
+                let stage = self.shared.handoff.wait_until(|stage| stage.phase == Phase::Postcopy);
+                if stage.stopping {
+                    return Err(BulkError::Stopped);
+                }
+            }
             match frame {
-                BulkFrame::Packed { .. } => todo!(),
+                BulkFrame::Chunk { first, data, zero } if flags.precopy => {
+                    self.take_version(first, data, zero, None)?
+                }
+                BulkFrame::Packed { first, data, zero, payload } if flags.precopy => {
+                    self.take_version(first, data, zero, Some(payload))?;
+                }
+                BulkFrame::Packed { .. } => return Err(BulkError::Packed),
                 BulkFrame::Chunk { first, data, zero } => {
                     self.take_zeros(first, zero)?;
                     self.take_data(first, data)?;
@@ -104,15 +140,112 @@ impl BulkReceiver {
                     let end = first.0 + count.0;
                     let mut at = first.0;
                     while at < end {
-                        let pages = (end - at).min(CHUNK_PAGES);
-                        self.take_zeros(PageIndex(at), u64::MAX >> (CHUNK_PAGES - pages))?;
+                        // Up to the next multiple of a chunk's pages, as everything here goes by chunks.
+                        let pages = (end - at).min(CHUNK_PAGES - at % CHUNK_PAGES);
+                        let mask = u64::MAX >> (CHUNK_PAGES - pages);
+                        if flags.precopy {
+                            self.take_version(PageIndex(at), 0, mask, None)?;
+                        } else {
+                            self.take_zeros(PageIndex(at), mask)?;
+                        }
                         at += pages;
                     }
                 }
                 BulkFrame::End { pages } if pages == self.received => return Ok(()),
                 BulkFrame::End { pages } => return Err(BulkError::Count { said: pages, got: self.received }),
             }
+            self.frames += 1;
+            if flags.acknowledge {
+                let taken = Taken { frames: self.frames }.encode();
+                self.ring.send_all(self.lane.socket.as_fd(), &[IoSlice::new(&taken)])?;
+                self.lane.socket.counters().add_sent(taken.len() as u64);
+            }
         }
+    }
+
+    /// Receives versions of pages that later ones may replace: straight into the alias, or through the decoder where they
+    /// are packed. After the handoff, into scratch: they count for nothing then.
+    fn take_version(&mut self, first: PageIndex, data: u64, zero: u64, payload: Option<u32>) -> Result<(), BulkError> {
+        let Claimed { won, resident, counts } = self.claim_version(first, data | zero)?;
+        self.shared.missing.fetch_add(u64::from((won & resident).count_ones()), Ordering::AcqRel);
+        bits(data & won).for_each(|bit| self.shared.stains.add(page_at(first, bit)));
+        let received = match payload {
+            None if data == 0 => Ok(()),
+            None => self.receive_pages(first, data, data & won),
+            Some(payload) => self.receive_packed(first, data, won & data, resident, payload as usize),
+        };
+        if received.is_ok() {
+            // Where nothing has landed, memory is zero already, or not even there.
+            for page in bits(zero & won).map(|bit| page_at(first, bit)).filter(|page| self.shared.stains.has(*page)) {
+                self.shared.wipe(page);
+            }
+            let bytes = payload.map_or(u64::from(data.count_ones()) * PAGE_SIZE_U64, u64::from);
+            self.lane.socket.counters().add_received(bytes);
+        }
+        let stage = self.shared.handoff.stage();
+        let still_counts = received.is_ok() && stage.phase == Phase::Precopy;
+        for bit in bits(won) {
+            let page = page_at(first, bit);
+            if !still_counts {
+                if self.shared.states.release(page, self.tag) {
+                    self.shared.ask_anew(page);
+                }
+            } else {
+                if zero >> bit & 1 == 1 {
+                    self.shared.states.arrived_zero(page, self.tag);
+                } else {
+                    self.shared.states.arrived(page, self.tag);
+                }
+                self.shared.ahead.note(page, stage.round);
+            }
+        }
+        if still_counts {
+            self.shared.missing.fetch_sub(u64::from(won.count_ones()), Ordering::AcqRel);
+            let totals = &self.shared.counts;
+            totals.precopied.fetch_add(u64::from((won & data).count_ones()), Ordering::Relaxed);
+            totals.precopied_zero.fetch_add(u64::from((won & zero).count_ones()), Ordering::Relaxed);
+        } else if !counts {
+            self.shared.counts.discarded.fetch_add(u64::from(data.count_ones()), Ordering::Relaxed);
+        }
+        drop(stage);
+        received
+    }
+
+    /// Claims the pages of a version, unless the handoff has come before it.
+    fn claim_version(&self, first: PageIndex, pages: u64) -> Result<Claimed, BulkError> {
+        let stage = self.shared.handoff.stage();
+        if stage.phase == Phase::Postcopy {
+            return Ok(Claimed { won: 0, resident: 0, counts: false });
+        }
+        let (mut won, mut resident) = (0_u64, 0_u64);
+        for bit in bits(pages) {
+            let page = page_at(first, bit);
+            match self.shared.states.reclaim(page, self.tag) {
+                Some(here) => {
+                    won |= 1 << bit;
+                    resident |= u64::from(here) << bit;
+                }
+                None => {
+                    for bit in bits(won) {
+                        self.shared.states.release(page_at(first, bit), self.tag);
+                    }
+                    return Err(BulkError::TwoVersions(page));
+                }
+            }
+        }
+        Ok(Claimed { won, resident, counts: true })
+    }
+
+    /// Receives a packed chunk and decodes those of its pages that are `won`, each into its place.
+    fn receive_packed(
+        &mut self,
+        _first: PageIndex,
+        _data: u64,
+        _won: u64,
+        _resident: u64,
+        _payload: usize,
+    ) -> Result<(), BulkError> {
+        Err(BulkError::Packed)
     }
 
     /// Receives the pages of `data`, each to its place if it is still wanted there, and maps them in runs.
@@ -132,8 +265,9 @@ impl BulkReceiver {
         }
         if let Err(error) = self.receive_pages(first, data, won) {
             for bit in bits(won) {
-                // Whether a fault waits is of no use here: a dead lane ends the session.
-                self.shared.states.release(page_at(first, bit), self.tag);
+                if self.shared.states.release(page_at(first, bit), self.tag) {
+                    self.shared.ask_anew(page_at(first, bit));
+                }
             }
             return Err(error);
         }
@@ -147,7 +281,7 @@ impl BulkReceiver {
             match self.shared.states.arrived(page, self.tag) {
                 // A fault that came meanwhile asked for nothing: mapping wakes it, and nobody keeps its time.
                 Arrival::Present { .. } => present |= 1 << bit,
-                Arrival::Removed => self.wipe(page),
+                Arrival::Removed => self.shared.wipe(page),
             }
         }
         for (bit, count) in runs(present) {
@@ -191,7 +325,7 @@ impl BulkReceiver {
     fn take_zeros(&mut self, first: PageIndex, zero: u64) -> Result<(), BulkError> {
         let (mut won, mut wanted) = (0_u64, 0_u64);
         for bit in bits(zero) {
-            if let Claim::Won { wanted: waiting } = self.shared.states.claim_zero(page_at(first, bit)) {
+            if let Claim::Won { wanted: waiting } = self.shared.claim_zero(page_at(first, bit), self.tag) {
                 won |= 1 << bit;
                 wanted |= u64::from(waiting) << bit;
             }
@@ -214,14 +348,6 @@ impl BulkReceiver {
             for bit in bits(wanted) {
                 self.shared.raced_wakes.force_push((page_at(first, bit), now));
             }
-        }
-    }
-
-    /// Undoes what landed in a page that the guest gave back meanwhile.
-    fn wipe(&self, page: PageIndex) {
-        if let Some(alias) = self.shared.watch.ram().alias_of(page) {
-            // SAFETY: a whole page of the alias; this lane had claimed it, and it is not mapped for the guest.
-            unsafe { alias.write_bytes(0, PAGE_SIZE) };
         }
     }
 }

@@ -10,7 +10,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
-use nix::sys::eventfd::EventFd;
 use switchover_wire::clock::Nanos;
 use switchover_wire::frame::FrameError;
 use switchover_wire::frame::fault::{FaultReply, FaultRequest, ReplyContent};
@@ -89,7 +88,6 @@ pub struct FaultService {
     lane: PageLane,
     tag: LaneTag,
     shared: Arc<Shared>,
-    woken: Arc<EventFd>,
     woken_poll: OwnedFd,
     fault_buffer: FaultBuffer,
     fault_pages: Vec<PageIndex>,
@@ -119,12 +117,7 @@ impl FaultService {
     ///
     /// # Errors
     /// When there is no ring for it.
-    pub(super) fn new(
-        lane: PageLane,
-        tag: LaneTag,
-        shared: &Arc<Shared>,
-        woken: Arc<EventFd>,
-    ) -> Result<Self, FaultError> {
+    pub(super) fn new(lane: PageLane, tag: LaneTag, shared: &Arc<Shared>) -> Result<Self, FaultError> {
         Ok(Self {
             ring: EventRing::new(RING_ENTRIES)?,
             buffers: Box::new(Buffers {
@@ -135,8 +128,7 @@ impl FaultService {
             lane,
             tag,
             shared: Arc::clone(shared),
-            woken_poll: poll_fd(&woken)?,
-            woken,
+            woken_poll: poll_fd(&shared.wake_fault_thread)?,
             fault_buffer: FaultBuffer::default(),
             fault_pages: Vec::with_capacity(ROOM),
             asked: VecDeque::with_capacity(ROOM),
@@ -166,7 +158,8 @@ impl FaultService {
                     (FAULTS_READY, Ok(_)) => self.take_faults()?,
                     (FAULTS_READY, Err(error)) => return Err(error.into()),
                     (WOKEN, _) => {
-                        let _ = self.woken.read();
+                        let _ = self.shared.wake_fault_thread.read();
+                        self.adopt_orphans()?;
                     }
                     (token, result) => {
                         let outcome = match (token, result) {
@@ -179,6 +172,14 @@ impl FaultService {
                 }
             }
             self.send_requests()?;
+        }
+        Ok(())
+    }
+
+    /// Asks for the pages whose lanes do not bring them after all.
+    fn adopt_orphans(&mut self) -> Result<(), FaultError> {
+        while let Some(page) = self.shared.orphans.pop() {
+            self.serve(page, Nanos::now())?;
         }
         Ok(())
     }
@@ -349,7 +350,7 @@ impl FaultService {
 
     fn place_zero(&mut self, asked: Asked) -> Result<(), FaultError> {
         let arrived = Nanos::now();
-        if self.shared.states.claim_zero(asked.page) == Claim::Lost {
+        if self.shared.claim_zero(asked.page, self.tag) == Claim::Lost {
             self.lost_race(asked);
             return Ok(());
         }
@@ -365,10 +366,7 @@ impl FaultService {
 
     /// The guest gave the page back while its old bytes were on the way: it reads as zero.
     fn place_removed(&mut self, page: PageIndex) -> Result<(), FaultError> {
-        if let Some(alias) = self.shared.watch.ram().alias_of(page) {
-            // SAFETY: a whole page of the alias, claimed by this lane until now and not mapped for the guest.
-            unsafe { alias.write_bytes(0, PAGE_SIZE) };
-        }
+        self.shared.wipe(page);
         self.shared.watch.map_zero(page, PageCount(1))?;
         Ok(())
     }

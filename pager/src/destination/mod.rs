@@ -7,9 +7,15 @@
 //!     └────────── CONTINUE in runs ── bulk threads ◀── bulk lanes ◀── source
 //!                     both write the alias of pages that they have claimed in `PageStates`
 //! ```
+//!
+//! Before the handoff the bulk lanes bring pre-copy's versions of pages, and `mapper.rs` maps what stays cold. What the
+//! handoff changes is in `handoff.rs`.
 
 mod bulk;
 mod fault;
+mod handoff;
+mod mapper;
+mod stains;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,19 +23,22 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use crossbeam::queue::ArrayQueue;
+use crossbeam::queue::{ArrayQueue, SegQueue};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use switchover_wire::clock::Nanos;
-use switchover_wire::types::{LaneRole, PageIndex};
+use switchover_wire::types::{LaneRole, PAGE_SIZE, PageIndex};
 use thiserror::Error;
 
 use self::bulk::BulkReceiver;
 use self::fault::FaultService;
+use self::handoff::Handoff;
+use self::mapper::MappedAhead;
+use self::stains::Stains;
 use crate::cpu::{CpuMeter, CpuTime};
 use crate::lane::{Notify, PageLane, PagerEvent};
 use crate::ram::{Ram, RamError};
 use crate::source::thread_name;
-use crate::state::{LaneTag, PageStates};
+use crate::state::{Arrival, Claim, LaneTag, PageStates};
 use crate::stats::{FaultStats, RateSeries};
 use crate::uffd::{Watch, WatchError};
 
@@ -77,6 +86,17 @@ pub enum DestinationPagerError {
     /// No eventfd.
     #[error("cannot create an eventfd: {0}")]
     EventFd(#[source] io::Error),
+    /// What the source says at the handoff is not what it sent.
+    #[error("the source says that {missing} pages are still to come, but {absent} are not here")]
+    Forgotten {
+        /// How many pages the source means to send.
+        missing: u64,
+        /// How many are needed.
+        absent: u64,
+    },
+    /// The handoff was made already.
+    #[error("the source told twice which pages are still to come")]
+    HandedOver,
     /// The pager was asked to finish while pages are missing.
     #[error("{missing} pages are still missing: userfaultfd stays, so that nobody reads zeros in their place")]
     Incomplete {
@@ -89,6 +109,12 @@ pub enum DestinationPagerError {
 struct Shared {
     watch: Watch,
     states: PageStates,
+    handoff: Handoff,
+    ahead: MappedAhead,
+    stains: Stains,
+    /// Pages that a fault waits for and that nobody brings any more: the fault thread asks for them.
+    orphans: SegQueue<PageIndex>,
+    wake_fault_thread: EventFd,
     /// Whether RAM's pages are allocated: then a zero page can be mapped like any other.
     populated: bool,
     missing: AtomicU64,
@@ -108,6 +134,8 @@ struct Counts {
     pushed: AtomicU64,
     requested: AtomicU64,
     discarded: AtomicU64,
+    precopied: AtomicU64,
+    precopied_zero: AtomicU64,
     requests: AtomicU64,
 }
 
@@ -120,6 +148,38 @@ impl Shared {
         self.last_placed.fetch_max(Nanos::now().0, Ordering::AcqRel);
         if self.missing.fetch_sub(pages, Ordering::AcqRel) == pages {
             (self.notify)(PagerEvent::Complete);
+        }
+    }
+
+    /// The source says that `page` is zero. What an older version has left in it is wiped out first.
+    fn claim_zero(&self, page: PageIndex, lane: LaneTag) -> Claim {
+        if !self.stains.has(page) {
+            return self.states.claim_zero(page);
+        }
+        if self.states.claim(page, lane) == Claim::Lost {
+            return Claim::Lost;
+        }
+        self.wipe(page);
+        match self.states.arrived(page, lane) {
+            Arrival::Present { wanted } => Claim::Won { wanted },
+            Arrival::Removed => Claim::Lost,
+        }
+    }
+
+    /// Undoes what has landed in a page that the caller has claimed.
+    fn wipe(&self, page: PageIndex) {
+        if let Some(alias) = self.watch.ram().alias_of(page) {
+            // SAFETY: a whole page of the alias, which the watch keeps mapped; the caller has claimed it, and until it
+            // lets go nobody else writes it and the guest has not mapped it, or does not run.
+            unsafe { alias.write_bytes(0, PAGE_SIZE) };
+        }
+    }
+
+    /// A fault waits for `page`, whose lane does not bring it after all.
+    fn ask_anew(&self, page: PageIndex) {
+        self.orphans.push(page);
+        if let Err(errno) = self.wake_fault_thread.write(1) {
+            tracing::error!(%errno, "cannot wake the fault thread");
         }
     }
 }
@@ -141,6 +201,10 @@ pub struct DestinationProgress {
     pub requested: u64,
     /// Pages that came a second time.
     pub discarded: u64,
+    /// Versions of pages that came before the handoff, with their bytes.
+    pub precopied: u64,
+    /// Those that came as zero.
+    pub precopied_zero: u64,
     /// Pages asked for.
     pub requests: u64,
     /// Pages that are not here yet.
@@ -150,7 +214,6 @@ pub struct DestinationProgress {
 /// The running threads of a destination.
 pub struct DestinationPager {
     shared: Arc<Shared>,
-    wake_fault_thread: Arc<EventFd>,
     lanes: Vec<PageLane>,
     threads: Vec<JoinHandle<()>>,
     cpu: Arc<CpuMeter>,
@@ -158,7 +221,8 @@ pub struct DestinationPager {
 
 impl DestinationPager {
     /// Reserves `ram` (unless `lazy`), registers it, and serves its faults from now on. All of RAM counts as absent:
-    /// nothing may have been loaded into it.
+    /// nothing may have been loaded into it. Until [`hand_over`](Self::hand_over) the lanes bring versions of pages that later
+    /// ones may replace, and nobody may run on this memory.
     ///
     /// # Errors
     /// When memory is short, userfaultfd refuses, or the lanes are not one fault lane and a few bulk lanes.
@@ -181,6 +245,11 @@ impl DestinationPager {
         let shared = Arc::new(Shared {
             watch: Watch::register(ram)?,
             states: PageStates::new(pages),
+            handoff: Handoff::default(),
+            ahead: MappedAhead::new(pages),
+            stains: Stains::new(pages),
+            orphans: SegQueue::new(),
+            wake_fault_thread: wake,
             populated: !lazy,
             missing: AtomicU64::new(pages.0),
             last_placed: AtomicU64::new(0),
@@ -192,13 +261,7 @@ impl DestinationPager {
             bulk_lanes_open: AtomicU64::new(bulk_lanes as u64),
             notify: Arc::clone(notify),
         });
-        let mut pager = Self {
-            shared,
-            wake_fault_thread: Arc::new(wake),
-            lanes: lanes.clone(),
-            threads: Vec::new(),
-            cpu: Arc::new(CpuMeter::default()),
-        };
+        let mut pager = Self { shared, lanes: lanes.clone(), threads: Vec::new(), cpu: Arc::new(CpuMeter::default()) };
         let tags = (0..LaneTag::LIMIT).filter_map(LaneTag::new);
         for (lane, tag) in lanes.into_iter().zip(tags) {
             if let Err(error) = pager.spawn(lane, tag) {
@@ -206,13 +269,63 @@ impl DestinationPager {
                 return Err(error);
             }
         }
+        if let Err(error) = pager.spawn_mapper() {
+            pager.abandon();
+            return Err(error);
+        }
         Ok(pager)
+    }
+
+    fn spawn_mapper(&mut self) -> Result<(), DestinationPagerError> {
+        let (shared, cpu) = (Arc::clone(&self.shared), Arc::clone(&self.cpu));
+        let body = move || {
+            if let Err(error) = cpu.measure(|| mapper::run(&shared)) {
+                (shared.notify)(PagerEvent::Broken { reason: error.to_string() });
+            }
+        };
+        let thread = thread::Builder::new()
+            .name("mapper".to_owned())
+            .spawn(body)
+            .map_err(|source| DestinationPagerError::Thread { lane: "mapping ahead".to_owned(), source })?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// Round `round` of pre-copy begins, counted from 1: what has not come again for some rounds may be mapped ahead.
+    pub fn begin_round(&self, round: u32) {
+        self.shared.handoff.begin_round(round);
+    }
+
+    /// The handoff: `missing` (a bit a page, in words of 64) must still come, whatever has come of it before; everything
+    /// else is here. Frames of pre-copy count for nothing from now on.
+    ///
+    /// # Errors
+    /// When something that is not `missing` never came, the handoff was made before, or the kernel refuses.
+    pub fn hand_over(&self, missing: &[u64]) -> Result<(), DestinationPagerError> {
+        handoff::hand_over(&self.shared, missing)
+    }
+
+    /// The guest runs: map everything that is here and not mapped, before it is touched.
+    pub fn map_the_rest(&self) {
+        self.shared.handoff.map_the_rest();
+    }
+
+    /// Ends the watch of memory that is complete before the guest runs: it will never fault then. The pager's threads go on
+    /// until [`finish`](Self::finish).
+    ///
+    /// # Errors
+    /// When pages are missing, or the kernel refuses; faults go on being served.
+    pub fn end_watch(&self) -> Result<(), DestinationPagerError> {
+        let missing = self.shared.missing.load(Ordering::Acquire);
+        if missing > 0 || !self.shared.handoff.is_over() {
+            return Err(DestinationPagerError::Incomplete { missing });
+        }
+        Ok(self.shared.watch.unregister()?)
     }
 
     fn spawn(&mut self, lane: PageLane, tag: LaneTag) -> Result<(), DestinationPagerError> {
         let shared = Arc::clone(&self.shared);
         let cpu = Arc::clone(&self.cpu);
-        let wake = Arc::clone(&self.wake_fault_thread);
         let id = lane.id;
         let name = id.to_string();
         // Made here and not on its thread, so that what is started can also serve.
@@ -223,7 +336,7 @@ impl DestinationPager {
                 Service::Bulk(Box::new(service.map_err(|error| no_service(error.to_string()))?))
             }
             _ => {
-                let service = FaultService::new(lane, tag, &shared, wake);
+                let service = FaultService::new(lane, tag, &shared);
                 Service::Fault(Box::new(service.map_err(|error| no_service(error.to_string()))?))
             }
         };
@@ -260,6 +373,8 @@ impl DestinationPager {
             pushed: read(&counts.pushed),
             requested: read(&counts.requested),
             discarded: read(&counts.discarded),
+            precopied: read(&counts.precopied),
+            precopied_zero: read(&counts.precopied_zero),
             requests: read(&counts.requests),
             missing: self.shared.missing.load(Ordering::Acquire),
         }
@@ -302,7 +417,9 @@ impl DestinationPager {
         if missing > 0 {
             return Err(DestinationPagerError::Incomplete { missing });
         }
-        self.shared.watch.unregister()?;
+        if self.shared.watch.is_registered() {
+            self.shared.watch.unregister()?;
+        }
         self.end_threads();
         Ok(())
     }
@@ -311,14 +428,17 @@ impl DestinationPager {
     pub fn abandon(mut self) {
         self.end_threads();
         // Nobody runs on this memory, so nobody can be fed zeros; without this the descriptor would stay for ever.
-        if let Err(error) = self.shared.watch.unregister() {
+        if self.shared.watch.is_registered()
+            && let Err(error) = self.shared.watch.unregister()
+        {
             tracing::warn!(%error, "userfaultfd stays registered");
         }
     }
 
     fn end_threads(&mut self) {
         self.shared.stopping.store(true, Ordering::Release);
-        if let Err(errno) = self.wake_fault_thread.write(1) {
+        self.shared.handoff.stop();
+        if let Err(errno) = self.shared.wake_fault_thread.write(1) {
             tracing::error!(%errno, "cannot wake the fault thread");
         }
         for lane in &self.lanes {

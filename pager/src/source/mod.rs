@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
-use switchover_wire::types::{LaneRole, PageCount, PageIndex};
+use switchover_wire::types::{LaneId, LaneRole, PageCount, PageIndex};
 use thiserror::Error;
 
 use self::push::Pusher;
@@ -23,7 +23,7 @@ use crate::cpu::{CpuMeter, CpuTime};
 use crate::lane::{Notify, PageLane, PagerEvent};
 use crate::pace::Pacer;
 use crate::ram::Ram;
-use crate::sent::SentPages;
+use crate::sent::{ChunkIndex, SentPages};
 
 /// The source's pager could not start.
 #[derive(Debug, Error)]
@@ -68,6 +68,15 @@ pub struct SourceProgress {
     pub requests: u64,
     /// Pages that nobody has sent yet.
     pub remaining: PageCount,
+}
+
+/// What one bulk lane had sent before the handoff, and the destination had not acknowledged.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct UnderWay {
+    /// The lane.
+    pub lane: LaneId,
+    /// The pages, by chunk.
+    pub chunks: Vec<(ChunkIndex, u64)>,
 }
 
 /// The running threads of a source.
@@ -157,10 +166,24 @@ impl SourcePager {
 
     /// The guest is paused, and its memory will not change until this pager is stopped: serve requests, and push
     /// `first`, the most urgent first.
-    pub fn start_serving(&mut self, first: &[PageIndex]) {
+    ///
+    /// `missing` are the pages that the destination lacks, a bit each, in words of 64. `under_way` are those of them that
+    /// a bulk lane's stream still holds in an older version: only that lane sends them again, so that the old version
+    /// has been passed over when the new one comes.
+    pub fn start_serving(&mut self, first: &[PageIndex], missing: &[u64], under_way: Vec<UnderWay>) {
+        self.shared.sent.leave_only(missing);
+        for UnderWay { lane, chunks } in under_way {
+            let chunks = chunks.into_iter().map(|(chunk, mask)| (chunk, self.shared.sent.claim(chunk, mask)));
+            self.shared.queue.keep_for(lane, chunks.collect());
+        }
         self.shared.queue.put_first(first);
         self.shared.serving.store(true, Ordering::Release);
         self.start = None;
+    }
+
+    /// The bound on pushed bytes a second is this from now on; 0 means none.
+    pub fn set_max_bandwidth(&self, bytes_per_second: u64) {
+        self.shared.pacer.set_rate(bytes_per_second);
     }
 
     /// Push everything else too. The sweep takes both processors of a small host, so it waits for the handoff.

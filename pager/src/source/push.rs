@@ -77,6 +77,9 @@ impl Pusher {
             if span.is_empty() {
                 if std::mem::take(&mut self.sweep_closed) {
                     shared.queue.wait_for_sweep();
+                    for (chunk, claimed) in shared.queue.take_kept(self.lane.id) {
+                        self.push_claimed(chunk, claimed, &mut holes)?;
+                    }
                     continue;
                 }
                 match shared.queue.next_span() {
@@ -85,6 +88,10 @@ impl Pusher {
                 }
             }
             let chunk = ChunkIndex(span.start);
+            if shared.sent.is_done(chunk) {
+                span.start += 1;
+                continue;
+            }
             span.start += self.push_hole(chunk, span.end, &mut holes)?;
             if chunk.0 == span.start {
                 self.push_chunk(chunk, u64::MAX, &mut holes)?;
@@ -123,6 +130,10 @@ impl Pusher {
     /// Sends those of a chunk's `wanted` pages that nobody has sent.
     fn push_chunk(&mut self, chunk: ChunkIndex, wanted: u64, holes: &mut Holes<'_>) -> Result<(), PushError> {
         let claimed = self.shared.sent.claim(chunk, wanted);
+        self.push_claimed(chunk, claimed, holes)
+    }
+
+    fn push_claimed(&mut self, chunk: ChunkIndex, claimed: u64, holes: &mut Holes<'_>) -> Result<(), PushError> {
         if claimed == 0 {
             return Ok(());
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crossbeam::queue::{ArrayQueue, SegQueue};
 use switchover_wire::frame::bulk::CHUNK_PAGES;
-use switchover_wire::types::{PageCount, PageIndex};
+use switchover_wire::types::{LaneId, PageCount, PageIndex};
 
 use crate::sent::ChunkIndex;
 
@@ -32,6 +32,8 @@ pub enum Next {
 pub struct PushQueue {
     first: SegQueue<PageIndex>,
     recent: ArrayQueue<PageIndex>,
+    /// What each bulk lane must send itself, because its stream holds an older version.
+    kept: Mutex<Vec<(LaneId, Vec<(ChunkIndex, u64)>)>>,
     swept: AtomicU64,
     chunks: u64,
     gate: Mutex<Gate>,
@@ -52,6 +54,7 @@ impl PushQueue {
         Self {
             first: SegQueue::new(),
             recent: ArrayQueue::new(RECENT_FAULTS),
+            kept: Mutex::default(),
             swept: AtomicU64::new(0),
             chunks: pages.0.div_ceil(CHUNK_PAGES),
             gate: Mutex::default(),
@@ -64,6 +67,22 @@ impl PushQueue {
         for page in pages {
             self.first.push(*page);
         }
+    }
+
+    /// Keeps chunks for the one lane that may send them; they count as sent to all others.
+    pub fn keep_for(&self, lane: LaneId, chunks: Vec<(ChunkIndex, u64)>) {
+        self.kept().push((lane, chunks));
+    }
+
+    /// What was kept for `lane`, once.
+    pub fn take_kept(&self, lane: LaneId) -> Vec<(ChunkIndex, u64)> {
+        let mut kept = self.kept();
+        let found = kept.iter().position(|(owner, _)| *owner == lane);
+        found.map(|index| kept.swap_remove(index).1).unwrap_or_default()
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Vec<(LaneId, Vec<(ChunkIndex, u64)>)>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Notes a fault: its neighbours are likely to be wanted.

@@ -1,0 +1,65 @@
+//! Putting together what the source says that it will still send.
+
+use switchover_wire::bitmap;
+use switchover_wire::message::MISSING_PAGES;
+use switchover_wire::types::{PageCount, PageIndex};
+
+/// The set of missing pages, stretch by stretch.
+#[derive(Debug)]
+pub struct MissingPages {
+    words: Vec<u64>,
+    /// Where the next stretch begins.
+    next: u64,
+    pages: PageCount,
+}
+
+impl MissingPages {
+    /// Nothing known of a RAM of this size.
+    pub fn new(pages: PageCount) -> Self {
+        Self { words: Vec::new(), next: 0, pages }
+    }
+
+    /// Adds a stretch; gives the whole set, a bit a page, when that was the last.
+    ///
+    /// # Errors
+    /// When it does not continue the one before, goes past the end of RAM, or is no set.
+    pub fn add(&mut self, first: PageIndex, pages: PageCount, set: &[u8]) -> Result<Option<Vec<u64>>, String> {
+        let left = self.pages.0 - self.next;
+        let whole = pages.0 == left || pages.0.is_multiple_of(64);
+        if first.0 != self.next || pages.0 == 0 || pages.0 > left.min(MISSING_PAGES) || !whole {
+            return Err(format!(
+                "the source told of {pages} missing or not from {first} on, where {left} pages from {:#x} on were left",
+                self.next
+            ));
+        }
+        // At most MISSING_PAGES / 64 words, and no more than RAM has.
+        let count = usize::try_from(pages.0.div_ceil(64)).map_err(|error| error.to_string())?;
+        self.words.extend(bitmap::decode(set, count).map_err(|error| error.to_string())?);
+        self.next += pages.0;
+        Ok((self.next == self.pages.0).then(|| std::mem::take(&mut self.words)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stretches_are_put_together_in_their_order() {
+        let mut missing = MissingPages::new(PageCount(130));
+        assert_eq!(missing.add(PageIndex(0), PageCount(64), &bitmap::encode(&[5])), Ok(None));
+        assert!(missing.add(PageIndex(0), PageCount(64), &bitmap::encode(&[5])).is_err());
+        let rest = bitmap::encode(&[6, 7]);
+        assert!(missing.add(PageIndex(64), PageCount(67), &rest).is_err());
+        assert!(missing.add(PageIndex(64), PageCount(0), &[]).is_err());
+        assert_eq!(missing.add(PageIndex(64), PageCount(66), &rest), Ok(Some(vec![5, 6, 7])));
+        assert!(missing.add(PageIndex(130), PageCount(1), &bitmap::encode(&[1])).is_err());
+    }
+
+    #[test]
+    fn a_stretch_that_is_no_set_is_refused() {
+        assert!(MissingPages::new(PageCount(64)).add(PageIndex(0), PageCount(64), &[]).is_err());
+        let mut short = MissingPages::new(PageCount(640));
+        assert!(short.add(PageIndex(0), PageCount(65), &bitmap::encode(&[1, 1])).is_err());
+    }
+}

@@ -1,0 +1,454 @@
+//! Pre-copy from its first round to the monitor's last word.
+//!
+//! A thread of its own begins each round with what the machine has noted, looks every few milliseconds at how it goes, and
+//! asks the monitor. What the monitor decides goes to the session as an event; the session may also end the rounds itself.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use switchover_pager::source::UnderWay;
+use switchover_precopy::bitmap::PageBitmap;
+use switchover_precopy::dirty::{DirtyLog, DirtyLogError};
+use switchover_precopy::heat::Heat;
+use switchover_precopy::rounds::{Rounds, SentSoFar};
+use switchover_precopy::throttle::AutoConverge;
+use switchover_wire::clock::Nanos;
+use switchover_wire::types::{PAGE_SIZE_U64, PageCount, PageIndex};
+
+use crate::machine::Machine;
+use crate::monitor::{Choice, Monitor, Sample, Verdict};
+use crate::report::{DecisionReport, EncodingCounts, PrecopyReport, RoundReport};
+use crate::session::source::Ending;
+use crate::settings::{Settings, Throttling, Tunables};
+
+/// How often a round is looked at. A look walks three bitmaps: on a large machine it is taken less often, so that it costs no
+/// more than this share of a processor.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+const LOOK_SHARE: u32 = 20;
+
+/// How long the lanes are measured before their rate is believed.
+const MEASURE_FOR: Duration = Duration::from_millis(20);
+/// The weight of a new measurement of the rate against all before it.
+const NEW_RATE_WEIGHT: f64 = 0.4;
+
+/// How long a round takes at least: of a few pages under way, round would follow upon empty round until they are acknowledged.
+const LEAST_ROUND: Duration = Duration::from_millis(2);
+
+/// Pausing, saving and loading a machine of one vCPU, as measured on the development hosts (`docs/feasibility.md`).
+const HANDOFF_BASE: Duration = Duration::from_micros(1300);
+
+/// Samples kept for the report: 20 minutes of looks 10 ms apart. Of longer migrations, the first ones.
+const SAMPLES_KEPT: usize = 120_000;
+
+/// The hottest pages that are pushed before the sweep.
+const HOTTEST: usize = 4096;
+
+/// What the session and the rounds' thread share.
+pub struct Precopy {
+    rounds: Rounds,
+    log: Arc<dyn DirtyLog>,
+    tunables: Mutex<Tunables>,
+    /// The session ends the rounds: the thread says nothing more.
+    ended: AtomicBool,
+    heat: Mutex<Heat>,
+    book: Mutex<Book>,
+    round_trip: Duration,
+}
+
+/// What the report and the progress are made from.
+#[derive(Clone, Debug, Default)]
+struct Book {
+    report: PrecopyReport,
+    latest: Option<(Sample, Verdict)>,
+    throttle_percent: u8,
+    dirty_pages_per_second: u64,
+}
+
+/// How the rounds ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum RoundsEnd {
+    /// No lane sends any more, and the handoff is due.
+    SwitchOver(Ending),
+    /// They do not converge.
+    GaveUp(String),
+    /// The machine cannot tell what is written.
+    Failed(String),
+    /// The session has ended them.
+    Ended,
+}
+
+/// What a watcher sees.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct PrecopyProgress {
+    /// Bytes of pages that are to be sent.
+    pub remaining: u64,
+    /// Everything that was sent.
+    pub sent: SentSoFar,
+    /// Rounds begun.
+    pub rounds: u32,
+    /// Pages newly written a second.
+    pub dirty_pages_per_second: u64,
+    /// The blackout of a handoff now.
+    pub expected_downtime_ns: Option<u64>,
+    /// Share of time for which vCPUs are kept from running.
+    pub throttle_percent: u8,
+}
+
+impl Precopy {
+    /// Rounds that have not begun, over lanes with this round-trip time.
+    pub fn new(rounds: Rounds, machine: &dyn Machine, settings: &Settings, round_trip: Duration) -> Self {
+        let pages = machine.ram().pages();
+        Self {
+            rounds,
+            log: machine.dirty_log(),
+            tunables: Mutex::new(settings.tunables()),
+            ended: AtomicBool::new(false),
+            heat: Mutex::new(Heat::new(pages)),
+            book: Mutex::default(),
+            round_trip,
+        }
+    }
+
+    /// Changes what may change. Taken up at the next look.
+    pub fn set_tunables(&self, tunables: Tunables) {
+        *self.tunables.lock().unwrap_or_else(PoisonError::into_inner) = tunables;
+    }
+
+    /// Ends the rounds for the session. Returns at once; see [`wait_ended`](Self::wait_ended).
+    pub fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+        self.rounds.halt();
+    }
+
+    /// Waits until no lane sends any more, but not past `deadline`; says whether that is so.
+    pub fn wait_ended(&self, deadline: Instant) -> bool {
+        self.rounds.wait_halted(deadline)
+    }
+
+    /// How far it has come.
+    pub fn progress(&self) -> PrecopyProgress {
+        let book = self.book();
+        let (remaining, expected_downtime_ns) = book.latest.as_ref().map_or((0, None), |(sample, verdict)| {
+            let pages = sample.left_pages + sample.dirty_pages + sample.unacknowledged_pages;
+            (PageCount(pages).bytes(), Some(verdict.prediction.stop_blackout_ns))
+        });
+        PrecopyProgress {
+            remaining,
+            sent: self.rounds.sent(),
+            rounds: book.report.rounds.last().map_or(0, |round| round.round),
+            dirty_pages_per_second: book.dirty_pages_per_second,
+            expected_downtime_ns,
+            throttle_percent: book.throttle_percent,
+        }
+    }
+
+    /// What it did.
+    pub fn report(&self) -> PrecopyReport {
+        let mut report = self.book().report.clone();
+        let counts = self.rounds.pack_counts();
+        report.encodings = EncodingCounts {
+            raw: counts.raw,
+            lz4: counts.lz4,
+            zstd: counts.zstd,
+            delta: counts.delta,
+            same: counts.same,
+            bytes_in: counts.bytes_in,
+            bytes_out: counts.bytes_out,
+        };
+        report
+    }
+
+    /// CPU time of the lanes' threads that have ended.
+    pub fn cpu(&self) -> switchover_pager::cpu::CpuTime {
+        self.rounds.cpu()
+    }
+
+    /// With the guest paused and the rounds ended: what the destination lacks, and what of it is still in the lanes' streams.
+    ///
+    /// # Errors
+    /// When the machine cannot tell.
+    pub fn missing(&self, pages: PageCount) -> Result<(PageBitmap, Vec<UnderWay>), DirtyLogError> {
+        let mut missing = PageBitmap::new(pages);
+        self.log.peek(&mut missing)?;
+        missing.unite(&self.rounds.under_way());
+        let streams = self.rounds.in_streams();
+        self.book().report.handoff_pages = missing.count().0;
+        Ok((missing, streams))
+    }
+
+    /// The hottest pages of `missing`, the hottest first.
+    pub fn hottest(&self, missing: &PageBitmap) -> Vec<PageIndex> {
+        self.heat.lock().unwrap_or_else(PoisonError::into_inner).hottest(missing, HOTTEST)
+    }
+
+    fn book(&self) -> std::sync::MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What one thread does from the first round to the last. `begun` is told of each round.
+pub struct Conductor<'a> {
+    precopy: &'a Precopy,
+    machine: &'a dyn Machine,
+    settings: &'a Settings,
+    monitor: Monitor,
+    throttle: Option<AutoConverge>,
+    pages: PageCount,
+    start: Nanos,
+    meter: Meter,
+    look_every: Duration,
+}
+
+/// The lanes' rate, measured while they are busy.
+#[derive(Debug)]
+struct Meter {
+    since: Nanos,
+    taken: u64,
+    rate: f64,
+}
+
+/// A round under way.
+struct Round {
+    number: u32,
+    began: Nanos,
+    pages: PageBitmap,
+    count: u64,
+    sent_before: SentSoFar,
+}
+
+impl<'a> Conductor<'a> {
+    /// The conductor of `precopy`.
+    pub fn new(precopy: &'a Precopy, machine: &'a dyn Machine, settings: &'a Settings) -> Self {
+        let now = Nanos::now();
+        precopy.book().report.start_ns = now.0;
+        let throttle = match settings.throttling {
+            Throttling::AutoConverge { initial, increment, most } => Some(AutoConverge::new(initial, increment, most)),
+            Throttling::Off | Throttling::DirtyLimit { .. } => None,
+        };
+        Self {
+            precopy,
+            machine,
+            settings,
+            monitor: Monitor::new(settings.limits),
+            throttle,
+            pages: machine.ram().pages(),
+            start: now,
+            meter: Meter { since: now, taken: 0, rate: 0.0 },
+            look_every: LOOK_EVERY,
+        }
+    }
+
+    /// Rounds until the monitor or the session ends them.
+    pub fn conduct(mut self, begun: impl FnMut(u32)) -> RoundsEnd {
+        let end = self.rounds(begun);
+        if self.precopy.ended.load(Ordering::Acquire) {
+            return RoundsEnd::Ended;
+        }
+        end.unwrap_or_else(|error| RoundsEnd::Failed(error.to_string()))
+    }
+
+    fn rounds(&mut self, mut begun: impl FnMut(u32)) -> Result<RoundsEnd, DirtyLogError> {
+        if let Throttling::DirtyLimit { bytes_per_second } = self.settings.throttling
+            && let Err(error) = self.machine.limit_dirty_rate(Some(bytes_per_second))
+        {
+            return Ok(RoundsEnd::GaveUp(error.to_string()));
+        }
+        let mut noted = PageBitmap::new(self.pages);
+        self.precopy.log.peek(&mut noted)?;
+        loop {
+            let round = self.begin(noted);
+            begun(round.number);
+            let (verdict, now_noted) = self.watch(&round)?;
+            self.close(&round, &now_noted);
+            match verdict.choice {
+                Choice::AnotherRound if self.precopy.ended.load(Ordering::Acquire) => return Ok(RoundsEnd::Ended),
+                Choice::AnotherRound => {}
+                Choice::StopAndCopy => return Ok(self.switch_over(Ending::StopAndCopy)),
+                Choice::Postcopy => return Ok(self.switch_over(Ending::Postcopy)),
+                Choice::GiveUp => return Ok(RoundsEnd::GaveUp(verdict.reason)),
+            }
+            noted = now_noted;
+        }
+    }
+
+    fn begin(&mut self, pages: PageBitmap) -> Round {
+        let (began, count) = (Nanos::now(), pages.count().0);
+        let sent_before = self.precopy.rounds.sent();
+        let number = self.precopy.rounds.begin(&pages);
+        self.meter.since = began;
+        self.meter.taken = sent_before.taken_bytes;
+        let mut book = self.precopy.book();
+        let report =
+            RoundReport { round: number, start_ns: began.0, end_ns: began.0, pages: count, ..RoundReport::default() };
+        book.report.rounds.push(report);
+        Round { number, began, pages, count, sent_before }
+    }
+
+    /// Looks at the round until it is over, or the monitor wants none of its rest. Returns the last verdict, and what is noted.
+    fn watch(&mut self, round: &Round) -> Result<(Verdict, PageBitmap), DirtyLogError> {
+        loop {
+            let mut over = self.precopy.rounds.wait(self.look_every);
+            if over && Nanos::now().since(round.began) < nanos(LEAST_ROUND) {
+                std::thread::sleep(LEAST_ROUND);
+                over = true;
+            }
+            self.take_up_tunables();
+            let looked = Instant::now();
+            let (sample, noted) = self.look(round, over)?;
+            self.look_every = LOOK_EVERY.max(looked.elapsed() * LOOK_SHARE);
+            let verdict = self.monitor.observe(&sample);
+            let ended = self.precopy.ended.load(Ordering::Acquire);
+            self.note(round, sample, &verdict, !ended && (over || verdict.choice != Choice::AnotherRound));
+            if over || ended || verdict.choice != Choice::AnotherRound {
+                return Ok((verdict, noted));
+            }
+        }
+    }
+
+    fn take_up_tunables(&mut self) {
+        let tunables = *self.precopy.tunables.lock().unwrap_or_else(PoisonError::into_inner);
+        self.monitor.set_limits(tunables.limits);
+        self.precopy.rounds.set_rate(tunables.bandwidth.precopy);
+    }
+
+    fn look(&mut self, round: &Round, over: bool) -> Result<(Sample, PageBitmap), DirtyLogError> {
+        let rounds = &self.precopy.rounds;
+        let left = rounds.left();
+        let under_way = rounds.under_way();
+        let mut noted = PageBitmap::new(self.pages);
+        self.precopy.log.peek(&mut noted)?;
+        let now = Nanos::now();
+        let sent = rounds.sent();
+        self.meter.measure(now, sent.taken_bytes, over);
+        rounds.set_measured(self.meter.bytes_per_second());
+        let count = |set: &PageBitmap| set.count().0;
+        let noted_count = count(&noted);
+        let sample = Sample {
+            at_ns: now.since(self.start),
+            round: round.number,
+            round_ns: now.since(round.began),
+            round_over: over,
+            round_pages: round.count,
+            left_pages: count(&left),
+            unacknowledged_pages: count(&under_way).saturating_sub(under_way.intersect_count(&noted).0),
+            dirty_pages: noted_count.saturating_sub(left.intersect_count(&noted).0),
+            rewritten_pages: if over { round.pages.intersect_count(&noted).0 } else { 0 },
+            bytes_per_second: self.meter.bytes_per_second(),
+            bytes_per_page: bytes_per_page(&sent, &round.sent_before),
+            handoff_ns: nanos(HANDOFF_BASE + self.precopy.round_trip * 5 / 2),
+            ..Sample::default()
+        };
+        Ok((sample, noted))
+    }
+
+    fn note(&self, round: &Round, sample: Sample, verdict: &Verdict, decided: bool) {
+        let mut book = self.precopy.book();
+        if sample.round_ns > 0 {
+            book.dirty_pages_per_second = per_second(sample.dirty_pages, sample.round_ns);
+        }
+        if book.report.samples.len() < SAMPLES_KEPT {
+            book.report.samples.push(sample);
+        }
+        book.latest = Some((sample, verdict.clone()));
+        if decided {
+            book.report.decisions.push(DecisionReport {
+                at_ns: self.start.0 + sample.at_ns,
+                round: round.number,
+                verdict: verdict.clone(),
+                actual_round_pages: None,
+                actual_round_ns: None,
+                actual_blackout_ns: None,
+            });
+        }
+    }
+
+    /// The books of a round that is over, or was left.
+    fn close(&mut self, round: &Round, noted: &PageBitmap) {
+        let now = Nanos::now();
+        let sent = self.precopy.rounds.sent();
+        self.precopy.heat.lock().unwrap_or_else(PoisonError::into_inner).note_round(noted);
+        let before = &round.sent_before;
+        let mut book = self.precopy.book();
+        if let Some(report) = book.report.rounds.last_mut() {
+            report.end_ns = now.0;
+            report.data_pages = sent.data_pages - before.data_pages;
+            report.zero_pages = sent.zero_pages - before.zero_pages;
+            report.deferred_pages = sent.deferred_pages - before.deferred_pages;
+            report.wire_bytes = sent.wire_bytes - before.wire_bytes;
+            report.dirtied_pages = noted.count().0;
+            if self.settings.record_bitmaps {
+                report.dirtied = Some(BASE64.encode(switchover_wire::bitmap::encode(noted.words())));
+            }
+        }
+        // What the decision before this round expected of it.
+        let expected = book.report.decisions.iter_mut().rev().find(|decision| decision.round + 1 == round.number);
+        if let Some(decision) = expected.filter(|decision| decision.verdict.choice == Choice::AnotherRound) {
+            decision.actual_round_pages = Some(round.count);
+            decision.actual_round_ns = Some(now.since(round.began));
+        }
+        drop(book);
+        self.slow_down(sent.data_pages - before.data_pages, noted.count().0);
+    }
+
+    /// Throttles the vCPUs where the rounds do not shrink.
+    fn slow_down(&mut self, sent: u64, dirtied: u64) {
+        let Some(throttle) = &mut self.throttle else { return };
+        let percent = throttle.after_round(PageCount(sent), PageCount(dirtied));
+        let mut book = self.precopy.book();
+        if percent != book.throttle_percent {
+            book.throttle_percent = percent;
+            book.report.throttle_percent = book.report.throttle_percent.max(percent);
+            drop(book);
+            self.machine.throttle(percent);
+        }
+    }
+
+    fn switch_over(&self, ending: Ending) -> RoundsEnd {
+        self.precopy.rounds.halt();
+        // For as long as a frame takes. A lane that is stuck fails in the end, or the session shuts it down.
+        while !self.precopy.rounds.wait_halted(Instant::now() + Duration::from_secs(1)) {
+            if self.precopy.ended.load(Ordering::Acquire) {
+                return RoundsEnd::Ended;
+            }
+        }
+        RoundsEnd::SwitchOver(ending)
+    }
+}
+
+impl Meter {
+    fn measure(&mut self, now: Nanos, taken: u64, over: bool) {
+        let span = now.since(self.since);
+        if over || span < nanos(MEASURE_FOR) {
+            return;
+        }
+        let bytes = taken.saturating_sub(self.taken);
+        (self.since, self.taken) = (now, taken);
+        // Spans are milliseconds to seconds, and bytes below 2^52.
+        let rate = bytes as f64 * 1e9 / span as f64;
+        self.rate = if self.rate == 0.0 { rate } else { self.rate + NEW_RATE_WEIGHT * (rate - self.rate) };
+    }
+
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate is positive and below 2^63")]
+    fn bytes_per_second(&self) -> u64 {
+        self.rate as u64
+    }
+}
+
+fn bytes_per_page(sent: &SentSoFar, before: &SentSoFar) -> f64 {
+    let pages = (sent.data_pages + sent.zero_pages) - (before.data_pages + before.zero_pages);
+    if pages == 0 {
+        return PAGE_SIZE_U64 as f64;
+    }
+    (sent.wire_bytes - before.wire_bytes) as f64 / pages as f64
+}
+
+fn per_second(count: u64, span_ns: u64) -> u64 {
+    u64::try_from(u128::from(count) * 1_000_000_000 / u128::from(span_ns.max(1))).unwrap_or(u64::MAX)
+}
+
+fn nanos(span: Duration) -> u64 {
+    u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,129 @@
+//! The moment at which pre-copy's pages become the guest's.
+//!
+//! Before it, pages come and are replaced by newer versions, and nobody runs on them. At it, the source says which pages it
+//! will send once more: those are forgotten, whatever has come of them. Everything else is the guest's from then on, and
+//! is written no more.
+//!
+//! A lane looks at the phase under the lock when it claims a frame's pages, and again when they have landed: a frame of
+//! pre-copy that is still landing at the handoff makes nothing present. The fault thread never takes this lock.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use switchover_wire::types::{PageCount, PageIndex};
+
+use super::{DestinationPagerError, Shared};
+use crate::runs::runs;
+
+/// Before or after the handoff.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Phase {
+    /// The guest runs on the source.
+    #[default]
+    Precopy,
+    /// What is here belongs to the guest.
+    Postcopy,
+}
+
+/// What the pager's threads wait for.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stage {
+    /// Before or after the handoff.
+    pub phase: Phase,
+    /// The round of pre-copy, counted from 1; 0 before the first.
+    pub round: u32,
+    /// The guest runs: what is here may be mapped.
+    pub map_the_rest: bool,
+    /// The pager ends.
+    pub stopping: bool,
+}
+
+/// The phase, and who waits for the next.
+#[derive(Debug, Default)]
+pub struct Handoff {
+    stage: Mutex<Stage>,
+    changed: Condvar,
+}
+
+impl Handoff {
+    /// The phase, held still for as long as the guard lives. Not held across a system call.
+    pub fn stage(&self) -> MutexGuard<'_, Stage> {
+        self.stage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until `done`, or until the pager ends; says how things stand then.
+    pub fn wait_until(&self, done: impl Fn(&Stage) -> bool) -> Stage {
+        let stage = self.changed.wait_while(self.stage(), |stage| !stage.stopping && !done(stage));
+        *stage.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the handoff was made.
+    pub fn is_over(&self) -> bool {
+        self.stage().phase == Phase::Postcopy
+    }
+
+    pub fn begin_round(&self, round: u32) {
+        self.change(|stage| stage.round = round);
+    }
+
+    pub fn map_the_rest(&self) {
+        self.change(|stage| stage.map_the_rest = true);
+    }
+
+    pub fn stop(&self) {
+        self.change(|stage| stage.stopping = true);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Stage)) {
+        change(&mut self.stage());
+        self.changed.notify_all();
+    }
+}
+
+/// See [`super::DestinationPager::hand_over`]. Costs the bitmap's walk and something for each page that must come again;
+/// nothing for those that need not.
+pub fn hand_over(shared: &Shared, missing: &[u64]) -> Result<(), DestinationPagerError> {
+    // First this one: the mapper must not map what is about to be forgotten.
+    let mapped = shared.ahead.hold();
+    let mut stage = shared.handoff.stage();
+    if stage.phase == Phase::Postcopy {
+        return Err(DestinationPagerError::HandedOver);
+    }
+    let (mut to_come, mut forgotten) = (0_u64, 0_u64);
+    for (first, mask) in within(missing, shared.states.pages()).filter(|(_, mask)| *mask != 0) {
+        for (bit, count) in runs(mask) {
+            for page in (first + u64::from(bit)..first + u64::from(bit + count)).map(PageIndex) {
+                forgotten += u64::from(shared.states.forget(page));
+            }
+            to_come += u64::from(count);
+        }
+    }
+    let absent = shared.missing.fetch_add(forgotten, Ordering::AcqRel) + forgotten;
+    if absent != to_come {
+        return Err(DestinationPagerError::Forgotten { missing: to_come, absent });
+    }
+    stage.phase = Phase::Postcopy;
+    drop(stage);
+    shared.handoff.changed.notify_all();
+    // What is mapped would be read, old as it is. Nobody runs or loads a state before this returns. A lane that brings a new
+    // version meanwhile may see it unmapped again: then a fault finds it here and maps it.
+    for (first, mask) in within(missing, shared.states.pages()) {
+        shared.ahead.leave_for_later(first / 64, !mask);
+        for (bit, count) in runs(mask & mapped.word(first / 64)) {
+            shared.watch.unmap(PageIndex(first + u64::from(bit)), PageCount(u64::from(count)))?;
+        }
+    }
+    drop(mapped);
+    if to_come == 0 {
+        (shared.notify)(crate::lane::PagerEvent::Complete);
+    }
+    Ok(())
+}
+
+/// The words of a set of pages, each with its first page, without bits past the end of RAM.
+fn within(words: &[u64], pages: PageCount) -> impl Iterator<Item = (u64, u64)> {
+    (0..pages.0).step_by(64).zip(words).map(move |(first, word)| {
+        let left = pages.0 - first;
+        (first, if left >= 64 { *word } else { *word & ((1 << left) - 1) })
+    })
+}

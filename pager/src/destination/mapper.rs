@@ -1,0 +1,160 @@
+//! Mapping what is here before it is touched.
+//!
+//! A page that pre-copy brought lies in the file, not in the guest mapping: touching it would cost a fault, local but tens
+//! of microseconds long. What has not come again for some rounds is mapped while the guest still runs on the source; the rest
+//! of what is here, as soon as it runs on this side.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use switchover_wire::types::{PageCount, PageIndex};
+
+use super::Shared;
+use super::handoff::Phase;
+use crate::runs::runs;
+use crate::uffd::WatchError;
+
+/// How many rounds a page must stay as it is to be mapped ahead. Unmapping one that was mapped too early costs the blackout
+/// more than mapping a cold one saves, and what outlives two rounds seldom changes in the third.
+const COLD_ROUNDS: u32 = 2;
+
+/// Which pages are mapped ahead, and when each came last.
+#[derive(Debug)]
+pub struct MappedAhead {
+    /// A bit a page.
+    mapped: Box<[AtomicU64]>,
+    /// A bit a page: here at the handoff.
+    here: Box<[AtomicU64]>,
+    /// The round in which each page came last, up to 255.
+    rounds: Box<[AtomicU8]>,
+    mapping: Mutex<()>,
+}
+
+/// Nobody maps ahead while this lives.
+pub struct Held<'a> {
+    mapped: &'a [AtomicU64],
+    _mapping: MutexGuard<'a, ()>,
+}
+
+impl MappedAhead {
+    /// Nothing mapped.
+    pub fn new(pages: PageCount) -> Self {
+        let words = || (0..pages.0.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        Self {
+            mapped: words(),
+            here: words(),
+            rounds: (0..pages.0).map(|_| AtomicU8::new(0)).collect(),
+            mapping: Mutex::new(()),
+        }
+    }
+
+    /// `page` has come in `round`.
+    pub fn note(&self, page: PageIndex, round: u32) {
+        if let Some(slot) = usize::try_from(page.0).ok().and_then(|index| self.rounds.get(index)) {
+            slot.store(u8::try_from(round).unwrap_or(u8::MAX), Ordering::Relaxed);
+        }
+    }
+
+    /// Keeps the mapper from mapping.
+    pub fn hold(&self) -> Held<'_> {
+        let mapping = self.mapping.lock().unwrap_or_else(PoisonError::into_inner);
+        Held { mapped: &self.mapped, _mapping: mapping }
+    }
+
+    /// These of the pages of word `index` are here at the handoff.
+    pub fn leave_for_later(&self, index: u64, here: u64) {
+        if let Some(word) = usize::try_from(index).ok().and_then(|index| self.here.get(index)) {
+            word.store(here, Ordering::Relaxed);
+        }
+    }
+
+    fn round_of(&self, page: u64) -> u32 {
+        let slot = usize::try_from(page).ok().and_then(|index| self.rounds.get(index));
+        slot.map_or(u32::MAX, |round| u32::from(round.load(Ordering::Relaxed)))
+    }
+}
+
+impl Held<'_> {
+    /// Which pages of word `index` are mapped.
+    pub fn word(&self, index: u64) -> u64 {
+        usize::try_from(index)
+            .ok()
+            .and_then(|index| self.mapped.get(index))
+            .map_or(0, |word| word.load(Ordering::Relaxed))
+    }
+}
+
+/// The mapper's thread: round by round, then once for the rest.
+///
+/// # Errors
+/// When a page cannot be mapped.
+pub fn run(shared: &Shared) -> Result<(), WatchError> {
+    let mut seen = 0;
+    loop {
+        let stage = shared
+            .handoff
+            .wait_until(|stage| stage.map_the_rest || (stage.phase == Phase::Precopy && stage.round > seen));
+        if stage.stopping {
+            return Ok(());
+        }
+        if stage.map_the_rest {
+            return map_the_rest(shared);
+        }
+        seen = stage.round;
+        map_cold(shared, seen)?;
+    }
+}
+
+/// Maps what is cold in `round`, chunk by chunk, so that the handoff never waits for more than one.
+fn map_cold(shared: &Shared, round: u32) -> Result<(), WatchError> {
+    // The mark of a page's last round ends at 255: what came later would be taken for cold.
+    if round <= COLD_ROUNDS || round > u32::from(u8::MAX) {
+        return Ok(());
+    }
+    let pages = shared.states.pages().0;
+    for (word, first) in shared.ahead.mapped.iter().zip((0..).step_by(64)) {
+        if word.load(Ordering::Relaxed) == u64::MAX {
+            continue;
+        }
+        let _held = shared.ahead.hold();
+        {
+            let stage = shared.handoff.stage();
+            if stage.phase == Phase::Postcopy || stage.stopping {
+                return Ok(());
+            }
+        }
+        let is_cold = |page: u64| {
+            shared.ahead.round_of(page).saturating_add(COLD_ROUNDS) < round
+                && shared.states.is_resident(PageIndex(page))
+        };
+        let cold = (first..pages.min(first + 64))
+            .filter(|page| is_cold(*page))
+            .fold(0, |mask, page| mask | 1 << (page - first));
+        let cold = cold & !word.load(Ordering::Relaxed);
+        for (bit, count) in runs(cold) {
+            shared.watch.map_zero(PageIndex(first + u64::from(bit)), PageCount(u64::from(count)))?;
+        }
+        word.fetch_or(cold, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+/// Maps what was here at the handoff. Faults that come first map their pages themselves.
+fn map_the_rest(shared: &Shared) -> Result<(), WatchError> {
+    let words = shared.ahead.mapped.iter().zip(&shared.ahead.here).zip((0..).step_by(64));
+    for ((mapped, here), first) in words {
+        if shared.handoff.stage().stopping || !shared.watch.is_registered() {
+            return Ok(());
+        }
+        let left = shared.states.pages().0 - first;
+        let within = if left >= 64 { u64::MAX } else { (1 << left) - 1 };
+        for (bit, count) in runs(here.load(Ordering::Relaxed) & within & !mapped.load(Ordering::Relaxed)) {
+            match shared.watch.map_zero(PageIndex(first + u64::from(bit)), PageCount(u64::from(count))) {
+                // The last page came meanwhile, and memory needs no mapping any more.
+                Err(_) if !shared.watch.is_registered() => return Ok(()),
+                done => done?,
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,259 @@
+//! One bulk lane's sender.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use switchover_pager::lane::PageLane;
+use switchover_pager::runs::runs;
+use switchover_pager::sent::ChunkIndex;
+use switchover_pager::zero::Holes;
+use switchover_wire::clock::Nanos;
+use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, FrameFlags};
+use switchover_wire::ring::{Ring, RingError};
+use switchover_wire::types::{PAGE_SIZE_U64, PageCount, PageIndex};
+use thiserror::Error;
+
+use super::books::Frame;
+use super::{SPAN_CHUNKS, Shared};
+use crate::dirty::DirtyLogError;
+use crate::live;
+use crate::pack::Packer;
+
+/// One operation at a time: two entries are one more than needed.
+const RING_ENTRIES: u32 = 2;
+
+/// Bytes after which the destination is asked for a receipt, besides at the end of each span. Each receipt costs both sides a
+/// system call and a wake-up.
+const RECEIPT_EVERY: u64 = 512 * 1024;
+
+/// A frame is cut so that the link needs no longer than this for it: a handoff waits for the frame under way.
+const FRAME_TIME: Duration = Duration::from_millis(2);
+/// But into no smaller pieces than this many pages.
+const LEAST_PAGES: u64 = 4;
+
+/// Why a lane ended early.
+#[derive(Debug, Error)]
+pub enum LaneError {
+    /// Its ring or socket failed.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// The machine cannot tell what is written.
+    #[error(transparent)]
+    DirtyLog(#[from] DirtyLogError),
+}
+
+/// One bulk lane's sender.
+pub struct LaneSender {
+    index: usize,
+    lane: PageLane,
+    shared: Arc<Shared>,
+    ring: Ring,
+    packer: Packer,
+    round: u32,
+    /// Bytes since the last frame that asked for a receipt.
+    unreceipted: u64,
+}
+
+impl LaneSender {
+    /// The sender of lane number `index`.
+    ///
+    /// # Errors
+    /// When there is no ring for it.
+    pub(super) fn new(index: usize, lane: PageLane, shared: &Arc<Shared>) -> Result<Self, LaneError> {
+        let packer = Packer::new(shared.packing, Arc::clone(&shared.versions));
+        let ring = Ring::new(RING_ENTRIES)?;
+        Ok(Self { index, lane, shared: Arc::clone(shared), ring, packer, round: 0, unreceipted: 0 })
+    }
+
+    /// Sends round after round until a halt.
+    ///
+    /// # Errors
+    /// When the lane fails, or the machine cannot rearm pages.
+    pub fn run(mut self) -> Result<(), LaneError> {
+        let result = self.send_rounds();
+        let mut packs = self.shared.totals.packs.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        packs.add(&self.packer.counts());
+        result
+    }
+
+    fn send_rounds(&mut self) -> Result<(), LaneError> {
+        let shared = Arc::clone(&self.shared);
+        while let Some(round) = shared.next_round(self.round) {
+            self.round = round;
+            while let Some(span) = shared.next_span() {
+                self.send_span(span)?;
+                if shared.is_halted() {
+                    return Ok(());
+                }
+            }
+            shared.round_over(round);
+        }
+        Ok(())
+    }
+
+    /// Takes what there is to send of a span, rearms it, and sends it.
+    fn send_span(&mut self, span: Range<usize>) -> Result<(), LaneError> {
+        let shared = Arc::clone(&self.shared);
+        let mut taken = [0; SPAN_CHUNKS];
+        let mut passed_over = 0;
+        for (index, taken) in span.clone().zip(&mut taken) {
+            let wanted = shared.work.take(index);
+            if wanted != 0 {
+                *taken = shared.books.take(ChunkIndex(index as u64), wanted);
+                passed_over += u64::from((wanted & !*taken).count_ones());
+            }
+        }
+        shared.totals.deferred.fetch_add(passed_over, Ordering::Relaxed);
+        let Some(last) = taken.iter().rposition(|mask| *mask != 0) else { return Ok(()) };
+        // Before anything of it is read: a write from now on is noted.
+        shared.log.rearm(ChunkIndex(span.start as u64).first(), &taken[..=last])?;
+        let mut holes = Holes::new(shared.ram.file(), shared.pages());
+        if let Some(untouched) = untouched(&shared, &span, &taken, &mut holes) {
+            return self.send_untouched(ChunkIndex(span.start as u64), untouched);
+        }
+        for (offset, (index, mask)) in span.zip(taken).enumerate().filter(|(_, (_, mask))| *mask != 0) {
+            self.send_chunk(ChunkIndex(index as u64), mask, offset == last, &mut holes)?;
+            if shared.is_halted() {
+                // The rest counts as under way, and so is sent after the handoff.
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// A whole span that the guest has never touched.
+    fn send_untouched(&mut self, chunk: ChunkIndex, count: PageCount) -> Result<(), LaneError> {
+        let flags = FrameFlags { precopy: true, acknowledge: true };
+        let header = BulkFrame::Zeros { first: chunk.first(), count }.encode(flags);
+        let chunks = count.0.div_ceil(CHUNK_PAGES);
+        let frame = Frame { chunk, data: 0, zero: u64::MAX, chunks, bytes: header.len() as u64, pinned: Vec::new() };
+        self.shared.books.send(self.index, frame);
+        self.shared.totals.zero.fetch_add(count.0, Ordering::Relaxed);
+        for index in chunk.0..chunk.0 + chunks {
+            self.packer.sent_as_is(ChunkIndex(index).first(), 0, u64::MAX);
+        }
+        live::send_bytes(&mut self.ring, &self.lane.socket, &header)?;
+        self.sent(header.len() as u64);
+        Ok(())
+    }
+
+    /// Sends the pages of `mask`, in as many frames as their length calls for.
+    fn send_chunk(&mut self, chunk: ChunkIndex, mask: u64, last: bool, holes: &mut Holes<'_>) -> Result<(), LaneError> {
+        let mut zero = 0;
+        for (first, count) in runs(mask) {
+            for bit in first..first + count {
+                let page = PageIndex(chunk.first().0 + u64::from(bit));
+                if holes.run_from(page).0 > 0 || live::is_zero(&self.shared.ram, page) {
+                    zero |= 1 << bit;
+                }
+            }
+        }
+        let mut data = mask & !zero;
+        let at_once = self.pages_at_once();
+        loop {
+            let part = lowest(data, at_once);
+            data &= !part;
+            if !self.send_frame(chunk, part, zero, last && data == 0)? || data == 0 {
+                return Ok(());
+            }
+            zero = 0;
+        }
+    }
+
+    /// Sends one frame; `false` when a halt came first.
+    fn send_frame(&mut self, chunk: ChunkIndex, data: u64, zero: u64, last: bool) -> Result<bool, LaneError> {
+        let shared = Arc::clone(&self.shared);
+        let began = Instant::now();
+        let raw_bytes = BulkFrame::LEN as u64 + u64::from(data.count_ones()) * PAGE_SIZE_U64;
+        let acknowledge = last || self.unreceipted + raw_bytes >= RECEIPT_EVERY;
+        let flags = FrameFlags { precopy: true, acknowledge };
+        let frame = |bytes, pinned| Frame { chunk, data, zero, chunks: 1, bytes, pinned };
+        let ram = &shared.ram;
+        let packed = if data != 0 && self.packer.wants(self.round) {
+            let mut read = |page, bytes: &mut _| live::read(ram, page, bytes);
+            self.packer.pack(chunk.first(), data, zero, flags.bits(), &mut read)
+        } else {
+            None
+        };
+        let bytes = if let Some(packed) = packed {
+            let bytes = packed.bytes.len() as u64;
+            if !pace(&shared, bytes) {
+                return Ok(false);
+            }
+            shared.books.send(self.index, frame(bytes, packed.pinned.to_vec()));
+            live::send_bytes(&mut self.ring, &self.lane.socket, packed.bytes)?;
+            bytes
+        } else {
+            if !pace(&shared, raw_bytes) {
+                return Ok(false);
+            }
+            self.packer.sent_as_is(chunk.first(), data, zero);
+            shared.books.send(self.index, frame(raw_bytes, Vec::new()));
+            let header = BulkFrame::Chunk { first: chunk.first(), data, zero }.encode(flags);
+            live::send(ram, &mut self.ring, &self.lane.socket, &header, chunk, data)?;
+            raw_bytes
+        };
+        let totals = &shared.totals;
+        totals.data.fetch_add(u64::from(data.count_ones()), Ordering::Relaxed);
+        totals.zero.fetch_add(u64::from(zero.count_ones()), Ordering::Relaxed);
+        self.unreceipted = if acknowledge { 0 } else { self.unreceipted + bytes };
+        self.sent(bytes);
+        self.packer.sent(bytes, began.elapsed());
+        Ok(true)
+    }
+
+    fn sent(&self, bytes: u64) {
+        self.lane.socket.counters().add_sent(bytes);
+        self.shared.totals.wire.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// How many pages a frame may have.
+    fn pages_at_once(&self) -> u64 {
+        match self.shared.bytes_per_second.load(Ordering::Relaxed) {
+            0 => CHUNK_PAGES,
+            rate => {
+                let bytes = u128::from(rate) * FRAME_TIME.as_nanos() / 1_000_000_000;
+                u64::try_from(bytes).unwrap_or(u64::MAX).div_euclid(PAGE_SIZE_U64).clamp(LEAST_PAGES, CHUNK_PAGES)
+            }
+        }
+    }
+}
+
+/// Waits until `bytes` may be sent; `false` when a halt comes first.
+fn pace(shared: &Shared, bytes: u64) -> bool {
+    let wait = shared.pacer.take(bytes, Nanos::now());
+    wait.is_zero() || !shared.pause(wait)
+}
+
+/// The pages of a span that is wanted as a whole and was never touched.
+fn untouched(shared: &Shared, span: &Range<usize>, taken: &[u64], holes: &mut Holes<'_>) -> Option<PageCount> {
+    let first = ChunkIndex(span.start as u64).first();
+    let pages = (shared.pages().0 - first.0).min(span.len() as u64 * CHUNK_PAGES);
+    let wanted: u64 = taken.iter().map(|mask| u64::from(mask.count_ones())).sum();
+    (wanted == pages && holes.run_from(first).0 >= pages).then_some(PageCount(pages))
+}
+
+/// The lowest `count` bits that are set.
+fn lowest(mask: u64, count: u64) -> u64 {
+    if u64::from(mask.count_ones()) <= count {
+        return mask;
+    }
+    let mut rest = mask;
+    (0..count).for_each(|_| rest &= rest.wrapping_sub(1));
+    mask & !rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lowest_bits_are_taken_first() {
+        assert_eq!(lowest(u64::MAX, 64), u64::MAX);
+        assert_eq!(lowest(u64::MAX, 4), 0b1111);
+        assert_eq!(lowest(0b1010_1000, 2), 0b0010_1000);
+        assert_eq!(lowest(0, 5), 0);
+    }
+}
