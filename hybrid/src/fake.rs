@@ -88,6 +88,7 @@ struct Inner {
     corrupt: AtomicU64,
     ended: AtomicBool,
     throttle: AtomicU8,
+    frozen: AtomicBool,
 }
 
 struct Control {
@@ -124,11 +125,17 @@ impl FakeMachine {
             corrupt: AtomicU64::new(0),
             ended: AtomicBool::new(false),
             throttle: AtomicU8::new(0),
+            frozen: AtomicBool::new(false),
         });
         let dirty = Arc::new(FakeDirtyLog::new(pages));
         let (guest, guest_ram, book) = (Arc::clone(&inner), ram.clone(), Arc::clone(&dirty));
         thread::spawn(move || guest.run(&guest_ram, &book));
         Ok(Arc::new(Self { ram, inner, dirty }))
+    }
+
+    /// Lets the guest do nothing from now on, even while it runs: its memory stays as it arrived.
+    pub fn freeze(&self) {
+        self.inner.frozen.store(true, Ordering::Release);
     }
 
     /// Visits made so far: each read one page, checked it, and wrote it.
@@ -190,6 +197,10 @@ impl Inner {
             };
             let now = Nanos::now().0;
             let _ = self.first_entry.compare_exchange(0, now, Ordering::AcqRel, Ordering::Acquire);
+            if self.frozen.load(Ordering::Acquire) {
+                thread::sleep(VISIT);
+                continue;
+            }
             // A quarter of memory is never touched, and so stays zero.
             let page = PageIndex(visit.wrapping_mul(STEP) % pages * 3 / 4);
             let word = ram.guest_base().wrapping_add(usize::try_from(page.offset()).unwrap_or(0)).cast::<u64>();

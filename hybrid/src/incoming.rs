@@ -135,8 +135,8 @@ impl Incoming {
             ram_total: ram_total.bytes(),
             transferred: shared.lanes.transferred(),
             remaining: switchover_wire::types::PageCount(seen.missing).bytes(),
-            zero_pages: seen.zero,
-            normal_pages: seen.pushed + seen.requested,
+            zero_pages: seen.zero + seen.precopied_zero,
+            normal_pages: seen.pushed + seen.requested + seen.precopied,
             postcopy_requests: seen.requests,
             error: record.error,
             ..Progress::default()
@@ -156,6 +156,7 @@ impl Incoming {
             report.cpu += CpuSeconds::from(pager.cpu());
             let seen = pager.progress();
             report.pages = Some(PageClasses {
+                precopied: seen.kept,
                 zero: seen.zero,
                 pushed: seen.pushed,
                 requested: seen.requested,

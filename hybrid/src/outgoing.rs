@@ -495,7 +495,7 @@ impl Shared {
     /// Starts the machine's book of written pages, and the thread that conducts the rounds.
     fn begin_rounds(self: &Arc<Self>, session: &Session) -> Result<(), String> {
         let precopy = self.precopy().clone().ok_or("pre-copy was never set up")?;
-        self.machine.dirty_log().start().map_err(|error| error.to_string())?;
+        precopy.start_noting().map_err(|error| error.to_string())?;
         let (shared, control) = (Arc::clone(self), Arc::clone(&session.control));
         let conduct = move || {
             let tell = |round| {
@@ -588,13 +588,13 @@ impl Shared {
 
     fn finish(&self, outcome: Outcome, left_paused: Option<MachineError>) {
         self.watchdog.end();
-        if self.precopy().is_some() {
+        if let Some(precopy) = self.precopy().as_ref() {
             // Whether the guest goes on here or not: it is watched and slowed down no longer.
             self.machine.throttle(0);
             if let Err(error) = self.machine.limit_dirty_rate(None) {
                 tracing::error!(%error, "the guest's dirty rate stays limited");
             }
-            self.machine.dirty_log().stop();
+            precopy.stop_noting();
         }
         match (outcome, left_paused) {
             (Outcome::Completed, _) => self.recorder.set_status(MigrationStatus::Completed),

@@ -67,6 +67,9 @@ pub struct LaneBytes {
 /// The destination's pages by how they came. They add up to all of RAM.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct PageClasses {
+    /// Here at the handoff, zero or not, and not sent again.
+    #[serde(default)]
+    pub precopied: u64,
     /// Known to be zero: no bytes crossed the wire.
     pub zero: u64,
     /// Arrived on a bulk lane.

@@ -51,6 +51,8 @@ pub struct Precopy {
     rounds: Rounds,
     log: Arc<dyn DirtyLog>,
     tunables: Mutex<Tunables>,
+    /// The machine keeps its book: until then nothing is known of any page.
+    noting: AtomicBool,
     /// The session ends the rounds: the thread says nothing more.
     ended: AtomicBool,
     heat: Mutex<Heat>,
@@ -105,10 +107,28 @@ impl Precopy {
             rounds,
             log: machine.dirty_log(),
             tunables: Mutex::new(settings.tunables()),
+            noting: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             heat: Mutex::new(Heat::new(pages)),
             book: Mutex::default(),
             round_trip,
+        }
+    }
+
+    /// Has the machine keep its book of written pages.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub fn start_noting(&self) -> Result<(), DirtyLogError> {
+        self.log.start()?;
+        self.noting.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Ends that, if it was begun.
+    pub fn stop_noting(&self) {
+        if self.noting.swap(false, Ordering::AcqRel) {
+            self.log.stop();
         }
     }
 
@@ -171,6 +191,10 @@ impl Precopy {
     /// # Errors
     /// When the machine cannot tell.
     pub fn missing(&self, pages: PageCount) -> Result<(PageBitmap, Vec<UnderWay>), DirtyLogError> {
+        if !self.noting.load(Ordering::Acquire) {
+            // The controller was faster than the first round.
+            return Ok((PageBitmap::full(pages), Vec::new()));
+        }
         let mut missing = PageBitmap::new(pages);
         self.log.peek(&mut missing)?;
         missing.unite(&self.rounds.under_way());
@@ -205,7 +229,11 @@ pub struct Conductor<'a> {
 /// The lanes' rate, measured while they are busy.
 #[derive(Debug)]
 struct Meter {
+    /// Until when the lanes' time has been counted.
     since: Nanos,
+    /// Time that counts, since the last measurement.
+    busy_ns: u64,
+    /// Bytes that the destination had taken at the last measurement.
     taken: u64,
     rate: f64,
 }
@@ -236,7 +264,7 @@ impl<'a> Conductor<'a> {
             throttle,
             pages: machine.ram().pages(),
             start: now,
-            meter: Meter { since: now, taken: 0, rate: 0.0 },
+            meter: Meter { since: now, busy_ns: 0, taken: 0, rate: 0.0 },
             look_every: LOOK_EVERY,
         }
     }
@@ -279,7 +307,6 @@ impl<'a> Conductor<'a> {
         let sent_before = self.precopy.rounds.sent();
         let number = self.precopy.rounds.begin(&pages);
         self.meter.since = began;
-        self.meter.taken = sent_before.taken_bytes;
         let mut book = self.precopy.book();
         let report =
             RoundReport { round: number, start_ns: began.0, end_ns: began.0, pages: count, ..RoundReport::default() };
@@ -290,10 +317,10 @@ impl<'a> Conductor<'a> {
     /// Looks at the round until it is over, or the monitor wants none of its rest. Returns the last verdict, and what is noted.
     fn watch(&mut self, round: &Round) -> Result<(Verdict, PageBitmap), DirtyLogError> {
         loop {
-            let mut over = self.precopy.rounds.wait(self.look_every);
+            let over = self.precopy.rounds.wait(self.look_every);
+            self.meter.measure(Nanos::now(), self.precopy.rounds.sent().taken_bytes);
             if over && Nanos::now().since(round.began) < nanos(LEAST_ROUND) {
                 std::thread::sleep(LEAST_ROUND);
-                over = true;
             }
             self.take_up_tunables();
             let looked = Instant::now();
@@ -322,7 +349,6 @@ impl<'a> Conductor<'a> {
         self.precopy.log.peek(&mut noted)?;
         let now = Nanos::now();
         let sent = rounds.sent();
-        self.meter.measure(now, sent.taken_bytes, over);
         rounds.set_measured(self.meter.bytes_per_second());
         let count = |set: &PageBitmap| set.count().0;
         let noted_count = count(&noted);
@@ -419,15 +445,18 @@ impl<'a> Conductor<'a> {
 }
 
 impl Meter {
-    fn measure(&mut self, now: Nanos, taken: u64, over: bool) {
-        let span = now.since(self.since);
-        if over || span < nanos(MEASURE_FOR) {
+    /// Within a round, or at its end: the time since the last call was spent sending. Short rounds are measured together.
+    fn measure(&mut self, now: Nanos, taken: u64) {
+        self.busy_ns += now.since(self.since);
+        self.since = now;
+        let bytes = taken.saturating_sub(self.taken);
+        let first = self.rate == 0.0 && bytes > 0;
+        if self.busy_ns < nanos(MEASURE_FOR) && !first {
             return;
         }
-        let bytes = taken.saturating_sub(self.taken);
-        (self.since, self.taken) = (now, taken);
         // Spans are milliseconds to seconds, and bytes below 2^52.
-        let rate = bytes as f64 * 1e9 / span as f64;
+        let rate = bytes as f64 * 1e9 / self.busy_ns.max(1) as f64;
+        (self.busy_ns, self.taken) = (0, taken);
         self.rate = if self.rate == 0.0 { rate } else { self.rate + NEW_RATE_WEIGHT * (rate - self.rate) };
     }
 

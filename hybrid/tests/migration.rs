@@ -96,6 +96,7 @@ fn a_guest_moves_and_goes_on() {
         let (source, destination) = (outgoing.report(), incoming.report());
         assert_eq!(source.session, destination.session);
         let classes = destination.pages.unwrap();
+        assert_eq!(classes.precopied, 0);
         assert_eq!(classes.zero + classes.pushed + classes.requested, PAGES.0);
         assert!(classes.zero >= PAGES.0 / 4);
         let blackout = destination.instants.first_entry_ns.unwrap() - source.instants.last_exit_ns.unwrap();

@@ -103,6 +103,7 @@ pub fn hand_over(shared: &Shared, missing: &[u64]) -> Result<(), DestinationPage
         return Err(DestinationPagerError::Forgotten { missing: to_come, absent });
     }
     stage.phase = Phase::Postcopy;
+    shared.counts.kept.store(shared.states.pages().0 - to_come, Ordering::Relaxed);
     drop(stage);
     shared.handoff.changed.notify_all();
     // What is mapped would be read, old as it is. Nobody runs or loads a state before this returns. A lane that brings a new

@@ -136,6 +136,7 @@ struct Counts {
     discarded: AtomicU64,
     precopied: AtomicU64,
     precopied_zero: AtomicU64,
+    kept: AtomicU64,
     requests: AtomicU64,
 }
 
@@ -205,6 +206,8 @@ pub struct DestinationProgress {
     pub precopied: u64,
     /// Those that came as zero.
     pub precopied_zero: u64,
+    /// Pages that were here at the handoff, and need not come again.
+    pub kept: u64,
     /// Pages asked for.
     pub requests: u64,
     /// Pages that are not here yet.
@@ -375,6 +378,7 @@ impl DestinationPager {
             discarded: read(&counts.discarded),
             precopied: read(&counts.precopied),
             precopied_zero: read(&counts.precopied_zero),
+            kept: read(&counts.kept),
             requests: read(&counts.requests),
             missing: self.shared.missing.load(Ordering::Acquire),
         }

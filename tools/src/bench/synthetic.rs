@@ -114,7 +114,13 @@ pub fn sides(seed: u64) -> (SideReport, SideReport) {
             ..Instants::default()
         },
         lanes: source.lanes.iter().map(|l| lane(&l.lane, l.received, l.sent)).collect(),
-        pages: Some(PageClasses { zero: 131_072 - pushed - requested, pushed, requested, discarded: faults.raced }),
+        pages: Some(PageClasses {
+            precopied: 0,
+            zero: 131_072 - pushed - requested,
+            pushed,
+            requested,
+            discarded: faults.raced,
+        }),
         rates: Some(rates(&mut noise, commit_there, drain, &faults, pushed)),
         faults: Some(faults),
         cpu: CpuSeconds { user: 0.08, system: 0.31 },
