@@ -10,8 +10,7 @@ use crossbeam::channel::Receiver;
 use kvm_ioctls::{Kvm, VcpuFd};
 use switchover_hybrid::machine::{Machine, MachineError, Paused};
 use switchover_pager::ram::Ram;
-use switchover_precopy::bitmap::PageBitmap;
-use switchover_precopy::dirty::{DirtyLog, DirtyLogError};
+use switchover_precopy::dirty::DirtyLog;
 use switchover_wire::clock::Nanos;
 use switchover_wire::description::MachineDescription;
 use switchover_wire::types::PageIndex;
@@ -22,6 +21,7 @@ use crate::control::{Control, VmEvent};
 use crate::devices::input::InputPump;
 use crate::devices::output::Output;
 use crate::devices::serial::{InputGate, SerialPort};
+use crate::dirty::log::BitmapLog;
 use crate::error::VmError;
 use crate::kick::ExitByte;
 use crate::lock;
@@ -43,6 +43,7 @@ pub struct Vm {
     platform: Platform,
     vcpus: Vec<Arc<Vcpu>>,
     shared: Arc<Shared>,
+    dirty: Arc<dyn DirtyLog>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     input: Mutex<Option<InputPump>>,
 }
@@ -122,6 +123,12 @@ impl Vm {
         self.shared.control.subscribe()
     }
 
+    /// Guest memory as this machine's devices use it: what is written through it is noted in the dirty log.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.shared.memory
+    }
+
     /// Why the guest was stopped for good, if it was. The machine may still answer its controller.
     #[must_use]
     pub fn status_reason(&self) -> Option<String> {
@@ -141,6 +148,9 @@ impl Vm {
         })?;
         let memory = GuestMemory::new(ram, regions)?;
         let fd = Arc::new(kvm.create_vm().map_err(VmError::kvm("create a VM"))?);
+        let dirty = BitmapLog::new(&kvm, Arc::clone(&fd), memory.clone()).ok_or(VmError::Lacking {
+            what: "a dirty log that is cleared by hand (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)",
+        })?;
         let (platform, fds) = Platform::build(&kvm, Arc::clone(&fd), memory.clone(), config.vcpus)?;
 
         let output = match &config.serial {
@@ -162,7 +172,14 @@ impl Vm {
         }
         let control = Control::new(flags, vcpus.iter().map(|vcpu| Arc::clone(&vcpu.exit_byte)).collect());
         let shared = Arc::new(Shared { control, ports, memory });
-        let vm = Arc::new(Self { platform, vcpus, shared, threads: Mutex::default(), input: Mutex::default() });
+        let vm = Arc::new(Self {
+            platform,
+            vcpus,
+            shared,
+            dirty: Arc::new(dirty),
+            threads: Mutex::default(),
+            input: Mutex::default(),
+        });
         for vcpu in &vm.vcpus {
             let thread = spawn(Arc::clone(vcpu), Arc::clone(&vm.shared))
                 .map_err(host(&format!("start the thread of vCPU {}", vcpu.index)))?;
@@ -190,7 +207,7 @@ impl Machine for Vm {
     }
 
     fn dirty_log(&self) -> Arc<dyn DirtyLog> {
-        Arc::new(NoDirtyLog)
+        Arc::clone(&self.dirty)
     }
 
     fn throttle(&self, _percent: u8) {}
@@ -274,19 +291,4 @@ impl Drop for Vm {
 
 fn read(path: &Path) -> Result<Vec<u8>, VmError> {
     fs::read(path).map_err(|source| VmError::ReadFile { path: path.to_owned(), source })
-}
-
-struct NoDirtyLog;
-
-impl DirtyLog for NoDirtyLog {
-    fn start(&self) -> Result<(), DirtyLogError> {
-        Err(DirtyLogError::new("start the dirty log", "it is not built"))
-    }
-    fn peek(&self, _: &mut PageBitmap) -> Result<(), DirtyLogError> {
-        Ok(())
-    }
-    fn rearm(&self, _: PageIndex, _: &[u64]) -> Result<(), DirtyLogError> {
-        Ok(())
-    }
-    fn stop(&self) {}
 }

@@ -103,6 +103,24 @@ pub fn word(vm: &Vm, address: u32) -> u32 {
     unsafe { at.cast::<u32>().read_volatile() }
 }
 
+/// Where [`SCATTERING`] writes: the upper half of the RAM of 4 MiB.
+pub const SCATTERED: std::ops::Range<u64> = 512..1024;
+
+/// Counts in pages of [`SCATTERED`], in no order.
+pub const SCATTERING: &[u8] = &[
+    0xb8, 0x01, 0x00, 0x00, 0x00, // mov eax, 1
+    // again:
+    0x69, 0xc0, 0x6d, 0x4e, 0xc6, 0x41, // imul eax, eax, 1103515245
+    0x05, 0x39, 0x30, 0x00, 0x00, // add eax, 12345
+    0x89, 0xc7, // mov edi, eax
+    0xc1, 0xef, 0x10, // shr edi, 16
+    0x81, 0xe7, 0xff, 0x01, 0x00, 0x00, // and edi, 511
+    0xc1, 0xe7, 0x0c, // shl edi, 12
+    0x81, 0xc7, 0x00, 0x00, 0x20, 0x00, // add edi, 0x200000
+    0xff, 0x07, // inc dword [edi]
+    0xeb, 0xdd, // jmp again
+];
+
 /// Waits for a state that will come.
 pub fn until(what: &str, mut there: impl FnMut() -> bool) {
     let start = Instant::now();
