@@ -21,7 +21,7 @@ use crate::control::{Control, VmEvent};
 use crate::devices::input::InputPump;
 use crate::devices::output::Output;
 use crate::devices::serial::{InputGate, SerialPort};
-use crate::dirty::log::BitmapLog;
+use crate::dirty::{Tracked, Tracking};
 use crate::error::VmError;
 use crate::kick::ExitByte;
 use crate::lock;
@@ -148,10 +148,9 @@ impl Vm {
         })?;
         let memory = GuestMemory::new(ram, regions)?;
         let fd = Arc::new(kvm.create_vm().map_err(VmError::kvm("create a VM"))?);
-        let dirty = BitmapLog::new(&kvm, Arc::clone(&fd), memory.clone()).ok_or(VmError::Lacking {
-            what: "a dirty log that is cleared by hand (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)",
-        })?;
+        let tracking = Tracking::set_up(config.dirty_tracking, &kvm, &fd, &memory)?;
         let (platform, fds) = Platform::build(&kvm, Arc::clone(&fd), memory.clone(), config.vcpus)?;
+        let Tracked { log: dirty, ring } = tracking.begin(&fd, &memory, &fds)?;
 
         let output = match &config.serial {
             SerialTarget::Stdio => Output::stdout()?,
@@ -171,15 +170,8 @@ impl Vm {
             vcpus.push(Arc::new(Vcpu { index, fd: Mutex::new(fd), exit_byte }));
         }
         let control = Control::new(flags, vcpus.iter().map(|vcpu| Arc::clone(&vcpu.exit_byte)).collect());
-        let shared = Arc::new(Shared { control, ports, memory });
-        let vm = Arc::new(Self {
-            platform,
-            vcpus,
-            shared,
-            dirty: Arc::new(dirty),
-            threads: Mutex::default(),
-            input: Mutex::default(),
-        });
+        let shared = Arc::new(Shared { control, ports, memory, ring });
+        let vm = Arc::new(Self { platform, vcpus, shared, dirty, threads: Mutex::default(), input: Mutex::default() });
         for vcpu in &vm.vcpus {
             let thread = spawn(Arc::clone(vcpu), Arc::clone(&vm.shared))
                 .map_err(host(&format!("start the thread of vCPU {}", vcpu.index)))?;

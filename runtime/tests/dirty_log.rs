@@ -6,10 +6,12 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Guest, SCATTERED, SCATTERING, kvm, until};
+use common::{Guest, SCATTERED, SCATTERING, SWEEPING, SWEPT, kvm, until, word};
 use switchover_hybrid::machine::Machine;
 use switchover_precopy::bitmap::PageBitmap;
 use switchover_precopy::dirty::DirtyLog;
+use switchover_runtime::config::{DirtyTracking, VmConfig};
+use switchover_runtime::error::VmError;
 use switchover_runtime::vm::Vm;
 use switchover_wire::types::{PAGE_SIZE, PageCount, PageIndex};
 use vm_memory::{Bytes, GuestAddress};
@@ -38,12 +40,29 @@ fn rearm_all(log: &dyn DirtyLog, pages: PageCount) {
     log.rearm(PageIndex(0), &vec![u64::MAX; usize::try_from(pages.0.div_ceil(64)).unwrap()]).unwrap();
 }
 
-fn scattering() -> (Guest, Arc<Vm>, Arc<dyn DirtyLog>, PageCount) {
-    let guest = Guest::new(SCATTERING);
-    let vm = guest.boot(1);
-    let (log, pages) = (vm.dirty_log(), vm.ram().pages());
-    (guest, vm, log, pages)
+/// A machine with its log and the size of its RAM; `None` where this host cannot have it, which it says.
+fn machine(
+    test: &str,
+    code: &[u8],
+    pages: PageCount,
+    tracking: DirtyTracking,
+) -> Option<(Arc<Vm>, Arc<dyn DirtyLog>, PageCount)> {
+    if !kvm(test) {
+        return None;
+    }
+    let guest = Guest::new(code);
+    let vm = match Vm::boot(&VmConfig { memory: pages, dirty_tracking: tracking, ..guest.config(1) }) {
+        Err(VmError::Lacking { what }) => {
+            println!("SKIP {test}: this host's KVM lacks {what}");
+            return None;
+        }
+        vm => vm.unwrap(),
+    };
+    let log = vm.dirty_log();
+    Some((vm, log, pages))
 }
+
+const SMALL: PageCount = PageCount(1024);
 
 /// Waits until the guest has written, whatever the log says.
 fn until_it_writes(vm: &Vm) {
@@ -51,12 +70,11 @@ fn until_it_writes(vm: &Vm) {
     until("the guest writes some pages", || changed(&then, &contents(vm)).len() > 20);
 }
 
-#[test]
-fn what_a_guest_writes_is_noted_and_nothing_else() {
-    if !kvm("what_a_guest_writes_is_noted_and_nothing_else") {
+fn what_a_guest_writes_is_noted_and_nothing_else(tracking: DirtyTracking) {
+    let Some((vm, log, pages)) = machine("what_a_guest_writes_is_noted_and_nothing_else", SCATTERING, SMALL, tracking)
+    else {
         return;
-    }
-    let (_guest, vm, log, pages) = scattering();
+    };
     vm.cont().unwrap();
     until_it_writes(&vm);
     for _ in 0..3 {
@@ -87,6 +105,8 @@ fn what_a_guest_writes_is_noted_and_nothing_else() {
             rearm_all(&*log, pages);
         }
         vm.pause().unwrap();
+        // What lies in a ring is noted only once it was looked at.
+        noted(&*log, pages);
         rearm_all(&*log, pages);
         assert_eq!(noted(&*log, pages).count(), PageCount(0), "a guest that stands still writes nothing");
         assert_eq!(noted(&*log, pages).count(), PageCount(0));
@@ -97,12 +117,8 @@ fn what_a_guest_writes_is_noted_and_nothing_else() {
     }
 }
 
-#[test]
-fn peeking_changes_nothing() {
-    if !kvm("peeking_changes_nothing") {
-        return;
-    }
-    let (_guest, vm, log, pages) = scattering();
+fn peeking_changes_nothing(tracking: DirtyTracking) {
+    let Some((vm, log, pages)) = machine("peeking_changes_nothing", SCATTERING, SMALL, tracking) else { return };
     log.start().unwrap();
     rearm_all(&*log, pages);
     vm.cont().unwrap();
@@ -115,17 +131,15 @@ fn peeking_changes_nothing() {
     }
 }
 
-#[test]
-fn what_the_machine_writes_is_noted_on_both_sides_of_the_hole() {
-    if !kvm("what_the_machine_writes_is_noted_on_both_sides_of_the_hole") {
-        return;
-    }
+fn what_the_machine_writes_is_noted_on_both_sides_of_the_hole(tracking: DirtyTracking) {
     let low = 3 << 18;
-    // Neither slot's share of the last word is full.
+    // The second slot ends within a word.
     let pages = PageCount(low + 100);
-    let guest = Guest::new(SCATTERING);
-    let vm = Vm::boot(&switchover_runtime::config::VmConfig { memory: pages, ..guest.config(1) }).unwrap();
-    let log = vm.dirty_log();
+    let Some((vm, log, pages)) =
+        machine("what_the_machine_writes_is_noted_on_both_sides_of_the_hole", SCATTERING, pages, tracking)
+    else {
+        return;
+    };
     log.start().unwrap();
     assert_eq!(noted(&*log, pages).count(), pages);
     rearm_all(&*log, pages);
@@ -140,4 +154,41 @@ fn what_the_machine_writes_is_noted_on_both_sides_of_the_hole() {
     assert!(noted(&*log, pages).iter().eq([low - 1, low + 99].map(PageIndex)));
     rearm_all(&*log, pages);
     assert_eq!(noted(&*log, pages).count(), PageCount(0));
+}
+
+fn nothing_is_lost_while_nobody_looks(tracking: DirtyTracking) {
+    let Some((vm, log, pages)) =
+        machine("nothing_is_lost_while_nobody_looks", SWEEPING, PageCount(SWEPT.end), tracking)
+    else {
+        return;
+    };
+    log.start().unwrap();
+    rearm_all(&*log, pages);
+    let before = contents(&vm);
+    vm.cont().unwrap();
+    let last = u32::try_from((SWEPT.end - 1) * 4096).unwrap();
+    until("the guest has swept its memory", || word(&vm, last) >= 2);
+    vm.pause().unwrap();
+    let noted = noted(&*log, pages);
+    let written = changed(&before, &contents(&vm));
+    assert!(written.len() as u64 >= SWEPT.end - SWEPT.start);
+    assert!(written.iter().all(|page| noted.contains(*page)), "a write is lost");
+}
+
+macro_rules! by_each {
+    ($($test:ident),+ $(,)?) => {
+        mod by_bitmaps {
+            $(#[test] fn $test() { super::$test(super::DirtyTracking::Log); })+
+        }
+        mod by_rings {
+            $(#[test] fn $test() { super::$test(super::DirtyTracking::Ring); })+
+        }
+    };
+}
+
+by_each! {
+    what_a_guest_writes_is_noted_and_nothing_else,
+    peeking_changes_nothing,
+    what_the_machine_writes_is_noted_on_both_sides_of_the_hole,
+    nothing_is_lost_while_nobody_looks,
 }

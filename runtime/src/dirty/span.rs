@@ -48,9 +48,9 @@ impl SlotSpan {
     /// Adds the slot's bitmap to that of RAM. Bits past either's end are ignored.
     pub fn add_to(self, ram: &mut [u64], slot: &[u64]) {
         let shift = self.first % 64;
-        let mut left = self.pages;
-        let mut at = usize::try_from(self.first / 64).unwrap_or(usize::MAX);
-        for word in slot {
+        let first = usize::try_from(self.first / 64).unwrap_or(usize::MAX);
+        for ((page, at), word) in (0..self.pages).step_by(64).zip(first..).zip(slot) {
+            let left = self.pages - page;
             let word = if left < 64 { word & ((1 << left) - 1) } else { *word };
             if let Some(low) = ram.get_mut(at) {
                 *low |= word << shift;
@@ -58,8 +58,6 @@ impl SlotSpan {
             if let Some(high) = ram.get_mut(at + 1).filter(|_| shift != 0) {
                 *high |= word >> (64 - shift);
             }
-            at += 1;
-            left = left.saturating_sub(64);
         }
     }
 }
