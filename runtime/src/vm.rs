@@ -23,6 +23,7 @@ use crate::devices::output::Output;
 use crate::devices::serial::{InputGate, SerialPort};
 use crate::dirty::{Tracked, Tracking};
 use crate::error::VmError;
+use crate::governor::Governor;
 use crate::kick::ExitByte;
 use crate::lock;
 use crate::memory::GuestMemory;
@@ -44,6 +45,7 @@ pub struct Vm {
     vcpus: Vec<Arc<Vcpu>>,
     shared: Arc<Shared>,
     dirty: Arc<dyn DirtyLog>,
+    governor: Arc<Governor>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     input: Mutex<Option<InputPump>>,
 }
@@ -129,6 +131,19 @@ impl Vm {
         &self.shared.memory
     }
 
+    /// How many bytes a second each vCPU newly writes, over the last tenth of a second or since the call before. `None` where
+    /// that is not known: without dirty rings, or before the dirty log was started.
+    #[must_use]
+    pub fn dirty_rates(&self) -> Option<Vec<u64>> {
+        self.shared.ring.as_ref().filter(|ring| ring.has_started()).map(|ring| ring.rates())
+    }
+
+    /// How often each vCPU was taken out of the guest for a while, by [`Machine::throttle`] or [`Machine::limit_dirty_rate`].
+    #[must_use]
+    pub fn holds(&self) -> Vec<u64> {
+        self.shared.control.holds()
+    }
+
     /// Why the guest was stopped for good, if it was. The machine may still answer its controller.
     #[must_use]
     pub fn status_reason(&self) -> Option<String> {
@@ -171,7 +186,16 @@ impl Vm {
         }
         let control = Control::new(flags, vcpus.iter().map(|vcpu| Arc::clone(&vcpu.exit_byte)).collect());
         let shared = Arc::new(Shared { control, ports, memory, ring });
-        let vm = Arc::new(Self { platform, vcpus, shared, dirty, threads: Mutex::default(), input: Mutex::default() });
+        let governor = Governor::new(Arc::clone(&shared));
+        let vm = Arc::new(Self {
+            platform,
+            vcpus,
+            shared,
+            dirty,
+            governor,
+            threads: Mutex::default(),
+            input: Mutex::default(),
+        });
         for vcpu in &vm.vcpus {
             let thread = spawn(Arc::clone(vcpu), Arc::clone(&vm.shared))
                 .map_err(host(&format!("start the thread of vCPU {}", vcpu.index)))?;
@@ -202,14 +226,29 @@ impl Machine for Vm {
         Arc::clone(&self.dirty)
     }
 
-    fn throttle(&self, _percent: u8) {}
+    fn throttle(&self, percent: u8) {
+        if let Err(error) = self.governor.throttle(percent) {
+            tracing::warn!(%error, "the guest cannot be slowed down: no thread could be started for it");
+        }
+    }
 
-    fn limit_dirty_rate(&self, _bytes_per_second: Option<u64>) -> Result<(), MachineError> {
-        Ok(())
+    fn limit_dirty_rate(&self, bytes_per_second: Option<u64>) -> Result<(), MachineError> {
+        const ATTEMPTED: &str = "limit what each vCPU writes";
+        let failed = |why: &str| Err(MachineError::new(ATTEMPTED, why));
+        match (bytes_per_second, &self.shared.ring) {
+            (Some(_), None) => {
+                failed("this machine cannot tell its vCPUs' writes apart; run it with --dirty-tracking ring")
+            }
+            (Some(_), Some(ring)) if !ring.has_started() => failed("its dirty log has not been started"),
+            _ => self.governor.limit(bytes_per_second).map_err(|error| MachineError::new(ATTEMPTED, error)),
+        }
     }
 
     fn pause(&self) -> Result<Paused, MachineError> {
-        self.shared.control.pause(PAUSE_PATIENCE).map_err(|error| MachineError::new("pause the guest", error))
+        let paused =
+            self.shared.control.pause(PAUSE_PATIENCE).map_err(|error| MachineError::new("pause the guest", error))?;
+        self.governor.let_go();
+        Ok(paused)
     }
 
     fn resume(&self) -> Result<(), MachineError> {
@@ -220,6 +259,7 @@ impl Machine for Vm {
 
     fn surrender_right_to_run(&self) {
         self.shared.control.change(RunFlags::surrender);
+        self.governor.let_go();
     }
 
     fn take_right_to_run(&self) {
@@ -268,6 +308,7 @@ impl Machine for Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         drop(lock(&self.input).take());
+        self.governor.end();
         let all_gone = self.shared.control.tear_down(DROP_PATIENCE);
         if !all_gone {
             tracing::error!(

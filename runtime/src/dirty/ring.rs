@@ -20,6 +20,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{
     KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, kvm_enable_cap,
@@ -37,6 +38,8 @@ use crate::memory::GuestMemory;
 
 /// Entries of a vCPU's ring where KVM allows as many. A full ring takes its vCPU out of the guest.
 const ENTRIES: usize = 16_384;
+/// Shorter than this, a rate would say more about the moment than about the vCPU.
+pub const LEAST_SPAN: Duration = Duration::from_millis(100);
 
 /// Rings that a VM has been given, before its vCPUs exist.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -75,8 +78,17 @@ pub struct RingLog {
 
 struct Rings {
     rings: Vec<VcpuRing>,
+    meter: Meter,
     /// Whether pages may be harvested and not protected yet.
     not_reset: bool,
+}
+
+/// Rates of writing, by counts that are some time apart.
+struct Meter {
+    since: Instant,
+    counts: Vec<u64>,
+    /// Bytes a second, by the counts before these.
+    rates: Vec<u64>,
 }
 
 impl RingLog {
@@ -88,7 +100,8 @@ impl RingLog {
         let rings: Result<_, _> = vcpus.iter().map(|vcpu| VcpuRing::of(vcpu, bytes.0)).collect();
         let rings =
             rings.map_err(|source| VmError::Host { attempted: "map a vCPU's dirty ring".to_owned(), source })?;
-        let rings = Mutex::new(Rings { rings, not_reset: false });
+        let meter = Meter { since: Instant::now(), counts: Vec::new(), rates: Vec::new() };
+        let rings = Mutex::new(Rings { rings, meter, not_reset: false });
         Ok(Self { vm, memory, started: AtomicBool::new(false), rings })
     }
 
@@ -113,9 +126,37 @@ impl RingLog {
         lock(&self.rings).rings.iter_mut().map(|ring| PageCount(ring.pushed())).collect()
     }
 
+    /// How many bytes a second each vCPU newly writes, since the call before, if that is [`LEAST_SPAN`] ago.
+    #[must_use]
+    pub fn rates(&self) -> Vec<u64> {
+        let Rings { rings, meter, .. } = &mut *lock(&self.rings);
+        let passed = meter.since.elapsed();
+        if passed >= LEAST_SPAN || meter.rates.is_empty() {
+            let counts: Vec<u64> = rings.iter_mut().map(VcpuRing::pushed).collect();
+            let before = meter.counts.iter().copied().chain(std::iter::repeat(0));
+            let micros = passed.as_micros().max(1);
+            let rate = |(now, before): (&u64, u64)| {
+                let bytes = u128::from(PageCount(now.saturating_sub(before)).bytes());
+                u64::try_from(bytes * 1_000_000 / micros).unwrap_or(u64::MAX)
+            };
+            meter.rates = counts.iter().zip(before).map(rate).collect();
+            (meter.since, meter.counts) = (Instant::now(), counts);
+        }
+        meter.rates.clone()
+    }
+
+    fn begin_metering(&self) {
+        let Rings { rings, meter, .. } = &mut *lock(&self.rings);
+        *meter = Meter {
+            since: Instant::now(),
+            counts: rings.iter_mut().map(VcpuRing::pushed).collect(),
+            rates: Vec::new(),
+        };
+    }
+
     fn harvest(&self, rings: &mut Rings) -> Result<(), DirtyLogError> {
         let spans: Vec<_> = self.memory.spans().collect();
-        let Rings { rings, not_reset } = rings;
+        let Rings { rings, not_reset, .. } = rings;
         for ring in rings {
             // Ends: an entry is not used again before it was reset.
             while let Some(written) = ring.harvest() {
@@ -157,6 +198,7 @@ impl DirtyLog for RingLog {
             self.stop();
             return Err(DirtyLogError::new("start the dirty rings", error));
         }
+        self.begin_metering();
         self.started.store(true, Ordering::SeqCst);
         Ok(())
     }
