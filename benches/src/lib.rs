@@ -5,9 +5,10 @@
 //! that a change can be told from noise.
 //!
 //! ```text
-//!   zero_pages    is a page zero; where are the holes of a memfd
-//!   page_states   claims on the page-state map, alone and against another thread
-//!   placement     mapping pages that are in the alias: one at a time, and in runs
+//!   zero_pages      is a page zero; where are the holes of a memfd
+//!   page_states     claims on the page-state map, alone and against another thread
+//!   placement       mapping pages that are in the alias: one at a time, and in runs
+//!   dirty_tracking  what a real guest writes, found out by KVM's bitmaps and by its rings; what that costs the guest
 //! ```
 //!
 //! They measure steps, not migrations: `switchover bench` does that, on real guests.

@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::process::ExitCode;
 
-use switchover_runtime::config::{SerialTarget, VmConfig};
+use switchover_runtime::config::{DirtyTracking, SerialTarget, VmConfig};
 use switchover_runtime::run_state::ExitReason;
 use switchover_runtime::vm::Vm;
 use switchover_wire::types::PageCount;
@@ -29,6 +29,7 @@ fn boot() -> Result<ExitCode, Box<dyn Error>> {
         vcpus,
         serial: SerialTarget::Stdio,
         lazy_memory: false,
+        dirty_tracking: DirtyTracking::Auto,
     })?;
     vm.cont()?;
     match vm.wait_exit() {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use switchover_hybrid::machine::Machine;
-use switchover_runtime::config::{SerialTarget, VmConfig};
+use switchover_runtime::config::{DirtyTracking, SerialTarget, VmConfig};
 use switchover_runtime::vm::Vm;
 use switchover_wire::clock::Nanos;
 use switchover_wire::types::PageCount;
@@ -38,6 +38,7 @@ fn relay() -> Result<(), Box<dyn Error>> {
         vcpus: vcpus.parse()?,
         serial: SerialTarget::Stdio,
         lazy_memory: false,
+        dirty_tracking: DirtyTracking::Auto,
     };
     let mut spans: [Vec<u64>; 4] = Default::default();
     let mut vm = Vm::boot(&config)?;

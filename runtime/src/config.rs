@@ -15,6 +15,18 @@ pub enum SerialTarget {
     Null,
 }
 
+/// How it is found out what the guest writes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum DirtyTracking {
+    /// As is best for migrations: by bitmaps where KVM has them, otherwise by rings.
+    #[default]
+    Auto,
+    /// By a bitmap of each memory slot.
+    Log,
+    /// By a ring of each vCPU, which also tells vCPUs apart.
+    Ring,
+}
+
 /// A virtual machine to build.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct VmConfig {
@@ -32,4 +44,6 @@ pub struct VmConfig {
     pub serial: SerialTarget,
     /// Whether an incoming machine may take its memory from the host only as pages arrive.
     pub lazy_memory: bool,
+    /// How it is found out what the guest writes.
+    pub dirty_tracking: DirtyTracking,
 }

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
 use libc::pthread_t;
@@ -56,6 +56,10 @@ struct Whereabouts {
     place: Place,
     exit_byte: Arc<ExitByte>,
     last_exit: Option<Nanos>,
+    /// Parked until then even if the guest runs.
+    held_until: Option<Instant>,
+    /// How often it was taken out of a guest that runs, to be parked until then.
+    holds: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -76,7 +80,13 @@ impl Control {
     pub fn new(flags: RunFlags, exit_bytes: Vec<Arc<ExitByte>>) -> Self {
         let vcpus = exit_bytes
             .into_iter()
-            .map(|exit_byte| Whereabouts { place: Place::Parked, exit_byte, last_exit: None })
+            .map(|exit_byte| Whereabouts {
+                place: Place::Parked,
+                exit_byte,
+                last_exit: None,
+                held_until: None,
+                holds: 0,
+            })
             .collect();
         Self {
             state: Mutex::new(State { flags, vcpus, tearing_down: false, subscribers: Vec::new() }),
@@ -172,17 +182,59 @@ impl Control {
         here.place = Place::Parked;
         here.last_exit = last_exit.or(here.last_exit);
         self.changed.notify_all();
-        let mut state = self
-            .entrance
-            .wait_while(state, |state| !state.tearing_down && !state.flags.may_run())
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        if state.tearing_down {
-            return false;
+        loop {
+            if state.tearing_down {
+                return false;
+            }
+            let held = state.vcpus.get(vcpu).and_then(|here| here.held_until);
+            let rest = held.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()));
+            state = match (state.flags.may_run(), rest) {
+                (true, Duration::ZERO) => break,
+                (true, rest) => {
+                    self.entrance.wait_timeout(state, rest).unwrap_or_else(std::sync::PoisonError::into_inner).0
+                }
+                (false, _) => self.entrance.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner),
+            };
         }
         let Some(here) = state.vcpus.get_mut(vcpu) else { return false };
+        here.held_until = None;
         here.exit_byte.set(false);
         here.place = Place::Running { thread: this_thread(), asked: false };
         true
+    }
+
+    /// Keeps a vCPU out of the guest until then. It is parked meanwhile: who pauses the machine finds it out already. A guest
+    /// that does not run is left alone, and whatever stops it ends this.
+    pub fn hold(&self, vcpu: usize, until: Instant) {
+        self.hold_those(vcpu..=vcpu, until);
+    }
+
+    /// The same for all vCPUs.
+    pub fn hold_all(&self, until: Instant) {
+        self.hold_those(0..=usize::MAX, until);
+    }
+
+    fn hold_those(&self, which: std::ops::RangeInclusive<usize>, until: Instant) {
+        let mut state = lock(&self.state);
+        if !state.flags.may_run() {
+            return;
+        }
+        for (_, here) in state.vcpus.iter_mut().enumerate().filter(|(vcpu, _)| which.contains(vcpu)) {
+            here.held_until = here.held_until.max(Some(until));
+            here.holds += u64::from(matches!(here.place, Place::Running { asked: false, .. }));
+            ask_out(std::slice::from_mut(here));
+        }
+    }
+
+    /// Lets all vCPUs in that are kept out by [`Self::hold`].
+    pub fn release(&self) {
+        self.let_in(&mut lock(&self.state));
+    }
+
+    /// How often each vCPU was taken out by [`Self::hold`].
+    #[must_use]
+    pub fn holds(&self) -> Vec<u64> {
+        lock(&self.state).vcpus.iter().map(|vcpu| vcpu.holds).collect()
     }
 
     /// A vCPU's thread enters the guest now for the first time since it was parked.
@@ -211,11 +263,19 @@ impl Control {
         state.vcpus.iter().all(|vcpu| vcpu.place == Place::Gone)
     }
 
+    fn let_in(&self, state: &mut State) {
+        for vcpu in &mut state.vcpus {
+            vcpu.held_until = None;
+        }
+        self.entrance.notify_all();
+    }
+
     fn apply<T>(&self, state: &mut MutexGuard<'_, State>, change: impl FnOnce(&mut RunFlags) -> T) -> T {
         let (ran, had_ended) = (state.flags.may_run(), state.flags.exit().is_some());
         let answer = change(&mut state.flags);
         match (ran, state.flags.may_run()) {
             (true, false) => {
+                self.let_in(state);
                 ask_out(&mut state.vcpus);
                 state.tell(VmEvent::Stop);
             }

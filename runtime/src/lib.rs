@@ -32,11 +32,14 @@
 //!
 //! What depends on the CPU architecture is in [`arch`] alone.
 
+mod bucket;
 pub mod config;
 pub mod control;
 pub mod controller;
 pub mod devices;
+pub mod dirty;
 pub mod error;
+mod governor;
 mod kick;
 pub mod memory;
 pub mod qmp;

@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use switchover_pager::ram::Ram;
 use switchover_wire::description::RamRegion;
@@ -16,14 +16,17 @@ use switchover_wire::types::{PAGE_SIZE_U64, PageIndex};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
 
+use crate::dirty::book::{Book, BookFrom};
+use crate::dirty::span::SlotSpan;
 use crate::error::VmError;
 
 /// Guest RAM by guest-physical address. Clones share the memory and keep it alive.
 #[derive(Clone)]
 pub struct GuestMemory {
     // Declared before `ram`: it must be gone before the mapping that it points into.
-    mapped: Arc<GuestMemoryMmap>,
+    mapped: Arc<GuestMemoryMmap<BookFrom>>,
     regions: Arc<[RamRegion]>,
+    book: Arc<Book>,
     ram: Ram,
 }
 
@@ -41,13 +44,16 @@ impl GuestMemory {
         if total != ram.pages().0 {
             return Err(refused(format!("{total} pages laid out, {} there are", ram.pages().0)));
         }
+        let book = Arc::new(Book::new(ram.pages()));
         let mut mapped = Vec::new();
-        let mut base = ram.guest_base();
+        let mut offset = 0;
         for region in &regions {
             let size = usize::try_from(region.pages.bytes()).map_err(|_| refused("too large".to_owned()))?;
+            let base = ram.guest_base().wrapping_add(offset);
+            let bitmap = BookFrom::new(Arc::clone(&book), offset);
             // SAFETY: `base` is the start of RAM plus the regions before this one, and all regions together are as
             // long as RAM: the range lies inside its guest mapping, which `ram`, kept beside it, owns.
-            let builder = unsafe { MmapRegionBuilder::new(size).with_raw_mmap_pointer(base) };
+            let builder = unsafe { MmapRegionBuilder::new_with_bitmap(size, bitmap).with_raw_mmap_pointer(base) };
             let mapping = builder
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
                 .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
@@ -56,10 +62,10 @@ impl GuestMemory {
             let region = GuestRegionMmap::new(mapping, GuestAddress(region.guest_address))
                 .ok_or_else(|| refused("a region past the end of the address space".to_owned()))?;
             mapped.push(region);
-            base = base.wrapping_add(size);
+            offset += size;
         }
         let mapped = GuestMemoryMmap::from_regions(mapped).map_err(|error| refused(error.to_string()))?;
-        Ok(Self { mapped: Arc::new(mapped), regions: regions.into(), ram })
+        Ok(Self { mapped: Arc::new(mapped), regions: regions.into(), book, ram })
     }
 
     /// Gives the guest its RAM: one slot a region.
@@ -69,12 +75,24 @@ impl GuestMemory {
     /// # Errors
     /// When KVM refuses a slot.
     pub fn register(&self, vm: &VmFd) -> Result<(), VmError> {
+        self.set_slots(vm, 0)
+    }
+
+    /// Has KVM note from now on which pages are written, or note it no more. The guest may run meanwhile.
+    ///
+    /// # Errors
+    /// When KVM refuses; some slots may have changed.
+    pub fn log_writes(&self, vm: &VmFd, on: bool) -> Result<(), VmError> {
+        self.set_slots(vm, if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })
+    }
+
+    fn set_slots(&self, vm: &VmFd, flags: u32) -> Result<(), VmError> {
         let mut base = self.ram.guest_base();
         for (slot, region) in (0..).zip(self.regions.iter()) {
             let bytes = region.pages.bytes();
             let slot = kvm_userspace_memory_region {
                 slot,
-                flags: 0,
+                flags,
                 guest_phys_addr: region.guest_address,
                 memory_size: bytes,
                 userspace_addr: base as u64,
@@ -102,8 +120,23 @@ impl GuestMemory {
 
     /// The memory as other crates of rust-vmm want it.
     #[must_use]
-    pub fn mapped(&self) -> &GuestMemoryMmap {
+    pub fn mapped(&self) -> &GuestMemoryMmap<BookFrom> {
         &self.mapped
+    }
+
+    /// The pages that were written through [`Self::mapped`].
+    #[must_use]
+    pub fn book(&self) -> &Book {
+        &self.book
+    }
+
+    /// The pages of each slot.
+    pub(crate) fn spans(&self) -> impl Iterator<Item = SlotSpan> {
+        self.regions.iter().zip(0..).scan(0, |before, (region, slot)| {
+            let span = SlotSpan { slot, first: *before, pages: region.pages.0 };
+            *before += region.pages.0;
+            Some(span)
+        })
     }
 
     /// The page that holds a guest-physical address; `None` where there is no RAM.

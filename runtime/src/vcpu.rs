@@ -9,11 +9,13 @@ use std::io;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use switchover_wire::clock::Nanos;
 
 use crate::arch::Ports;
 use crate::control::Control;
+use crate::dirty::ring::RingLog;
 use crate::kick::{ExitByte, prepare_thread};
 use crate::lock;
 use crate::memory::GuestMemory;
@@ -41,6 +43,8 @@ pub struct Shared {
     pub ports: Ports,
     /// Keeps guest RAM mapped for as long as a thread can touch it.
     pub memory: GuestMemory,
+    /// What the vCPUs write, where that is kept in rings.
+    pub ring: Option<Arc<RingLog>>,
 }
 
 /// What became of an exit.
@@ -139,6 +143,10 @@ fn handle(exit: VcpuExit<'_>, shared: &Shared) -> Outcome {
         VcpuExit::MemoryFault { gpa, size, .. } => {
             Outcome::Broken(format!("has no memory behind {size} bytes at {gpa:#x}"))
         }
+        VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => match shared.ring.as_ref().map(|ring| ring.make_room()) {
+            Some(Err(error)) => Outcome::Broken(format!("cannot go on with its dirty ring full: {error}")),
+            Some(Ok(())) | None => Outcome::GoOn,
+        },
         exit => Outcome::Broken(format!("left the guest for a reason unheard of: {exit:?}")),
     }
 }

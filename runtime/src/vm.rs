@@ -10,8 +10,7 @@ use crossbeam::channel::Receiver;
 use kvm_ioctls::{Kvm, VcpuFd};
 use switchover_hybrid::machine::{Machine, MachineError, Paused};
 use switchover_pager::ram::Ram;
-use switchover_precopy::bitmap::PageBitmap;
-use switchover_precopy::dirty::{DirtyLog, DirtyLogError};
+use switchover_precopy::dirty::DirtyLog;
 use switchover_wire::clock::Nanos;
 use switchover_wire::description::MachineDescription;
 use switchover_wire::types::PageIndex;
@@ -22,7 +21,9 @@ use crate::control::{Control, VmEvent};
 use crate::devices::input::InputPump;
 use crate::devices::output::Output;
 use crate::devices::serial::{InputGate, SerialPort};
+use crate::dirty::{Tracked, Tracking};
 use crate::error::VmError;
+use crate::governor::Governor;
 use crate::kick::ExitByte;
 use crate::lock;
 use crate::memory::GuestMemory;
@@ -43,6 +44,8 @@ pub struct Vm {
     platform: Platform,
     vcpus: Vec<Arc<Vcpu>>,
     shared: Arc<Shared>,
+    dirty: Arc<dyn DirtyLog>,
+    governor: Arc<Governor>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     input: Mutex<Option<InputPump>>,
 }
@@ -122,6 +125,25 @@ impl Vm {
         self.shared.control.subscribe()
     }
 
+    /// Guest memory as this machine's devices use it: what is written through it is noted in the dirty log.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.shared.memory
+    }
+
+    /// How many bytes a second each vCPU newly writes, over the last tenth of a second or since the call before. `None` where
+    /// that is not known: without dirty rings, or before the dirty log was started.
+    #[must_use]
+    pub fn dirty_rates(&self) -> Option<Vec<u64>> {
+        self.shared.ring.as_ref().filter(|ring| ring.has_started()).map(|ring| ring.rates())
+    }
+
+    /// How often each vCPU was taken out of the guest for a while, by [`Machine::throttle`] or [`Machine::limit_dirty_rate`].
+    #[must_use]
+    pub fn holds(&self) -> Vec<u64> {
+        self.shared.control.holds()
+    }
+
     /// Why the guest was stopped for good, if it was. The machine may still answer its controller.
     #[must_use]
     pub fn status_reason(&self) -> Option<String> {
@@ -141,7 +163,9 @@ impl Vm {
         })?;
         let memory = GuestMemory::new(ram, regions)?;
         let fd = Arc::new(kvm.create_vm().map_err(VmError::kvm("create a VM"))?);
+        let tracking = Tracking::set_up(config.dirty_tracking, &kvm, &fd, &memory)?;
         let (platform, fds) = Platform::build(&kvm, Arc::clone(&fd), memory.clone(), config.vcpus)?;
+        let Tracked { log: dirty, ring } = tracking.begin(&fd, &memory, &fds)?;
 
         let output = match &config.serial {
             SerialTarget::Stdio => Output::stdout()?,
@@ -161,8 +185,17 @@ impl Vm {
             vcpus.push(Arc::new(Vcpu { index, fd: Mutex::new(fd), exit_byte }));
         }
         let control = Control::new(flags, vcpus.iter().map(|vcpu| Arc::clone(&vcpu.exit_byte)).collect());
-        let shared = Arc::new(Shared { control, ports, memory });
-        let vm = Arc::new(Self { platform, vcpus, shared, threads: Mutex::default(), input: Mutex::default() });
+        let shared = Arc::new(Shared { control, ports, memory, ring });
+        let governor = Governor::new(Arc::clone(&shared));
+        let vm = Arc::new(Self {
+            platform,
+            vcpus,
+            shared,
+            dirty,
+            governor,
+            threads: Mutex::default(),
+            input: Mutex::default(),
+        });
         for vcpu in &vm.vcpus {
             let thread = spawn(Arc::clone(vcpu), Arc::clone(&vm.shared))
                 .map_err(host(&format!("start the thread of vCPU {}", vcpu.index)))?;
@@ -190,17 +223,32 @@ impl Machine for Vm {
     }
 
     fn dirty_log(&self) -> Arc<dyn DirtyLog> {
-        Arc::new(NoDirtyLog)
+        Arc::clone(&self.dirty)
     }
 
-    fn throttle(&self, _percent: u8) {}
+    fn throttle(&self, percent: u8) {
+        if let Err(error) = self.governor.throttle(percent) {
+            tracing::warn!(%error, "the guest cannot be slowed down: no thread could be started for it");
+        }
+    }
 
-    fn limit_dirty_rate(&self, _bytes_per_second: Option<u64>) -> Result<(), MachineError> {
-        Ok(())
+    fn limit_dirty_rate(&self, bytes_per_second: Option<u64>) -> Result<(), MachineError> {
+        const ATTEMPTED: &str = "limit what each vCPU writes";
+        let failed = |why: &str| Err(MachineError::new(ATTEMPTED, why));
+        match (bytes_per_second, &self.shared.ring) {
+            (Some(_), None) => {
+                failed("this machine cannot tell its vCPUs' writes apart; run it with --dirty-tracking ring")
+            }
+            (Some(_), Some(ring)) if !ring.has_started() => failed("its dirty log has not been started"),
+            _ => self.governor.limit(bytes_per_second).map_err(|error| MachineError::new(ATTEMPTED, error)),
+        }
     }
 
     fn pause(&self) -> Result<Paused, MachineError> {
-        self.shared.control.pause(PAUSE_PATIENCE).map_err(|error| MachineError::new("pause the guest", error))
+        let paused =
+            self.shared.control.pause(PAUSE_PATIENCE).map_err(|error| MachineError::new("pause the guest", error))?;
+        self.governor.let_go();
+        Ok(paused)
     }
 
     fn resume(&self) -> Result<(), MachineError> {
@@ -211,6 +259,7 @@ impl Machine for Vm {
 
     fn surrender_right_to_run(&self) {
         self.shared.control.change(RunFlags::surrender);
+        self.governor.let_go();
     }
 
     fn take_right_to_run(&self) {
@@ -259,6 +308,7 @@ impl Machine for Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         drop(lock(&self.input).take());
+        self.governor.end();
         let all_gone = self.shared.control.tear_down(DROP_PATIENCE);
         if !all_gone {
             tracing::error!(
@@ -274,19 +324,4 @@ impl Drop for Vm {
 
 fn read(path: &Path) -> Result<Vec<u8>, VmError> {
     fs::read(path).map_err(|source| VmError::ReadFile { path: path.to_owned(), source })
-}
-
-struct NoDirtyLog;
-
-impl DirtyLog for NoDirtyLog {
-    fn start(&self) -> Result<(), DirtyLogError> {
-        Err(DirtyLogError::new("start the dirty log", "it is not built"))
-    }
-    fn peek(&self, _: &mut PageBitmap) -> Result<(), DirtyLogError> {
-        Ok(())
-    }
-    fn rearm(&self, _: PageIndex, _: &[u64]) -> Result<(), DirtyLogError> {
-        Ok(())
-    }
-    fn stop(&self) {}
 }

@@ -5,9 +5,9 @@ use std::process;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use switchover_hybrid::settings::Settings;
-use switchover_runtime::config::{SerialTarget, VmConfig};
+use switchover_runtime::config::{DirtyTracking, SerialTarget, VmConfig};
 use switchover_runtime::controller::VmController;
 use switchover_runtime::qmp::controller::Controller as _;
 use switchover_runtime::qmp::endpoint::Endpoint;
@@ -60,6 +60,11 @@ pub struct RunArgs {
     /// runs out after the handoff
     #[arg(long, requires = "incoming")]
     lazy_memory: bool,
+
+    /// How a migration finds out what the guest writes: by KVM's bitmaps (log), by a ring of each vCPU (ring), which a
+    /// limit of vCPUs' dirty rates needs, or by what is there, bitmaps first (auto)
+    #[arg(long, value_name = "auto|log|ring", default_value = "auto", hide_possible_values = true)]
+    dirty_tracking: Tracking,
 }
 
 const EXAMPLES: &str = "\
@@ -92,6 +97,24 @@ impl FromStr for IncomingAt {
 
     fn from_str(text: &str) -> Result<Self, AddressError> {
         if text == "defer" { Ok(Self::Deferred) } else { text.parse().map(Self::Address) }
+    }
+}
+
+/// How it is found out what the guest writes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum Tracking {
+    Auto,
+    Log,
+    Ring,
+}
+
+impl From<Tracking> for DirtyTracking {
+    fn from(tracking: Tracking) -> Self {
+        match tracking {
+            Tracking::Auto => Self::Auto,
+            Tracking::Log => Self::Log,
+            Tracking::Ring => Self::Ring,
+        }
     }
 }
 
@@ -135,6 +158,7 @@ pub fn main(args: RunArgs) -> Result<(), Failure> {
         vcpus: args.vcpus,
         serial: args.serial.0,
         lazy_memory: args.lazy_memory,
+        dirty_tracking: args.dirty_tracking.into(),
     };
     let no_threads = |error| Failure::failed(format_args!("cannot start the machine's threads: {error}"));
     let socket = args.qmp.as_ref().map(Bound::at).transpose().map_err(Failure::failed)?;

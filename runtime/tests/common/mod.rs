@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use switchover_runtime::config::{SerialTarget, VmConfig};
+use switchover_runtime::config::{DirtyTracking, SerialTarget, VmConfig};
 use switchover_runtime::vm::Vm;
 use switchover_wire::types::PageCount;
 use tempfile::NamedTempFile;
@@ -82,6 +82,7 @@ impl Guest {
             vcpus,
             serial: SerialTarget::File(self.serial.path().to_owned()),
             lazy_memory: false,
+            dirty_tracking: DirtyTracking::Auto,
         }
     }
 
@@ -99,9 +100,42 @@ pub fn word(vm: &Vm, address: u32) -> u32 {
     use switchover_hybrid::machine::Machine;
     let ram = vm.ram();
     let at = ram.guest_base().wrapping_add(usize::try_from(address).unwrap());
-    // SAFETY: inside the RAM of 4 MiB that `ram` keeps mapped, and aligned; the guest writes it as whole words.
+    // SAFETY: inside the RAM that `ram` keeps mapped, and aligned; the guest writes it as whole words.
     unsafe { at.cast::<u32>().read_volatile() }
 }
+
+/// Where [`SCATTERING`] writes: the upper half of the RAM of 4 MiB.
+pub const SCATTERED: std::ops::Range<u64> = 512..1024;
+
+/// Counts in pages of [`SCATTERED`], in no order.
+pub const SCATTERING: &[u8] = &[
+    0xb8, 0x01, 0x00, 0x00, 0x00, // mov eax, 1
+    // again:
+    0x69, 0xc0, 0x6d, 0x4e, 0xc6, 0x41, // imul eax, eax, 1103515245
+    0x05, 0x39, 0x30, 0x00, 0x00, // add eax, 12345
+    0x89, 0xc7, // mov edi, eax
+    0xc1, 0xef, 0x10, // shr edi, 16
+    0x81, 0xe7, 0xff, 0x01, 0x00, 0x00, // and edi, 511
+    0xc1, 0xe7, 0x0c, // shl edi, 12
+    0x81, 0xc7, 0x00, 0x00, 0x20, 0x00, // add edi, 0x200000
+    0xff, 0x07, // inc dword [edi]
+    0xeb, 0xdd, // jmp again
+];
+
+/// Where [`SWEEPING`] writes, in a RAM of 128 MiB.
+pub const SWEPT: std::ops::Range<u64> = 512..32_768;
+
+/// Counts in each page of [`SWEPT`] in turn, over and over: more pages than a dirty ring has entries.
+pub const SWEEPING: &[u8] = &[
+    // over:
+    0xbf, 0x00, 0x00, 0x20, 0x00, // mov edi, 0x200000
+    // again:
+    0xff, 0x07, // inc dword [edi]
+    0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, // add edi, 4096
+    0x81, 0xff, 0x00, 0x00, 0x00, 0x08, // cmp edi, 0x8000000
+    0x72, 0xf0, // jb again
+    0xeb, 0xe9, // jmp over
+];
 
 /// Waits for a state that will come.
 pub fn until(what: &str, mut there: impl FnMut() -> bool) {
