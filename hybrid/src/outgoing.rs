@@ -162,6 +162,7 @@ impl Outgoing {
             total_time_ns: record.total_time_ns(),
             ram_total,
             transferred: shared.lanes.transferred(),
+            bulk_bytes: shared.lanes.bulk_bytes(),
             remaining: pager.map_or(ram_total, |pager| pager.remaining.bytes()),
             zero_pages: pager.map_or(0, |pager| pager.zero),
             normal_pages: pager.map_or(0, |pager| pager.data),

@@ -36,6 +36,7 @@ pub mod config;
 pub mod control;
 pub mod controller;
 pub mod devices;
+pub mod dirty_rate;
 pub mod error;
 mod kick;
 pub mod memory;
