@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use switchover_wire::socket::Socket;
-use switchover_wire::types::LaneId;
+use switchover_wire::types::{LaneId, LaneRole};
 
 use crate::report::LaneBytes;
 
@@ -43,6 +43,15 @@ impl Lanes {
     #[must_use]
     pub fn transferred(&self) -> u64 {
         self.bytes().iter().map(|lane| lane.sent + lane.received).sum()
+    }
+
+    /// What has crossed the bulk lanes, both ways.
+    #[must_use]
+    pub fn bulk_bytes(&self) -> u64 {
+        let bulk = |(id, socket): &(LaneId, Arc<Socket>)| {
+            (id.role == LaneRole::Bulk).then(|| socket.counters().sent() + socket.counters().received())
+        };
+        self.lock().iter().filter_map(bulk).sum()
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<(LaneId, Arc<Socket>)>> {

@@ -209,6 +209,7 @@ impl Outgoing {
             total_time_ns: record.total_time_ns(),
             ram_total,
             transferred: shared.lanes.transferred(),
+            bulk_bytes: shared.lanes.bulk_bytes(),
             remaining,
             zero_pages: pages(|pager| pager.zero) + rounds.sent.zero_pages,
             normal_pages: pages(|pager| pager.data) + rounds.sent.data_pages,

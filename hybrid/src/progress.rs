@@ -27,6 +27,8 @@ pub struct Progress {
     pub setup_time_ns: Option<u64>,
     /// Bytes that crossed all lanes before the handoff.
     pub precopy_bytes: u64,
+    /// Bytes that crossed the bulk lanes, both ways.
+    pub bulk_bytes: u64,
     /// Rounds of pre-copy begun.
     pub rounds: u32,
     /// Pages that the guest newly wrote a second, over the last round.

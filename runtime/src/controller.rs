@@ -11,13 +11,15 @@ use switchover_hybrid::machine::Machine;
 use switchover_hybrid::outgoing::Outgoing;
 use switchover_hybrid::progress::Progress;
 use switchover_hybrid::report::SideReport;
-use switchover_hybrid::settings::{Notice, Observer, Settings};
+use switchover_hybrid::settings::{Notice, Observer, Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
 use switchover_wire::address::Address;
 
 use crate::control::VmEvent;
+use crate::dirty_rate::limit::{DirtyLimiter, Limit};
+use crate::dirty_rate::{DirtyMeter, Measurement, MeterError, Method, Plan};
 use crate::lock;
-use crate::qmp::controller::{ControlError, Controller, Event, MigrationView, TimedEvent};
+use crate::qmp::controller::{ControlError, Controller, Event, MigrationView, TimedEvent, WrittenPagesMode};
 use crate::run_state::{ExitReason, RunState};
 use crate::vm::Vm;
 
@@ -26,7 +28,11 @@ pub struct VmController {
     vm: Arc<Vm>,
     /// The destination's wish not to reserve its memory: the machine's own, whatever a client sets.
     lazy_memory: bool,
+    /// Whoever begins or ends a use of the machine's book of written pages holds this lock: a migration, the meter and the
+    /// limiter need it one at a time.
     migration: Mutex<Migration>,
+    meter: DirtyMeter,
+    limiter: DirtyLimiter,
     events: Sender<TimedEvent>,
     quit_by_client: AtomicBool,
 }
@@ -51,6 +57,8 @@ impl VmController {
             vm,
             lazy_memory,
             migration: Mutex::new(Migration::None),
+            meter: DirtyMeter::default(),
+            limiter: DirtyLimiter::default(),
             events,
             quit_by_client: AtomicBool::new(false),
         };
@@ -91,7 +99,7 @@ impl VmController {
         let events = self.events.clone();
         Arc::new(move |notice| match notice {
             Notice::Status(status) => tell(&events, Event::Migration(status)),
-            Notice::Round(_) => {}
+            Notice::Round(pass) => tell(&events, Event::MigrationPass(pass)),
         })
     }
 }
@@ -135,6 +143,11 @@ impl Controller for VmController {
             }
             RunState::Prelaunch | RunState::Running | RunState::Paused | RunState::FinishMigrate => {}
         }
+        if self.limiter.limit().is_some() {
+            return Err(ControlError::Limited);
+        }
+        // Moving the guest is worth more than knowing how fast it writes.
+        self.meter.interrupt();
         *migration = Migration::Outgoing(Outgoing::start(self.machine(), to, settings, self.observer())?);
         Ok(())
     }
@@ -164,6 +177,19 @@ impl Controller for VmController {
                 Ok(outgoing.start_postcopy()?)
             }
             _ => Err(ControlError::NothingToHandOver),
+        }
+    }
+
+    fn continue_switchover(&self) -> Result<(), ControlError> {
+        match &*self.migration() {
+            Migration::Outgoing(outgoing) => Ok(outgoing.proceed()?),
+            Migration::None | Migration::Incoming(_) => Err(ControlError::NothingToContinue),
+        }
+    }
+
+    fn set_tunables(&self, tunables: Tunables) {
+        if let Migration::Outgoing(outgoing) = &*self.migration() {
+            outgoing.set_tunables(tunables);
         }
     }
 
@@ -199,6 +225,56 @@ impl Controller for VmController {
             Migration::Outgoing(outgoing) => Some(outgoing.report()),
             Migration::Incoming(incoming) => Some(incoming.report()),
         }
+    }
+
+    fn vcpus(&self) -> u32 {
+        self.vm.describe().vcpus
+    }
+
+    fn written_pages_mode(&self) -> WrittenPagesMode {
+        WrittenPagesMode::Bitmap
+    }
+
+    fn measure_dirty_rate(&self, plan: Plan) -> Result<(), ControlError> {
+        let migration = self.migration();
+        if migration.is_under_way() {
+            return Err(ControlError::MeasuredByMigration);
+        }
+        if self.vm.run_state() == RunState::Inmigrate {
+            return Err(ControlError::NotArrived);
+        }
+        if plan.method == Method::Book && self.limiter.limit().is_some() {
+            return Err(MeterError::Limited.into());
+        }
+        Ok(self.meter.measure(&*self.vm, plan)?)
+    }
+
+    fn dirty_rate(&self) -> Option<Measurement> {
+        self.meter.last()
+    }
+
+    fn limit_dirty_rate(&self, bytes_per_second: Option<u64>) -> Result<(), ControlError> {
+        let migration = self.migration();
+        if migration.is_under_way() {
+            let wish = if bytes_per_second.is_some() { "set" } else { "cancel" };
+            return Err(ControlError::LimitDuringMigration { wish });
+        }
+        let Some(bytes_per_second) = bytes_per_second else {
+            self.limiter.lift();
+            return Ok(());
+        };
+        if self.vm.run_state() == RunState::Inmigrate {
+            return Err(ControlError::NotArrived);
+        }
+        let measures_by_book = |last: Measurement| last.plan.method == Method::Book;
+        if self.meter.is_measuring() && self.meter.last().is_some_and(measures_by_book) {
+            return Err(MeterError::Measuring.into());
+        }
+        Ok(self.limiter.hold(self.machine(), bytes_per_second)?)
+    }
+
+    fn dirty_limit(&self) -> Option<Limit> {
+        self.limiter.limit()
     }
 }
 

@@ -38,6 +38,7 @@ pub mod control;
 pub mod controller;
 pub mod devices;
 pub mod dirty;
+pub mod dirty_rate;
 pub mod error;
 mod governor;
 mod kick;

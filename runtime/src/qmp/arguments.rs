@@ -82,6 +82,22 @@ impl Kind for bool {
     }
 }
 
+impl Kind for i64 {
+    const NAME: &'static str = "integer";
+
+    fn of(value: Value, _: &str) -> Option<Self> {
+        value.as_i64()
+    }
+}
+
+impl Kind for u64 {
+    const NAME: &'static str = "uint64";
+
+    fn of(value: Value, _: &str) -> Option<Self> {
+        value.as_u64()
+    }
+}
+
 impl Kind for Arguments {
     const NAME: &'static str = "object";
 

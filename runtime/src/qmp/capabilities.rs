@@ -21,16 +21,16 @@ const NO_BLOCK_DEVICES: &str = "this machine has no block devices";
 
 /// Every capability that QEMU 10 knows, in its order.
 const TABLE: [(&str, Meaning); 22] = [
-    ("xbzrle", Meaning::Refused("pages are not encoded as differences yet")),
+    ("xbzrle", Meaning::Honoured),
     ("rdma-pin-all", Meaning::Refused("there is no RDMA transport; migrate over tcp: or unix:")),
-    ("auto-converge", Meaning::Refused("vCPUs are never throttled; post-copy ends without it")),
+    ("auto-converge", Meaning::Honoured),
     ("zero-blocks", Meaning::Refused(NO_BLOCK_DEVICES)),
     ("events", Meaning::Honoured),
     ("postcopy-ram", Meaning::Honoured),
     ("x-colo", Meaning::Refused("COLO is not built")),
     ("release-ram", Meaning::Refused("the source keeps every page until the destination has all of them")),
     ("return-path", Meaning::Always),
-    ("pause-before-switchover", Meaning::Refused("without pre-copy there is nothing to pause before")),
+    ("pause-before-switchover", Meaning::Honoured),
     ("multifd", Meaning::Honoured),
     ("dirty-bitmaps", Meaning::Refused(NO_BLOCK_DEVICES)),
     ("postcopy-blocktime", Meaning::Refused("x-switchover-report has the latency of every fault, switched on or not")),
@@ -43,7 +43,7 @@ const TABLE: [(&str, Meaning); 22] = [
     ("postcopy-preempt", Meaning::Always),
     // The source never pauses before the destination has said that it is prepared.
     ("switchover-ack", Meaning::Always),
-    ("dirty-limit", Meaning::Refused("vCPUs are never throttled; post-copy ends without it")),
+    ("dirty-limit", Meaning::Honoured),
     ("mapped-ram", Meaning::Refused(NOT_BUILT)),
 ];
 
@@ -84,6 +84,10 @@ impl Capabilities {
         }
         if after.has("postcopy-preempt") && !after.has("postcopy-ram") {
             return Err(Refusal::generic("Postcopy preempt requires postcopy-ram"));
+        }
+        if after.has("dirty-limit") && after.has("auto-converge") {
+            let desc = "dirty-limit conflicts with auto-converge either of then available currently";
+            return Err(Refusal::generic(desc));
         }
         Ok(after)
     }
@@ -152,8 +156,12 @@ mod tests {
             (json!([{"capability": "events", "state": true, "x": 1}]), "Parameter 'capabilities[0].x' is unexpected"),
             (one("postcopy-preempt", true), "Postcopy preempt requires postcopy-ram"),
             (
-                json!([{"capability": "postcopy-ram", "state": true}, {"capability": "xbzrle", "state": true}]),
-                "Capability 'xbzrle' cannot be switched on: pages are not encoded as differences yet",
+                json!([{"capability": "postcopy-ram", "state": true}, {"capability": "zero-copy-send", "state": true}]),
+                "Capability 'zero-copy-send' cannot be switched on: it is not built yet",
+            ),
+            (
+                json!([{"capability": "dirty-limit", "state": true}, {"capability": "auto-converge", "state": true}]),
+                "dirty-limit conflicts with auto-converge either of then available currently",
             ),
         ] {
             assert_eq!(set(none, &list), Err(desc.to_owned()));

@@ -29,13 +29,13 @@ fn main_channel(mut channel: Arguments) -> Result<Address, Refusal> {
     match name.as_str() {
         "main" => {}
         "cpr" => return Err(Refusal::generic("Channel type 'cpr' is not built; give one channel of type 'main'")),
-        other => return Err(does_not_accept("channel-type", other)),
+        other => return Err(Refusal::not_accepted("channel-type", other)),
     }
     let transport: String = address.required("transport")?;
     match transport.as_str() {
         "socket" => {}
         "exec" | "rdma" | "file" => return Err(not_built("transport", &transport)),
-        other => return Err(does_not_accept("transport", other)),
+        other => return Err(Refusal::not_accepted("transport", other)),
     }
     let kind: String = address.required("type")?;
     let found = match kind.as_str() {
@@ -46,7 +46,7 @@ fn main_channel(mut channel: Arguments) -> Result<Address, Refusal> {
         }
         "unix" => format!("unix:{}", address.required::<String>("path")?),
         "vsock" | "fd" => return Err(not_built("type", &kind)),
-        other => return Err(does_not_accept("type", other)),
+        other => return Err(Refusal::not_accepted("type", other)),
     };
     address.finish()?;
     parse(&found)
@@ -54,10 +54,6 @@ fn main_channel(mut channel: Arguments) -> Result<Address, Refusal> {
 
 fn parse(text: &str) -> Result<Address, Refusal> {
     text.parse().map_err(Refusal::generic)
-}
-
-fn does_not_accept(name: &str, value: &str) -> Refusal {
-    Refusal::generic(format_args!("Parameter '{name}' does not accept value '{value}'"))
 }
 
 fn not_built(name: &str, value: &str) -> Refusal {

@@ -3,15 +3,17 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
-use switchover_hybrid::settings::{Bandwidth, Settings};
+use switchover_hybrid::monitor::Limits;
+use switchover_hybrid::settings::{Settings, Tunables};
+use switchover_hybrid::status::MigrationStatus;
 
 use super::arguments::Arguments;
 use super::capabilities::Capabilities;
 use super::channel::take_address;
 use super::controller::Controller;
 use super::parameters::Parameters;
-use super::query;
 use super::refusal::Refusal;
+use super::{dirty, query, settings};
 use crate::run_state::RunState;
 
 /// The version of QEMU whose protocol this is: what clients decide by which fields they may expect.
@@ -27,14 +29,19 @@ pub struct Commands {
 struct Options {
     capabilities: Capabilities,
     parameters: Parameters,
+    /// Those of the migration that was begun last.
+    begun: Option<Settings>,
 }
 
 type Command = fn(&Commands, Arguments) -> Result<Value, Refusal>;
 
 /// Every command, by name. `qmp_capabilities` is here to be listed; a session answers it itself.
-const TABLE: [(&str, Command); 20] = [
+const TABLE: [(&str, Command); 26] = [
+    ("calc-dirty-rate", |own, arguments| dirty::calc_dirty_rate(&*own.controller, arguments)),
+    ("cancel-vcpu-dirty-limit", |own, arguments| dirty::cancel_vcpu_dirty_limit(&*own.controller, arguments)),
     ("cont", Commands::cont),
     ("migrate", Commands::migrate),
+    ("migrate-continue", Commands::migrate_continue),
     ("migrate-incoming", Commands::migrate_incoming),
     ("migrate-set-capabilities", Commands::set_capabilities),
     ("migrate-set-parameters", Commands::set_parameters),
@@ -42,6 +49,7 @@ const TABLE: [(&str, Command); 20] = [
     ("migrate_cancel", Commands::cancel),
     ("qmp_capabilities", Commands::negotiated_already),
     ("query-commands", Commands::query_commands),
+    ("query-dirty-rate", |own, arguments| dirty::query_dirty_rate(&*own.controller, arguments)),
     ("query-kvm", Commands::query_kvm),
     ("query-migrate", Commands::query_migrate),
     ("query-migrate-capabilities", Commands::query_capabilities),
@@ -49,8 +57,10 @@ const TABLE: [(&str, Command); 20] = [
     ("query-name", Commands::query_name),
     ("query-status", Commands::query_status),
     ("query-target", Commands::query_target),
+    ("query-vcpu-dirty-limit", |own, arguments| dirty::query_vcpu_dirty_limit(&*own.controller, arguments)),
     ("query-version", Commands::query_version),
     ("quit", Commands::quit),
+    ("set-vcpu-dirty-limit", |own, arguments| dirty::set_vcpu_dirty_limit(&*own.controller, arguments)),
     ("stop", Commands::stop),
     ("x-switchover-report", Commands::report),
 ];
@@ -126,14 +136,12 @@ impl Commands {
         if resume {
             return Err(Refusal::generic("A migration cannot be resumed: recovery of a lost link is not built yet"));
         }
-        let settings = self.settings();
-        if !settings.postcopy {
-            return Err(Refusal::generic(
-                "Only post-copy migration is built yet: switch on the capability 'postcopy-ram' with \
-                 migrate-set-capabilities, migrate, and hand off with migrate-start-postcopy",
-            ));
-        }
-        self.controller.migrate(to, settings).map_err(Refusal::generic).map(|()| json!({}))
+        // Held until it has begun: whoever changes a parameter meanwhile changes it for this migration.
+        let mut options = self.options();
+        let settings = options.settings();
+        self.controller.migrate(to, settings).map_err(Refusal::generic)?;
+        options.begun = Some(settings);
+        Ok(json!({}))
     }
 
     fn migrate_incoming(&self, mut arguments: Arguments) -> Result<Value, Refusal> {
@@ -146,17 +154,36 @@ impl Commands {
                  the handoff",
             ));
         }
-        self.controller.listen(&at, self.settings()).map_err(Refusal::generic).map(|()| json!({}))
+        self.controller.listen(&at, self.options().settings()).map_err(Refusal::generic).map(|()| json!({}))
     }
 
     fn start_postcopy(&self, arguments: Arguments) -> Result<Value, Refusal> {
         arguments.finish()?;
-        if !self.options().capabilities.has("postcopy-ram") {
+        let options = *self.options();
+        let settings = if self.is_under_way() { options.begun } else { None };
+        if !settings.unwrap_or_else(|| options.settings()).postcopy {
             return Err(Refusal::generic(
                 "Enable postcopy with migrate-set-capabilities before the start of migration",
             ));
         }
         self.controller.start_postcopy().map_err(Refusal::generic).map(|()| json!({}))
+    }
+
+    fn migrate_continue(&self, mut arguments: Arguments) -> Result<Value, Refusal> {
+        let wanted: String = arguments.required("state")?;
+        arguments.finish()?;
+        let wanted: MigrationStatus =
+            serde_json::from_value(json!(wanted)).map_err(|_| Refusal::not_accepted("state", &wanted))?;
+        let now = self.controller.migration().map_or(MigrationStatus::None, |view| view.progress.status);
+        if wanted != now {
+            return Err(Refusal::generic(format_args!("Migration not in expected state: {now}")));
+        }
+        if now != MigrationStatus::PreSwitchover {
+            return Err(Refusal::generic(format_args!(
+                "Parameter 'state' must be 'pre-switchover': a migration in state '{now}' does not wait to be continued"
+            )));
+        }
+        self.controller.continue_switchover().map_err(Refusal::generic).map(|()| json!({}))
     }
 
     fn cancel(&self, arguments: Arguments) -> Result<Value, Refusal> {
@@ -165,27 +192,37 @@ impl Commands {
     }
 
     fn set_capabilities(&self, arguments: Arguments) -> Result<Value, Refusal> {
-        self.refuse_under_way()?;
+        if self.is_under_way() {
+            return Err(Refusal::generic("There's a migration process in progress"));
+        }
         let mut options = self.options();
         options.capabilities = options.capabilities.set(arguments)?;
         Ok(json!({}))
     }
 
+    /// As in QEMU, parameters can be set at any time. Limits and bandwidths take effect at once.
     fn set_parameters(&self, arguments: Arguments) -> Result<Value, Refusal> {
-        self.refuse_under_way()?;
+        // Held until the migration has been told: of two clients the later one is heeded.
         let mut options = self.options();
-        options.parameters = options.parameters.set(arguments)?;
+        let under_way = self.is_under_way();
+        let after = options.parameters.set(arguments)?;
+        if under_way {
+            options.parameters.check_under_way(&after)?;
+        }
+        options.parameters = after;
+        if let (true, Some(begun)) = (under_way, options.begun) {
+            self.controller.set_tunables(Tunables {
+                limits: Limits { mode: begun.limits.mode, ..settings::limits(&after) },
+                bandwidth: settings::bandwidth(&after),
+            });
+        }
         Ok(json!({}))
     }
 
-    /// A migration takes its settings along when it begins; changing them afterwards would change nothing.
-    fn refuse_under_way(&self) -> Result<(), Refusal> {
-        match self.controller.migration() {
-            Some(view) if view.listening_at.is_none() && view.progress.status.is_under_way() => {
-                Err(Refusal::generic("There's a migration process in progress"))
-            }
-            _ => Ok(()),
-        }
+    /// Whether a migration out of this machine is under way: it has taken its settings along.
+    fn is_under_way(&self) -> bool {
+        let view = self.controller.migration();
+        view.is_some_and(|view| view.listening_at.is_none() && view.progress.status.is_under_way())
     }
 
     fn query_capabilities(&self, arguments: Arguments) -> Result<Value, Refusal> {
@@ -239,15 +276,10 @@ impl Commands {
         let none = || Refusal::generic("There has been no migration to report on");
         serde_json::to_value(self.controller.report().ok_or_else(none)?).map_err(Refusal::generic)
     }
+}
 
+impl Options {
     fn settings(&self) -> Settings {
-        let Options { capabilities, parameters } = *self.options();
-        Settings {
-            postcopy: capabilities.has("postcopy-ram"),
-            bulk_lanes: if capabilities.has("multifd") { parameters.multifd_channels } else { 1 },
-            bandwidth: Bandwidth { precopy: 0, postcopy: parameters.max_postcopy_bandwidth },
-            // The rest is the machine's own, which its controller knows.
-            ..Settings::default()
-        }
+        settings::settings(&self.capabilities, &self.parameters)
     }
 }

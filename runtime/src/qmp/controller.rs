@@ -5,11 +5,13 @@ use std::time::SystemTime;
 use switchover_hybrid::error::MigrationError;
 use switchover_hybrid::progress::Progress;
 use switchover_hybrid::report::SideReport;
-use switchover_hybrid::settings::Settings;
+use switchover_hybrid::settings::{Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
 use switchover_wire::address::Address;
 use thiserror::Error;
 
+use crate::dirty_rate::limit::Limit;
+use crate::dirty_rate::{Measurement, MeterError, Plan};
 use crate::error::VmError;
 use crate::run_state::RunState;
 
@@ -57,6 +59,15 @@ pub trait Controller: Send + Sync + 'static {
     /// When there is no migration that could.
     fn start_postcopy(&self) -> Result<(), ControlError>;
 
+    /// Goes on with the handoff of a guest that was paused for it.
+    ///
+    /// # Errors
+    /// When no migration waits for that.
+    fn continue_switchover(&self) -> Result<(), ControlError>;
+
+    /// Changes what may be changed while a migration runs. Nothing to change is no error.
+    fn set_tunables(&self, tunables: Tunables);
+
     /// Cancels the migration. Nothing to cancel is no error.
     ///
     /// # Errors
@@ -68,6 +79,39 @@ pub trait Controller: Send + Sync + 'static {
 
     /// What this side knows of the last migration, if there was one.
     fn report(&self) -> Option<SideReport>;
+
+    /// How many vCPUs the machine has.
+    fn vcpus(&self) -> u32;
+
+    /// What the machine knows of written pages, and how.
+    fn written_pages_mode(&self) -> WrittenPagesMode;
+
+    /// Begins to measure how fast the guest writes.
+    ///
+    /// # Errors
+    /// During a migration or another measurement, or when the machine cannot tell.
+    fn measure_dirty_rate(&self, plan: Plan) -> Result<(), ControlError>;
+
+    /// The last measurement of that, if there was one.
+    fn dirty_rate(&self) -> Option<Measurement>;
+
+    /// Holds each vCPU to so many newly written bytes a second; `None` lifts that.
+    ///
+    /// # Errors
+    /// During a migration or a measurement, or when the machine cannot.
+    fn limit_dirty_rate(&self, bytes_per_second: Option<u64>) -> Result<(), ControlError>;
+
+    /// The limit that is held, if there is one.
+    fn dirty_limit(&self) -> Option<Limit>;
+}
+
+/// How a machine keeps its book of written pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum WrittenPagesMode {
+    /// A bit a page.
+    Bitmap,
+    /// A ring of pages for each vCPU.
+    Ring,
 }
 
 /// A look at a migration.
@@ -95,6 +139,8 @@ pub enum Event {
     },
     /// A migration's status has changed to this.
     Migration(MigrationStatus),
+    /// This round of a migration's pre-copy begins, counted from 1.
+    MigrationPass(u32),
 }
 
 /// An event and the time of day at which it happened.
@@ -156,6 +202,29 @@ pub enum ControlError {
     /// There is no migration whose guest could be handed over.
     #[error("Postcopy must be started after migration has been started")]
     NothingToHandOver,
+    /// No migration waits before its handoff.
+    #[error("no migration out of this machine waits to go on")]
+    NothingToContinue,
+    /// A migration has the book of written pages.
+    #[error(
+        "the dirty rate cannot be measured during a migration; query-migrate has `dirty-pages-rate` while memory is copied"
+    )]
+    MeasuredByMigration,
+    /// QEMU's sentence.
+    #[error("can't {wish} dirty page rate limit while migration is running")]
+    LimitDuringMigration {
+        /// "set" or "cancel".
+        wish: &'static str,
+    },
+    /// A limit has the book of written pages.
+    #[error(
+        "a dirty page rate limit is set, and needs the machine's book of written pages: lift it with \
+         cancel-vcpu-dirty-limit; a migration can hold one of its own (capability dirty-limit)"
+    )]
+    Limited,
+    /// The dirty rate could not be measured or limited.
+    #[error(transparent)]
+    Meter(#[from] MeterError),
     /// The machine refused.
     #[error(transparent)]
     Machine(#[from] VmError),

@@ -4,11 +4,13 @@ use std::sync::Mutex;
 
 use switchover_hybrid::progress::Progress;
 use switchover_hybrid::report::SideReport;
-use switchover_hybrid::settings::Settings;
+use switchover_hybrid::settings::{Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
 use switchover_wire::address::Address;
 
-use super::controller::{ControlError, Controller, MigrationView};
+use super::controller::{ControlError, Controller, MigrationView, WrittenPagesMode};
+use crate::dirty_rate::limit::Limit;
+use crate::dirty_rate::{Measurement, Plan, Standing};
 use crate::run_state::RunState;
 
 /// The fake. Its migration does what the test sets it to.
@@ -19,12 +21,26 @@ pub struct Fake {
 struct State {
     run_state: RunState,
     migration: Option<MigrationView>,
+    began: Option<Settings>,
+    tuned: Option<Tunables>,
+    measurement: Option<Measurement>,
+    limit: Option<Limit>,
     told: Vec<String>,
 }
 
 impl Fake {
     pub fn new(run_state: RunState) -> Self {
-        Self { state: Mutex::new(State { run_state, migration: None, told: Vec::new() }) }
+        Self {
+            state: Mutex::new(State {
+                run_state,
+                migration: None,
+                began: None,
+                tuned: None,
+                measurement: None,
+                limit: None,
+                told: Vec::new(),
+            }),
+        }
     }
 
     /// What it was told to do, in order.
@@ -36,6 +52,22 @@ impl Fake {
     pub fn stand(&self, status: MigrationStatus) {
         let progress = Progress { status, ..Progress::default() };
         self.state.lock().unwrap().migration = Some(MigrationView { progress, listening_at: None });
+    }
+
+    /// The settings of the last migration.
+    pub fn began(&self) -> Settings {
+        self.state.lock().unwrap().began.unwrap()
+    }
+
+    /// What was last changed under way.
+    pub fn tuned(&self) -> Option<Tunables> {
+        self.state.lock().unwrap().tuned
+    }
+
+    /// Ends its measurement.
+    pub fn measured(&self, bytes_per_second: u64) {
+        let mut state = self.state.lock().unwrap();
+        state.measurement.as_mut().unwrap().standing = Standing::Measured { bytes_per_second };
     }
 
     fn note(&self, what: String) {
@@ -75,6 +107,7 @@ impl Controller for Fake {
 
     fn migrate(&self, to: Address, settings: Settings) -> Result<(), ControlError> {
         self.note(format!("migrate to {to} over {} at {}", settings.bulk_lanes, settings.bandwidth.postcopy));
+        self.state.lock().unwrap().began = Some(settings);
         self.stand(MigrationStatus::Active);
         Ok(())
     }
@@ -92,6 +125,16 @@ impl Controller for Fake {
         Ok(())
     }
 
+    fn continue_switchover(&self) -> Result<(), ControlError> {
+        self.note("continue".to_owned());
+        self.stand(MigrationStatus::Device);
+        Ok(())
+    }
+
+    fn set_tunables(&self, tunables: Tunables) {
+        self.state.lock().unwrap().tuned = Some(tunables);
+    }
+
     fn cancel(&self) -> Result<(), ControlError> {
         self.note("cancel".to_owned());
         Ok(())
@@ -103,5 +146,34 @@ impl Controller for Fake {
 
     fn report(&self) -> Option<SideReport> {
         None
+    }
+
+    fn vcpus(&self) -> u32 {
+        2
+    }
+
+    fn written_pages_mode(&self) -> WrittenPagesMode {
+        WrittenPagesMode::Ring
+    }
+
+    fn measure_dirty_rate(&self, plan: Plan) -> Result<(), ControlError> {
+        let started = std::time::UNIX_EPOCH + std::time::Duration::from_millis(1_700_000_000_900);
+        let measurement = Measurement { plan, started, standing: Standing::Measuring };
+        self.state.lock().unwrap().measurement = Some(measurement);
+        Ok(())
+    }
+
+    fn dirty_rate(&self) -> Option<Measurement> {
+        self.state.lock().unwrap().measurement
+    }
+
+    fn limit_dirty_rate(&self, bytes_per_second: Option<u64>) -> Result<(), ControlError> {
+        let limit = bytes_per_second.map(|bytes_per_second| Limit { bytes_per_second, written_per_second: 5 << 20 });
+        self.state.lock().unwrap().limit = limit;
+        Ok(())
+    }
+
+    fn dirty_limit(&self) -> Option<Limit> {
+        self.state.lock().unwrap().limit
     }
 }

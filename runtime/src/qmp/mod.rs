@@ -15,13 +15,16 @@ pub mod capabilities;
 pub mod channel;
 pub mod commands;
 pub mod controller;
+pub mod dirty;
 pub mod endpoint;
 pub mod framing;
+mod given;
 pub mod parameters;
 pub mod query;
 pub mod refusal;
 pub mod server;
 pub mod session;
+pub mod settings;
 
 #[cfg(test)]
 mod fake;

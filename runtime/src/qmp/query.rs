@@ -36,6 +36,14 @@ pub fn migration(view: Option<&MigrationView>) -> Value {
             put("downtime", milliseconds(downtime));
             put("x-switchover-downtime-ns", json!(downtime));
         }
+        if is_copying(progress.status) {
+            if let Some(expected) = progress.expected_downtime_ns {
+                put("expected-downtime", milliseconds(expected));
+            }
+            if progress.throttle_percent > 0 {
+                put("cpu-throttle-percentage", json!(progress.throttle_percent));
+            }
+        }
         put("ram", ram(progress));
     }
     Value::Object(answer)
@@ -47,11 +55,17 @@ const fn is_measured(progress: &Progress) -> bool {
         && (!matches!(progress.status, MigrationStatus::Failed) || progress.transferred > 0)
 }
 
+/// Whether memory is copied while the guest runs here.
+const fn is_copying(status: MigrationStatus) -> bool {
+    matches!(status, MigrationStatus::Active | MigrationStatus::PreSwitchover | MigrationStatus::Device)
+}
+
 fn milliseconds(nanos: u64) -> Value {
     json!(nanos / NANOS_A_MILLISECOND)
 }
 
-/// QEMU's `MigrationStats`. Nothing but the handshake crosses before the handoff, so all bytes count as post-copy's.
+/// QEMU's `MigrationStats`. What crossed before the handoff counts as pre-copy's, everything else as post-copy's: the
+/// state of the guest and what a stop-and-copy sends last, too. Rates are of the guest here, while it is here.
 fn ram(progress: &Progress) -> Value {
     let pages = progress.normal_pages.saturating_add(progress.zero_pages);
     json!({
@@ -61,17 +75,17 @@ fn ram(progress: &Progress) -> Value {
         "duplicate": progress.zero_pages,
         "normal": progress.normal_pages,
         "normal-bytes": progress.normal_pages.saturating_mul(PAGE_SIZE_U64),
-        "dirty-pages-rate": 0,
+        "dirty-pages-rate": if is_copying(progress.status) { progress.dirty_pages_per_second } else { 0 },
         "mbps": per_second(progress.transferred.saturating_mul(8), progress.total_time_ns) / 1e6,
-        "dirty-sync-count": 0,
+        "dirty-sync-count": progress.rounds,
         "postcopy-requests": progress.postcopy_requests,
         "page-size": PAGE_SIZE_U64,
-        "multifd-bytes": 0,
+        "multifd-bytes": progress.bulk_bytes,
         // QEMU's is a whole number.
         "pages-per-second": u128::from(pages) * 1_000_000_000 / u128::from(progress.total_time_ns.max(1)),
-        "precopy-bytes": 0,
+        "precopy-bytes": progress.precopy_bytes,
         "downtime-bytes": 0,
-        "postcopy-bytes": progress.transferred,
+        "postcopy-bytes": progress.transferred.saturating_sub(progress.precopy_bytes),
         "dirty-sync-missed-zero-copy": 0,
     })
 }
@@ -105,6 +119,12 @@ mod tests {
             total_time_ns: 2_000_000_000,
             setup_time_ns: Some(7_900_000),
             downtime_ns: Some(1_234_567),
+            precopy_bytes: 15_000,
+            bulk_bytes: 19_000,
+            rounds: 3,
+            dirty_pages_per_second: 70,
+            expected_downtime_ns: Some(8_900_000),
+            throttle_percent: 30,
             ..Progress::default()
         };
         MigrationView { progress, listening_at: None }
@@ -131,9 +151,25 @@ mod tests {
             ("/ram/postcopy-requests", json!(2)),
             ("/ram/pages-per-second", json!(2)),
             ("/ram/mbps", json!(0.08)),
+            ("/ram/dirty-sync-count", json!(3)),
+            ("/ram/precopy-bytes", json!(15000)),
+            ("/ram/postcopy-bytes", json!(5000)),
+            ("/ram/multifd-bytes", json!(19000)),
+            ("/ram/dirty-pages-rate", json!(0)),
         ] {
             assert_eq!(answer.pointer(pointer), Some(&value), "{pointer}");
         }
+        assert!(answer.get("expected-downtime").is_none() && answer.get("cpu-throttle-percentage").is_none());
+    }
+
+    #[test]
+    fn what_is_expected_and_throttled_is_told_while_memory_is_copied() {
+        let mut active = view(MigrationStatus::Active);
+        let answer = migration(Some(&active));
+        assert_eq!((&answer["expected-downtime"], &answer["cpu-throttle-percentage"]), (&json!(8), &json!(30)));
+        assert_eq!(answer["ram"]["dirty-pages-rate"], 70);
+        active.progress.throttle_percent = 0;
+        assert!(migration(Some(&active)).get("cpu-throttle-percentage").is_none());
     }
 
     #[test]

@@ -33,6 +33,11 @@ impl Refusal {
         Self { class: Class::CommandNotFound, desc: desc.to_string() }
     }
 
+    /// The value of an enumeration that has no such value.
+    pub fn not_accepted(name: &str, value: &str) -> Self {
+        Self::generic(format_args!("Parameter '{name}' does not accept value '{value}'"))
+    }
+
     /// As it stands in a reply under `error`.
     #[must_use]
     pub fn to_value(&self) -> Value {

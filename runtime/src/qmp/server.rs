@@ -262,7 +262,7 @@ fn announce(shared: &Shared, events: &Receiver<TimedEvent>, ends: &Receiver<()>)
 }
 
 fn tell(shared: &Shared, TimedEvent { event, at }: TimedEvent) {
-    if matches!(event, Event::Migration(_)) && !shared.commands.tells_migration_events() {
+    if matches!(event, Event::Migration(_) | Event::MigrationPass(_)) && !shared.commands.tells_migration_events() {
         return;
     }
     let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -274,6 +274,7 @@ fn tell(shared: &Shared, TimedEvent { event, at }: TimedEvent) {
         Event::Stop | Event::Resume => {}
         Event::Shutdown { guest, reason } => message["data"] = json!({ "guest": guest, "reason": reason }),
         Event::Migration(status) => message["data"] = json!({ "status": status }),
+        Event::MigrationPass(pass) => message["data"] = json!({ "pass": pass }),
     }
     // Not under the lock: one client that does not read must not hold up a new one.
     let listening: Vec<_> = shared.connections().open.values().map(Arc::clone).collect();
@@ -290,5 +291,6 @@ const fn name(event: Event) -> &'static str {
         Event::Resume => "RESUME",
         Event::Shutdown { .. } => "SHUTDOWN",
         Event::Migration(_) => "MIGRATION",
+        Event::MigrationPass(_) => "MIGRATION_PASS",
     }
 }

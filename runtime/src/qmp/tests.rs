@@ -7,6 +7,8 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use crossbeam::channel::{Sender, unbounded};
 use serde_json::{Value, json};
+use switchover_hybrid::monitor::{Limits, Mode};
+use switchover_hybrid::settings::{Bandwidth, Tunables};
 use switchover_hybrid::status::MigrationStatus;
 
 use super::controller::{Event, TimedEvent};
@@ -176,7 +178,6 @@ fn a_migration_takes_the_settings_of_its_beginning() {
     let mut client = Client::negotiated(&setup);
     assert_eq!(client.execute("query-migrate", &json!({})), json!({"return": {}}));
     assert!(client.error("migrate-start-postcopy", &json!({})).contains("Enable postcopy"));
-    assert!(client.error("migrate", &json!({"uri": "tcp:h:1"})).contains("Only post-copy migration is built"));
     client.postcopy();
     assert_eq!(
         client.error("migrate-start-postcopy", &json!({})),
@@ -189,9 +190,7 @@ fn a_migration_takes_the_settings_of_its_beginning() {
     assert_eq!(client.execute("query-migrate-parameters", &json!({}))["return"]["multifd-channels"], 3);
     assert_eq!(client.execute("migrate", &json!({"uri": "tcp:h:1", "detach": true})), json!({"return": {}}));
     assert_eq!(setup.fake.told(), ["migrate to tcp:h:1 over 1 at 1000"]);
-    for name in ["migrate-set-parameters", "migrate-set-capabilities"] {
-        assert!(client.error(name, &json!({"capabilities": []})).contains("in progress"), "{name}");
-    }
+    assert!(client.error("migrate-set-capabilities", &json!({"capabilities": []})).contains("in progress"));
     assert_eq!(client.execute("migrate-start-postcopy", &json!({})), json!({"return": {}}));
     assert_eq!(client.execute("query-migrate", &json!({}))["return"]["status"], "postcopy-active");
     setup.fake.stand(MigrationStatus::Failed);
@@ -201,6 +200,157 @@ fn a_migration_takes_the_settings_of_its_beginning() {
     assert_eq!(setup.fake.told().last().unwrap(), "migrate to unix:/run/m over 3 at 1000");
     client.execute("migrate_cancel", &json!({}));
     assert_eq!(setup.fake.told().last().unwrap(), "cancel");
+}
+
+#[test]
+fn the_mode_decides_whether_a_guest_can_be_handed_over() {
+    let setup = serve(RunState::Running);
+    let mut client = Client::negotiated(&setup);
+    client.execute("migrate", &json!({"uri": "tcp:h:1"}));
+    let began = setup.fake.began();
+    assert_eq!((began.limits.mode, began.postcopy), (Mode::Precopy, false));
+    assert!(client.error("migrate-start-postcopy", &json!({})).contains("Enable postcopy"));
+    setup.fake.stand(MigrationStatus::Failed);
+    client.execute("migrate-set-parameters", &json!({"x-switchover-mode": "hybrid"}));
+    client.execute("migrate", &json!({"uri": "tcp:h:1"}));
+    let began = setup.fake.began();
+    assert_eq!((began.limits.mode, began.postcopy), (Mode::Hybrid, true));
+    assert_eq!(client.execute("migrate-start-postcopy", &json!({})), json!({"return": {}}));
+}
+
+#[test]
+fn limits_and_bandwidths_change_under_way_and_the_mode_does_not() {
+    let setup = serve(RunState::Running);
+    let mut client = Client::negotiated(&setup);
+    client.execute("migrate-set-parameters", &json!({"x-switchover-mode": "hybrid", "max-bandwidth": 1}));
+    assert_eq!(setup.fake.tuned(), None);
+    client.execute("migrate", &json!({"uri": "tcp:h:1"}));
+    let refusal = client.error("migrate-set-parameters", &json!({"x-switchover-mode": "precopy", "max-bandwidth": 2}));
+    assert!(refusal.contains("'x-switchover-mode' cannot be changed while a migration is under way"), "{refusal}");
+    assert_eq!(setup.fake.tuned(), None, "all of it or nothing");
+    let all = json!({
+        "max-bandwidth": 3, "max-postcopy-bandwidth": 4, "downtime-limit": 5, "x-switchover-blackout": 6,
+        "x-switchover-time-budget": 7, "x-switchover-max-rounds": 8,
+        // For the next migration, as QEMU accepts it.
+        "multifd-channels": 9,
+    });
+    assert_eq!(client.execute("migrate-set-parameters", &all), json!({"return": {}}));
+    let Tunables { limits, bandwidth } = setup.fake.tuned().unwrap();
+    assert_eq!(bandwidth, Bandwidth { precopy: 3, postcopy: 4 });
+    assert_eq!(
+        limits,
+        Limits {
+            mode: Mode::Hybrid,
+            downtime_limit: Duration::from_millis(5),
+            blackout_target: Duration::from_millis(6),
+            time_budget: Duration::from_millis(7),
+            round_budget: 8,
+        }
+    );
+    // What is changed when it is over is for the next one.
+    setup.fake.stand(MigrationStatus::Completed);
+    client.execute("migrate-set-parameters", &json!({"x-switchover-mode": "precopy", "max-bandwidth": 99}));
+    assert_eq!(setup.fake.tuned().unwrap().bandwidth.precopy, 3);
+}
+
+#[test]
+fn a_handoff_goes_on_only_from_where_it_waits() {
+    let setup = serve(RunState::Running);
+    let mut client = Client::negotiated(&setup);
+    let pre = json!({"state": "pre-switchover"});
+    assert_eq!(client.error("migrate-continue", &pre), "Migration not in expected state: none");
+    setup.fake.stand(MigrationStatus::Active);
+    assert_eq!(client.error("migrate-continue", &pre), "Migration not in expected state: active");
+    assert!(client.error("migrate-continue", &json!({"state": "active"})).contains("must be 'pre-switchover'"));
+    assert_eq!(
+        client.error("migrate-continue", &json!({"state": "magic"})),
+        "Parameter 'state' does not accept value 'magic'"
+    );
+    assert_eq!(client.error("migrate-continue", &json!({})), "Parameter 'state' is missing");
+    assert!(setup.fake.told().is_empty());
+    setup.fake.stand(MigrationStatus::PreSwitchover);
+    assert_eq!(client.execute("migrate-continue", &pre), json!({"return": {}}));
+    assert_eq!(setup.fake.told(), ["continue"]);
+}
+
+#[test]
+fn the_dirty_rate_is_measured_as_qemu_measures_it() {
+    let setup = serve(RunState::Running);
+    let mut client = Client::negotiated(&setup);
+    assert_eq!(
+        client.execute("query-dirty-rate", &json!({}))["return"],
+        json!({
+            "status": "unstarted", "start-time": 0, "calc-time": 0, "calc-time-unit": "second", "sample-pages": 0,
+            "mode": "page-sampling",
+        })
+    );
+    let milliseconds = |time: i64| json!({"calc-time": time, "calc-time-unit": "millisecond"});
+    for (arguments, desc) in [
+        (json!({}), "Parameter 'calc-time' is missing"),
+        (json!({"calc-time": "1"}), "Invalid parameter type for 'calc-time', expected: integer"),
+        (json!({"calc-time": 0}), "Calculation time is out of range [50ms, 60000ms]."),
+        (json!({"calc-time": i64::MIN}), "Calculation time is out of range [50ms, 60000ms]."),
+        (json!({"calc-time": i64::MAX}), "Calculation time is out of range [50ms, 60000ms]."),
+        (milliseconds(49), "Calculation time is out of range [50ms, 60000ms]."),
+        (milliseconds(60_001), "Calculation time is out of range [50ms, 60000ms]."),
+        (json!({"calc-time": 1, "calc-time-unit": "hour"}), "Parameter 'calc-time-unit' does not accept value 'hour'"),
+        (json!({"calc-time": 1, "mode": "guess"}), "Parameter 'mode' does not accept value 'guess'"),
+        (
+            json!({"calc-time": 1, "mode": "dirty-bitmap"}),
+            "mode dirty-bitmap is not enabled, use other method instead.",
+        ),
+        (
+            json!({"calc-time": 1, "mode": "dirty-ring", "sample-pages": 512}),
+            "sample-pages is used only in page-sampling mode",
+        ),
+        (json!({"calc-time": 1, "sample-pages": 127}), "sample-pages is out of range[128, 16384]."),
+        (json!({"calc-time": 1, "sample-pages": 16385}), "sample-pages is out of range[128, 16384]."),
+    ] {
+        assert_eq!(client.error("calc-dirty-rate", &arguments), desc);
+    }
+    let ring = json!({"calc-time": 1500, "calc-time-unit": "millisecond", "mode": "dirty-ring"});
+    assert_eq!(client.execute("calc-dirty-rate", &ring), json!({"return": {}}));
+    assert_eq!(client.error("calc-dirty-rate", &ring), "the dirty rate is already being measured.");
+    let measuring = json!({
+        "status": "measuring", "start-time": 1_700_000_000, "calc-time": 1, "calc-time-unit": "second",
+        "sample-pages": 0, "mode": "dirty-ring",
+    });
+    assert_eq!(client.execute("query-dirty-rate", &json!({}))["return"], measuring);
+    setup.fake.measured((7 << 20) + 5);
+    let told = client.execute("query-dirty-rate", &json!({"calc-time-unit": "millisecond"}))["return"].take();
+    assert_eq!((&told["status"], &told["dirty-rate"]), (&json!("measured"), &json!(7)));
+    assert_eq!((&told["calc-time"], &told["calc-time-unit"]), (&json!(1500), &json!("millisecond")));
+    client.execute("calc-dirty-rate", &json!({"calc-time": 60}));
+    let told = client.execute("query-dirty-rate", &json!({}))["return"].take();
+    assert_eq!((&told["mode"], &told["sample-pages"]), (&json!("page-sampling"), &json!(512)));
+}
+
+#[test]
+fn a_dirty_limit_is_set_asked_for_and_lifted() {
+    let setup = serve(RunState::Running);
+    let mut client = Client::negotiated(&setup);
+    let none = json!({"return": []});
+    assert_eq!(client.execute("query-vcpu-dirty-limit", &json!({})), none);
+    assert_eq!(client.error("set-vcpu-dirty-limit", &json!({})), "Parameter 'dirty-rate' is missing");
+    for index in [-1, 2] {
+        let arguments = json!({"cpu-index": index, "dirty-rate": 1});
+        assert_eq!(client.error("set-vcpu-dirty-limit", &arguments), "incorrect cpu index specified");
+    }
+    let one = json!({"cpu-index": 1, "dirty-rate": 1});
+    assert!(client.error("set-vcpu-dirty-limit", &one).contains("leave 'cpu-index' out"));
+    assert_eq!(client.execute("set-vcpu-dirty-limit", &json!({"dirty-rate": 3})), json!({"return": {}}));
+    assert_eq!(
+        client.execute("query-vcpu-dirty-limit", &json!({}))["return"],
+        json!([
+            {"cpu-index": 0, "limit-rate": 3, "current-rate": 2},
+            {"cpu-index": 1, "limit-rate": 3, "current-rate": 2},
+        ])
+    );
+    client.execute("cancel-vcpu-dirty-limit", &json!({}));
+    assert_eq!(client.execute("query-vcpu-dirty-limit", &json!({})), none);
+    client.execute("set-vcpu-dirty-limit", &json!({"dirty-rate": 3}));
+    client.execute("set-vcpu-dirty-limit", &json!({"dirty-rate": 0}));
+    assert_eq!(client.execute("query-vcpu-dirty-limit", &json!({})), none);
 }
 
 #[test]
@@ -233,6 +383,9 @@ fn every_listed_command_exists_and_takes_no_argument_that_it_does_not_know() {
         match name {
             "migrate" | "migrate-incoming" => arguments["uri"] = json!("tcp:127.0.0.1:1"),
             "migrate-set-capabilities" => arguments["capabilities"] = json!([]),
+            "migrate-continue" => arguments["state"] = json!("pre-switchover"),
+            "calc-dirty-rate" => arguments["calc-time"] = json!(1),
+            "set-vcpu-dirty-limit" => arguments["dirty-rate"] = json!(1),
             _ => {}
         }
         assert_eq!(client.error(name, &arguments), "Parameter 'no-such-thing' is unexpected", "{name}");
@@ -248,6 +401,7 @@ fn events_reach_every_negotiated_client_and_no_other() {
     let mut silent = Client::connect(&setup);
     let at = UNIX_EPOCH + Duration::from_micros(1_700_000_000_250_000);
     setup.events.send(TimedEvent { event: Event::Migration(MigrationStatus::Setup), at }).unwrap();
+    setup.events.send(TimedEvent { event: Event::MigrationPass(1), at }).unwrap();
     setup.events.send(TimedEvent { event: Event::Stop, at }).unwrap();
     for client in [&mut first, &mut second] {
         assert_eq!(
@@ -261,6 +415,9 @@ fn events_reach_every_negotiated_client_and_no_other() {
     setup.events.send(TimedEvent { event: Event::Migration(MigrationStatus::PostcopyActive), at }).unwrap();
     let told = second.next();
     assert_eq!((&told["event"], &told["data"]), (&json!("MIGRATION"), &json!({"status": "postcopy-active"})));
+    setup.events.send(TimedEvent { event: Event::MigrationPass(7), at }).unwrap();
+    let told = second.next();
+    assert_eq!((&told["event"], &told["data"]), (&json!("MIGRATION_PASS"), &json!({"pass": 7})));
     assert_eq!(silent.ask(&json!({"execute": "qmp_capabilities"})), json!({"return": {}}));
 }
 
