@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use hdrhistogram::Histogram;
 use switchover_hybrid::report::HistogramError;
 
+use super::bandwidth::Bandwidth;
 use super::figures::FIGURES;
 use super::latency::{PARTS, Percentiles, merge};
 use super::schema::{ModeReport, RunReport, Spread};
@@ -27,8 +28,11 @@ impl Aggregate {
     /// When a side reported a histogram that is none.
     pub fn of(mode: &str, vmm: &str, runs: Vec<RunReport>) -> Result<Self, HistogramError> {
         let mut summary = BTreeMap::new();
+        // What a guest felt that was not moved says nothing of a move; where none was, it is all there is.
+        let moved = runs.iter().any(|run| run.marks.is_some() && run.not_converged.is_none());
+        let counted = |run: &&RunReport| !moved || run.not_converged.is_none();
         for figure in FIGURES {
-            let values: Vec<f64> = runs.iter().filter_map(|run| (figure.get)(&run.figures)).collect();
+            let values: Vec<f64> = runs.iter().filter(counted).filter_map(|run| (figure.get)(&run.figures)).collect();
             if let Some(spread) = Spread::of(values) {
                 summary.insert(figure.key.to_owned(), spread);
             }
@@ -50,18 +54,35 @@ impl Aggregate {
         }
         let latency = merged.iter().map(|(key, sum)| ((*key).to_owned(), Percentiles::of(sum))).collect();
         let verified = !runs.is_empty() && runs.iter().all(|run| run.verified);
-        let report = ModeReport { mode: mode.to_owned(), vmm: vmm.to_owned(), verified, summary, latency, runs };
+        let report = ModeReport {
+            mode: mode.to_owned(),
+            vmm: vmm.to_owned(),
+            guest: String::new(),
+            bandwidth_bit_s: None,
+            verified,
+            summary,
+            latency,
+            runs,
+        };
         Ok(Self { report, merged, by_run })
     }
 
+    /// The same, of this guest over a link of this bandwidth.
+    #[must_use]
+    pub fn in_cell(mut self, guest: String, bandwidth: Bandwidth) -> Self {
+        self.report.guest = guest;
+        self.report.bandwidth_bit_s = bandwidth.bits_per_second();
+        self
+    }
+
     /// The run to show in plots: the one whose blackout is the median (the shorter of two middle ones), or else the
-    /// first that has reports of both sides.
+    /// first that has reports of both sides, or of the source alone.
     #[must_use]
     pub fn typical_run(&self) -> Option<&RunReport> {
         let complete = || self.report.runs.iter().filter(|run| run.source.is_some() && run.destination.is_some());
         let mut by_blackout: Vec<&RunReport> = complete().filter(|run| run.figures.blackout_ns.is_some()).collect();
         by_blackout.sort_by_key(|run| run.figures.blackout_ns);
-        by_blackout.get(by_blackout.len().saturating_sub(1) / 2).copied().or_else(|| complete().next())
+        by_blackout.get(by_blackout.len().saturating_sub(1) / 2).copied().or_else(|| complete().next()).or_else(|| self.report.runs.iter().find(|run| run.source.is_some()))
     }
 }
 
@@ -116,6 +137,18 @@ mod tests {
         runs[1].verified = false;
         assert!(!Aggregate::of("postcopy", "switchover", runs).unwrap().report.verified);
         assert!(!Aggregate::of("postcopy", "switchover", vec![]).unwrap().report.verified);
+    }
+
+    #[test]
+    fn a_run_that_did_not_converge_counts_only_among_its_like() {
+        let mut runs = synthetic::runs(2);
+        let stayed = synthetic::stayed_runs(1).remove(0);
+        runs.push(stayed.clone());
+        let report = Aggregate::of("precopy", "switchover", runs).unwrap().report;
+        assert_eq!((report.summary["lost_s"].runs, report.not_converged(), report.verified), (2, 1, true));
+        let report = Aggregate::of("precopy", "switchover", vec![stayed]).unwrap().report;
+        assert_eq!(report.summary["lost_s"].runs, 1);
+        assert!(!report.summary.contains_key("cost_s") && !report.summary.contains_key("total_ns"));
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+use super::bandwidth::Bandwidth;
 use super::modes::{self, Mode};
 use crate::failure::Failure;
 use crate::guests;
@@ -14,24 +15,34 @@ use crate::size::Size;
 #[command(after_help = EXAMPLES)]
 pub struct BenchArgs {
     /// The built-in guest to move; see below for what each does
-    #[arg(long, value_name = "NAME", default_value = "random", conflicts_with = "kernel")]
+    #[arg(long, value_name = "NAME", default_value = "random", conflicts_with_all = ["kernel", "matrix"])]
     guest: String,
 
     /// A guest of your own instead: an ELF with a PVH note that prints the built-in guests' lines
-    #[arg(long, value_name = "ELF")]
+    #[arg(long, value_name = "ELF", conflicts_with = "matrix")]
     kernel: Option<PathBuf>,
 
-    /// Ways to move it, separated by commas: postcopy
-    #[arg(long, value_name = "MODE,…", value_delimiter = ',', default_value = "postcopy")]
+    /// Ways to move it, separated by commas: precopy, postcopy, hybrid. Their runs take turns [default: postcopy, with
+    /// --matrix all]
+    #[arg(long, value_name = "MODE,…", value_delimiter = ',')]
     modes: Vec<String>,
+
+    /// What the link may carry, separated by commas: bits a second, as in 100M, 1G, 2.5G, or unlimited [default: unlimited,
+    /// with --matrix 1G,5G,unlimited]
+    #[arg(long, value_name = "RATE,…", value_delimiter = ',')]
+    bandwidth: Vec<Bandwidth>,
+
+    /// Compare the modes on the guests hotset, sequential, random and idle at each bandwidth, and judge the hybrid
+    #[arg(long)]
+    matrix: bool,
 
     /// Runs of each mode [default: 5, with --quick 2]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: Option<u32>,
 
-    /// Guest memory, with a unit: K, M, G or T. The built-in guests work on half of it
-    #[arg(long, value_name = "SIZE", default_value = "512M")]
-    memory: Size,
+    /// Guest memory, with a unit: K, M, G or T. The built-in guests work on half of it [default: 512M, with --matrix 256M]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<Size>,
 
     /// Number of vCPUs, all of which work
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
@@ -49,13 +60,23 @@ pub struct BenchArgs {
     #[arg(long, value_enum, default_value_t = Link::Tcp)]
     link: Link,
 
-    /// Seconds that the guest works before it is moved [default: 2, with --quick 1]
+    /// Seconds that the guest works before it is moved [default: 2, with --matrix 1.5, with --quick 1]
     #[arg(long, value_name = "S", value_parser = seconds)]
     warmup: Option<f64>,
 
-    /// Seconds that it goes on after it has arrived whole [default: 2, with --quick 1.5]
+    /// Seconds that it goes on after it has arrived whole [default: 2, with --quick and --matrix 1.5]
     #[arg(long, value_name = "S", value_parser = seconds)]
     after: Option<f64>,
+
+    /// Seconds after which a pre-copy that has not ended is cancelled; it did not converge then [default: what the source's
+    /// own budget allows, with --matrix 15]
+    #[arg(long, value_name = "S", value_parser = seconds)]
+    patience: Option<f64>,
+
+    /// Write the first run's pre-copy, with what each round dirtied, for `switchover simulate`; hybrid's where it is
+    /// among the modes
+    #[arg(long, value_name = "FILE", conflicts_with = "matrix")]
+    trace: Option<PathBuf>,
 
     /// Another VMM to measure beside this one (not built yet)
     #[arg(long, value_name = "NAME")]
@@ -83,6 +104,13 @@ Examples:
   The reference case, ten times:       switchover bench --guest random --memory 512M --runs 10
   Two vCPUs over a unix socket:        switchover bench --vcpus 2 --link unix
   A small working set, paced:          switchover bench --append 'ws=32M pace=2000'
+  All modes over a slow link:          switchover bench --modes precopy,postcopy,hybrid --bandwidth 1G
+  The same, shaped by the kernel:      switchover bench --modes postcopy,hybrid --bandwidth 1G --link veth
+  Is the hybrid the best of both:      switchover bench --matrix
+
+A bandwidth is held by the source (max-bandwidth before the handoff, max-postcopy-bandwidth after it, which does not bound
+the answers to faults); over --link veth by the kernel instead, for everything that either side sends.
+A pre-copy that cannot keep up with the guest ends without moving it: it did not converge, and its cost is infinite.
 
 It writes report.html to look at, report.json (switchover.report/v1) with everything in it, and the fault latencies as
 *.hgrm and *.hlog for HdrHistogram's tools.
@@ -96,6 +124,8 @@ pub enum Link {
     Tcp,
     /// A unix socket
     Unix,
+    /// TCP between two network namespaces, over a virtual Ethernet that --bandwidth shapes; needs root
+    Veth,
 }
 
 impl Link {
@@ -105,6 +135,7 @@ impl Link {
         match self {
             Self::Tcp => "tcp",
             Self::Unix => "unix",
+            Self::Veth => "veth",
         }
     }
 }
@@ -118,13 +149,35 @@ pub enum Guest {
     File(PathBuf),
 }
 
-/// What is to be measured.
-#[derive(Clone, Debug)]
-pub struct Plan {
+/// What is moved over what.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Cell {
     /// The guest.
     pub guest: Guest,
     /// Its command line.
     pub append: String,
+    /// What the link may carry.
+    pub bandwidth: Bandwidth,
+}
+
+impl Cell {
+    /// The guest's name in reports.
+    #[must_use]
+    pub fn guest_name(&self) -> String {
+        match &self.guest {
+            Guest::Builtin(name, _) => name.clone(),
+            Guest::File(path) => path.display().to_string(),
+        }
+    }
+}
+
+/// What is to be measured.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Each is measured in every mode.
+    pub cells: Vec<Cell>,
+    /// Whether the cells are those of the matrix.
+    pub matrix: bool,
     /// The ways to move it.
     pub modes: Vec<&'static dyn Mode>,
     /// Runs of each.
@@ -141,11 +194,51 @@ pub struct Plan {
     pub warmup_s: f64,
     /// Seconds after it.
     pub after_s: f64,
+    /// Seconds after which a pre-copy is cancelled.
+    pub patience_s: Option<f64>,
+    /// Where a run's trace goes.
+    pub trace: Option<PathBuf>,
     /// Where the report goes.
     pub out: PathBuf,
     /// Seconds to spend on the floor.
     pub floor_s: f64,
 }
+
+/// What follows from `--quick` and `--matrix` for everything that is not said.
+struct Defaults {
+    modes: &'static [&'static str],
+    bandwidths: &'static [&'static str],
+    runs: u32,
+    memory: &'static str,
+    warmup_s: f64,
+    after_s: f64,
+    patience_s: Option<f64>,
+    floor_s: f64,
+}
+
+const REFERENCE: Defaults = Defaults {
+    modes: &["postcopy"],
+    bandwidths: &["unlimited"],
+    runs: 5,
+    memory: "512M",
+    warmup_s: 2.0,
+    after_s: 2.0,
+    patience_s: None,
+    floor_s: 2.0,
+};
+const QUICK: Defaults = Defaults { runs: 2, warmup_s: 1.0, after_s: 1.5, floor_s: 1.0, ..REFERENCE };
+/// 180 runs: each is kept to seconds.
+const MATRIX: Defaults = Defaults {
+    modes: &modes::NAMES,
+    bandwidths: &["1G", "5G", "unlimited"],
+    memory: "256M",
+    warmup_s: 1.5,
+    after_s: 1.5,
+    patience_s: Some(15.0),
+    ..REFERENCE
+};
+/// The guests of the matrix: what pre-copy likes best, and what it likes least.
+const MATRIX_GUESTS: [&str; 4] = ["hotset", "sequential", "random", "idle"];
 
 impl BenchArgs {
     /// What the arguments ask for.
@@ -158,45 +251,86 @@ impl BenchArgs {
                 "--peer {peer} is not built yet: bench measures switchover alone for now; leave --peer out"
             )));
         }
-        let modes = self.modes.iter().map(|name| modes::by_name(name)).collect::<Result<_, _>>()?;
-        let (guest, append) = match &self.kernel {
-            Some(path) => (Guest::File(path.clone()), self.append.clone()),
-            None => (self.builtin()?, self.builtin_append()),
+        let defaults = match (self.matrix, self.quick) {
+            (false, false) => REFERENCE,
+            (false, true) => QUICK,
+            (true, false) => MATRIX,
+            (true, true) => Defaults { runs: QUICK.runs, floor_s: QUICK.floor_s, ..MATRIX },
         };
-        let (runs, warmup_s, after_s, floor_s) = if self.quick { (2, 1.0, 1.5, 1.0) } else { (5, 2.0, 2.0, 2.0) };
+        let modes = if self.modes.is_empty() {
+            defaults.modes.iter().map(|name| modes::by_name(name)).collect::<Result<Vec<_>, _>>()?
+        } else {
+            self.modes.iter().map(|name| modes::by_name(name)).collect::<Result<Vec<_>, _>>()?
+        };
+        for (index, mode) in modes.iter().enumerate() {
+            if modes.iter().take(index).any(|other| other.name() == mode.name()) {
+                return Err(Failure::usage(format_args!("--modes names {} twice; its runs are --runs", mode.name())));
+            }
+        }
+        let memory = self.memory.map_or_else(|| defaults.memory.parse(), Ok).map_err(Failure::usage)?;
+        if self.trace.is_some() {
+            if !modes.iter().any(|mode| mode.precopies()) {
+                return Err(Failure::usage("--trace records a pre-copy, and none of --modes has one; add hybrid"));
+            }
+            if self.bandwidth.len() > 1 {
+                return Err(Failure::usage("--trace records one run: give one --bandwidth"));
+            }
+        }
         Ok(Plan {
-            guest,
-            append,
+            cells: self.cells(&defaults, memory)?,
+            matrix: self.matrix,
             modes,
-            runs: self.runs.unwrap_or(runs),
-            memory: self.memory,
+            runs: self.runs.unwrap_or(defaults.runs),
+            memory,
             vcpus: self.vcpus,
             period_ms: self.period,
             link: self.link,
-            warmup_s: self.warmup.unwrap_or(warmup_s),
-            after_s: self.after.unwrap_or(after_s),
+            warmup_s: self.warmup.unwrap_or(defaults.warmup_s),
+            after_s: self.after.unwrap_or(defaults.after_s),
+            patience_s: self.patience.or(defaults.patience_s),
+            trace: self.trace.clone(),
             out: self.out.clone(),
-            floor_s,
+            floor_s: defaults.floor_s,
         })
     }
 
-    fn builtin(&self) -> Result<Guest, Failure> {
-        match guests::builtin(&self.guest) {
-            Some(elf) => Ok(Guest::Builtin(self.guest.clone(), elf)),
-            None => Err(Failure::usage(format_args!(
-                "--guest {}: there is no such guest; choose one of {}, or give an ELF file with --kernel",
-                self.guest,
-                guests::NAMES.join(", ")
-            ))),
+    /// Every guest at every bandwidth, guest by guest.
+    fn cells(&self, defaults: &Defaults, memory: Size) -> Result<Vec<Cell>, Failure> {
+        let mut bandwidths = self.bandwidth.clone();
+        if bandwidths.is_empty() {
+            let parsed: Result<_, _> = defaults.bandwidths.iter().map(|text| text.parse()).collect();
+            bandwidths = parsed.map_err(Failure::usage)?;
         }
+        let guests = match &self.kernel {
+            Some(path) => vec![(Guest::File(path.clone()), self.append.clone())],
+            None if self.matrix => MATRIX_GUESTS
+                .iter()
+                .map(|name| Ok((builtin(name)?, self.builtin_append(memory))))
+                .collect::<Result<_, Failure>>()?,
+            None => vec![(builtin(&self.guest)?, self.builtin_append(memory))],
+        };
+        let cells = guests.into_iter().flat_map(|(guest, append)| {
+            bandwidths.clone().into_iter().map(move |bandwidth| Cell { guest: guest.clone(), append: append.clone(), bandwidth })
+        });
+        Ok(cells.collect())
     }
 
     /// A guest takes the last of two values of a parameter: what the user says stands behind what follows from the
     /// other options.
-    fn builtin_append(&self) -> String {
-        let working_set = self.memory.0.bytes() / 2 / 4096 * 4096;
+    fn builtin_append(&self, memory: Size) -> String {
+        let working_set = memory.0.bytes() / 2 / 4096 * 4096;
         let ours = format!("ws={working_set} vcpus={} period={}", self.vcpus, self.period);
         if self.append.is_empty() { ours } else { format!("{ours} {}", self.append) }
+    }
+}
+
+fn builtin(name: &str) -> Result<Guest, Failure> {
+    match guests::builtin(name) {
+        Some(elf) => Ok(Guest::Builtin(name.to_owned(), elf)),
+        None => Err(Failure::usage(format_args!(
+            "--guest {name}: there is no such guest; choose one of {}, or give an ELF file with --kernel",
+            guests::NAMES.join(", ")
+        ))),
     }
 }
 
@@ -225,30 +359,50 @@ mod tests {
     #[test]
     fn the_defaults_are_the_reference_case() {
         let plan = plan(&[]).unwrap();
-        assert!(matches!(&plan.guest, Guest::Builtin(name, _) if name == "random"));
-        assert_eq!(plan.append, "ws=268435456 vcpus=1 period=100");
+        let [cell] = &plan.cells[..] else { panic!("{:?}", plan.cells) };
+        assert!(matches!(&cell.guest, Guest::Builtin(name, _) if name == "random"));
+        assert_eq!(cell.append, "ws=268435456 vcpus=1 period=100");
+        assert_eq!((cell.bandwidth, plan.matrix, plan.patience_s), (Bandwidth::UNLIMITED, false, None));
         assert_eq!((plan.runs, plan.modes.len(), plan.link), (5, 1, Link::Tcp));
+    }
+
+    #[test]
+    fn the_matrix_is_every_guest_at_every_bandwidth_in_every_mode() {
+        let plan = plan(&["--matrix"]).unwrap();
+        let cells: Vec<_> = plan.cells.iter().map(|cell| format!("{} {}", cell.guest_name(), cell.bandwidth)).collect();
+        assert_eq!(cells.len(), 12);
+        assert_eq!(cells[..4], ["hotset 1G", "hotset 5G", "hotset unlimited", "sequential 1G"]);
+        assert_eq!(plan.modes.iter().map(|mode| mode.name()).collect::<Vec<_>>(), ["precopy", "postcopy", "hybrid"]);
+        assert!(plan.cells.iter().all(|cell| cell.append == "ws=134217728 vcpus=1 period=100"));
+        assert_eq!((plan.runs, plan.patience_s), (5, Some(15.0)));
+    }
+
+    #[test]
+    fn what_is_said_of_the_matrix_stands() {
+        let plan = plan(&["--matrix", "--quick", "--bandwidth", "100M", "--modes", "hybrid", "--memory", "128M"]).unwrap();
+        assert_eq!((plan.cells.len(), plan.modes.len(), plan.runs, plan.memory.to_string().as_str()), (4, 1, 2, "128M"));
     }
 
     #[test]
     fn quick_is_short_and_what_is_said_stands() {
         let plan = plan(&["--quick", "--runs", "3", "--append", "ws=1M"]).unwrap();
         assert_eq!((plan.runs, plan.warmup_s), (3, 1.0));
-        assert!(plan.append.ends_with(" ws=1M"));
+        assert!(plan.cells[0].append.ends_with(" ws=1M"));
     }
 
     #[test]
     fn a_guest_of_ones_own_gets_only_ones_own_command_line() {
         let plan = plan(&["--kernel", "/g.elf", "--append", "a=1"]).unwrap();
-        assert_eq!((plan.guest, plan.append.as_str()), (Guest::File("/g.elf".into()), "a=1"));
+        assert_eq!((&plan.cells[0].guest, plan.cells[0].append.as_str()), (&Guest::File("/g.elf".into()), "a=1"));
     }
 
     #[test]
     fn what_is_not_built_is_refused_with_a_sentence() {
         for (arguments, about) in [
-            (&["--modes", "precopy"][..], "precopy is not built yet"),
-            (&["--modes", "postcopy,hybrid"], "hybrid is not built yet"),
-            (&["--modes", "teleport"], "no such mode"),
+            (&["--modes", "teleport"][..], "no such mode"),
+            (&["--modes", "hybrid,hybrid"], "twice"),
+            (&["--trace", "t"], "add hybrid"),
+            (&["--trace", "t", "--modes", "hybrid", "--bandwidth", "1G,5G"], "one --bandwidth"),
             (&["--peer", "qemu"], "--peer qemu is not built yet"),
             (&["--guest", "nobody"], "choose one of random"),
         ] {
@@ -260,8 +414,15 @@ mod tests {
 
     #[test]
     fn nonsense_does_not_parse() {
-        for arguments in [["--runs", "0"], ["--warmup", "-1"], ["--after", "nan"], ["--period", "5"], ["--link", "ib"]]
-        {
+        for arguments in [
+            ["--runs", "0"],
+            ["--warmup", "-1"],
+            ["--after", "nan"],
+            ["--period", "5"],
+            ["--link", "ib"],
+            ["--bandwidth", "1"],
+            ["--bandwidth", "1G,,"],
+        ] {
             let error = Cli::try_parse_from([&["bench"], &arguments[..]].concat()).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{arguments:?}");
         }

@@ -1,19 +1,24 @@
 //! One run: two processes, a guest that works, its move, and what came of it.
 
+use std::cell::Cell as Counter;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use switchover_hybrid::report::SideReport;
+use switchover_hybrid::monitor::Choice;
+use switchover_hybrid::report::{Side, SideReport};
 use switchover_wire::clock::Nanos;
 use tempfile::TempDir;
 
-use super::args::{Guest, Link, Plan};
-use super::figures::Figures;
+use super::args::{Cell, Guest, Link, Plan};
+use super::bandwidth::Bandwidth;
+use super::figures::{Figures, deciding};
 use super::guest_lines::Line;
 use super::guest_trace::{GuestTrace, Marks};
-use super::modes::{Mode, Moved, Pair};
+use super::modes::{Mode, Moved, Pair, Stayed};
+use super::network::{DESTINATION_ADDRESS, Namespace, Network};
 use super::process::Process;
 use super::run_error::RunError;
 use super::schema::RunReport;
@@ -37,12 +42,34 @@ const LOOK: Duration = Duration::from_millis(100);
 const SOURCE: &str = "the source";
 const DESTINATION: &str = "the destination";
 
-/// Makes runs of one plan. Its files are gone when it is dropped.
+/// Makes runs of one plan. Its files and its network are gone when it is dropped.
 pub struct Driver<'a> {
     plan: &'a Plan,
-    machine: Machine,
     directory: TempDir,
+    network: Option<Network>,
+    /// Numbers each run's files.
+    files: Counter<u32>,
     ends: &'a EndRequests,
+}
+
+/// What is to be run.
+#[derive(Clone, Copy)]
+pub struct Order<'a> {
+    /// What is moved over what.
+    pub cell: &'a Cell,
+    /// How.
+    pub mode: &'a dyn Mode,
+    /// Counted from 1.
+    pub run: u32,
+    /// Told what is being done.
+    pub tell: &'a dyn Fn(&str),
+}
+
+/// The files of one run.
+struct Files {
+    source_qmp: PathBuf,
+    destination_qmp: PathBuf,
+    migration: PathBuf,
 }
 
 /// What a run left behind when both machines had been asked.
@@ -50,46 +77,59 @@ struct Outcome {
     marks: Marks,
     source: Option<SideReport>,
     destination: Option<SideReport>,
+    not_converged: Option<String>,
 }
 
 impl<'a> Driver<'a> {
-    /// Lays out the files that runs need.
+    /// Lays out the files and the network that runs need.
     ///
     /// # Errors
-    /// When they cannot be written.
+    /// When that fails.
     pub fn new(plan: &'a Plan, ends: &'a EndRequests) -> Result<Self, Failure> {
+        let network = (plan.link == Link::Veth).then(Network::new).transpose()?;
         let failed = |error| Failure::failed(format_args!("cannot make a temporary directory: {error}; set TMPDIR"));
         let directory = tempfile::Builder::new().prefix("switchover-bench").tempdir().map_err(failed)?;
-        let kernel = match &plan.guest {
-            Guest::Builtin(name, elf) => {
-                let path = directory.path().join(name);
+        let driver = Self { plan, directory, network, files: Counter::new(0), ends };
+        for cell in &plan.cells {
+            if let Guest::Builtin(_, elf) = &cell.guest {
+                let path = driver.kernel(cell);
                 fs::write(&path, elf).map_err(|error| {
                     Failure::failed(format_args!("cannot write the guest to {}: {error}; set TMPDIR", path.display()))
                 })?;
-                path
             }
-            Guest::File(path) => path.clone(),
-        };
-        let machine = Machine { kernel, append: plan.append.clone(), memory: plan.memory, vcpus: plan.vcpus };
-        Ok(Self { plan, machine, directory, ends })
+        }
+        Ok(driver)
     }
 
-    /// Makes run number `run`. `tell` is told what it is doing.
-    pub fn run(&self, vmm: &dyn Vmm, mode: &dyn Mode, run: u32, tell: &dyn Fn(&str)) -> RunReport {
+    fn kernel(&self, cell: &Cell) -> PathBuf {
+        match &cell.guest {
+            Guest::Builtin(name, _) => self.directory.path().join(name),
+            Guest::File(path) => path.clone(),
+        }
+    }
+
+    /// Makes the run that `order` describes.
+    pub fn run(&self, vmm: &dyn Vmm, order: Order<'_>) -> RunReport {
+        let run = order.run;
         let (mut lines, mut why) = (Vec::new(), Vec::new());
-        match self.move_once(vmm, mode, run, tell, &mut lines, &mut why) {
+        match self.move_once(vmm, order, &mut lines, &mut why) {
             Ok(outcome) => {
                 let guest = GuestTrace::read(&lines);
-                let doubts = guest.doubts();
+                let doubts = match outcome.not_converged {
+                    None => guest.doubts(Side::Destination, 0),
+                    Some(_) => guest.doubts(Side::Source, outcome.marks.completed_ns),
+                };
                 let progress = guest.progress(&outcome.marks);
                 let figures = match (&outcome.source, &outcome.destination) {
                     (Some(source), Some(destination)) => Figures::of(source, destination, progress),
+                    (Some(source), None) => Figures::of_attempt(source, progress),
                     _ => Figures { progress, ..Figures::default() },
                 };
                 RunReport {
                     run,
                     verified: doubts.is_empty(),
                     doubts,
+                    not_converged: outcome.not_converged,
                     figures,
                     marks: Some(outcome.marks),
                     guest: Some(guest),
@@ -112,21 +152,32 @@ impl<'a> Driver<'a> {
     fn move_once(
         &self,
         vmm: &dyn Vmm,
-        mode: &dyn Mode,
-        run: u32,
-        tell: &dyn Fn(&str),
+        order: Order<'_>,
         lines: &mut Vec<serial_log::TimedLine>,
         why: &mut Vec<String>,
     ) -> Result<Outcome, RunError> {
-        tell("booting");
-        let (source_socket, destination_socket) = (self.file(run, "s"), self.file(run, "d"));
-        let mut source = Process::start(SOURCE, vmm.source(&self.machine, &source_socket))?;
-        let mut destination = Process::start(DESTINATION, vmm.destination(&self.machine, &destination_socket))?;
-        let result =
-            self.drive(vmm, mode, run, tell, &mut source, &mut destination, &source_socket, &destination_socket);
+        (order.tell)("booting");
+        let files = self.next_files();
+        let cell = order.cell;
+        let machine = Machine {
+            kernel: self.kernel(cell),
+            append: cell.append.clone(),
+            memory: self.plan.memory,
+            vcpus: self.plan.vcpus,
+        };
+        let start = |who, mut command: Command, namespace: Option<&Namespace>| {
+            let entered = namespace.map_or(Ok(()), |namespace| namespace.enter(&mut command));
+            entered.map_err(|source| RunError::Start { who, source })?;
+            Process::start(who, command)
+        };
+        let network = self.network.as_ref();
+        let mut source = start(SOURCE, vmm.source(&machine, &files.source_qmp), network.map(Network::source))?;
+        let mut destination =
+            start(DESTINATION, vmm.destination(&machine, &files.destination_qmp), network.map(Network::destination))?;
+        let result = self.drive(vmm, order, &files, &mut source, &mut destination);
         *lines = serial_log::join(&source.serial().chunks(), &destination.serial().chunks());
         // A machine that died explains a broken connection or a failed migration better than either does.
-        if matches!(result, Err(RunError::Qmp { .. })) {
+        if matches!(result, Err(RunError::Qmp { .. } | RunError::Failed { .. })) {
             for process in [&mut source, &mut destination] {
                 if let Err(ended) = process.must_live_for(LAST_WORDS) {
                     why.push(ended.to_string());
@@ -136,62 +187,91 @@ impl<'a> Driver<'a> {
         result
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the two processes, their sockets, and what is to be done with them")]
     fn drive(
         &self,
         vmm: &dyn Vmm,
-        mode: &dyn Mode,
-        run: u32,
-        tell: &dyn Fn(&str),
+        order: Order<'_>,
+        files: &Files,
         source: &mut Process,
         destination: &mut Process,
-        source_socket: &Path,
-        destination_socket: &Path,
     ) -> Result<Outcome, RunError> {
-        let mut source_qmp = connect(source, SOURCE, source_socket)?;
-        let mut destination_qmp = connect(destination, DESTINATION, destination_socket)?;
+        let Order { cell, mode, tell, .. } = order;
+        let mut source_qmp = connect(source, SOURCE, &files.source_qmp)?;
+        let mut destination_qmp = connect(destination, DESTINATION, &files.destination_qmp)?;
         tell("waiting for the guest");
         let warm_up = self.ready(source)?;
         tell("warming up");
         self.pause(self.plan.warmup_s, &mut [source, destination])?;
 
         tell("moving");
-        let uri = self.listen(&mut destination_qmp, run)?;
-        let mut pair = Pair { source: &mut source_qmp, destination: &mut destination_qmp, uri: &uri };
-        let Moved { migrate, handoff, completed } = mode.migrate(&mut pair)?;
-        let marks =
-            Marks { warm_up_ns: warm_up.0, migrate_ns: migrate.0, handoff_ns: handoff.0, completed_ns: completed.0 };
+        let uri = self.listen(&mut destination_qmp, files)?;
+        // The network holds the bandwidth by itself.
+        let bandwidth = if self.network.is_some() { Bandwidth::UNLIMITED } else { cell.bandwidth };
+        let moved = mode.migrate(&mut Pair {
+            source: &mut source_qmp,
+            destination: &mut destination_qmp,
+            uri: &uri,
+            bandwidth,
+            patience: self.plan.patience_s.map(Duration::from_secs_f64),
+            record_bitmaps: self.plan.trace.is_some(),
+            ends: self.ends,
+        })?;
         tell("watching it go on");
-        self.pause(self.plan.after_s, &mut [source, destination])?;
-
-        let outcome = Outcome {
-            marks,
-            source: vmm.report(SOURCE, &mut source_qmp)?,
-            destination: vmm.report(DESTINATION, &mut destination_qmp)?,
-        };
+        let stayed = moved.stayed.is_some();
+        if stayed {
+            self.pause(self.plan.after_s, &mut [source])?;
+        } else {
+            self.pause(self.plan.after_s, &mut [source, destination])?;
+        }
+        let source_report = vmm.report(SOURCE, &mut source_qmp)?;
+        let not_converged = moved.stayed.as_ref().map(|why| not_converged(why, source_report.as_ref())).transpose()?;
+        // A destination that nothing came to has nothing to tell.
+        let destination_report =
+            if stayed { None } else { vmm.report(DESTINATION, &mut destination_qmp)? };
         tell("ending");
         quit(source, &mut source_qmp, SOURCE)?;
-        quit(destination, &mut destination_qmp, DESTINATION)?;
-        Ok(outcome)
+        if !stayed {
+            quit(destination, &mut destination_qmp, DESTINATION)?;
+        }
+        Ok(Outcome {
+            marks: marks(warm_up, &moved, source_report.as_ref()),
+            source: source_report,
+            destination: destination_report,
+            not_converged,
+        })
     }
 
     /// Has the destination listen, and says where.
-    fn listen(&self, destination: &mut QmpClient, run: u32) -> Result<String, RunError> {
+    fn listen(&self, destination: &mut QmpClient, files: &Files) -> Result<String, RunError> {
+        // The kernel chooses a free port.
+        let tcp = |address: &str, port: u16| format!("tcp:{address}:{port}");
+        let address = match self.plan.link {
+            Link::Tcp => "127.0.0.1",
+            Link::Veth => DESTINATION_ADDRESS,
+            Link::Unix => "",
+        };
         let wanted = match self.plan.link {
-            // The kernel chooses a free port.
-            Link::Tcp => "tcp:127.0.0.1:0".to_owned(),
-            Link::Unix => format!("unix:{}", self.file(run, "m").display()),
+            Link::Unix => format!("unix:{}", files.migration.display()),
+            Link::Tcp | Link::Veth => tcp(address, 0),
         };
         destination.execute("migrate-incoming", json!({ "uri": wanted })).map_err(RunError::on(DESTINATION))?;
         if self.plan.link == Link::Unix {
             return Ok(wanted);
         }
         let answer = destination.execute("query-migrate", json!({})).map_err(RunError::on(DESTINATION))?;
-        port(&answer).map(|port| format!("tcp:127.0.0.1:{port}")).ok_or_else(|| RunError::Answer {
+        port(&answer).map(|port| tcp(address, port)).ok_or_else(|| RunError::Answer {
             who: DESTINATION,
             command: "query-migrate",
             what: "the port that it listens on (`socket-address`)".to_owned(),
         })
+    }
+
+    /// Has the link of the runs that follow carry what `cell` says.
+    ///
+    /// # Errors
+    /// When the network cannot be shaped.
+    pub fn prepare(&self, cell: &Cell) -> Result<(), Failure> {
+        self.network.as_ref().map_or(Ok(()), |network| network.shape(cell.bandwidth))
     }
 
     /// Waits until the guest has said that it is ready, and says when it did.
@@ -223,8 +303,39 @@ impl<'a> Driver<'a> {
         if self.ends.count() > 0 { Err(RunError::Interrupted) } else { Ok(()) }
     }
 
-    fn file(&self, run: u32, what: &str) -> PathBuf {
-        self.directory.path().join(format!("{what}{run}"))
+    fn next_files(&self) -> Files {
+        let number = self.files.get();
+        self.files.set(number.wrapping_add(1));
+        let file = |what: &str| self.directory.path().join(format!("{what}{number}"));
+        Files { source_qmp: file("s"), destination_qmp: file("d"), migration: file("m") }
+    }
+}
+
+/// When the bench did what in a run whose guest was ready at `warm_up`.
+fn marks(warm_up: Nanos, moved: &Moved, source: Option<&SideReport>) -> Marks {
+    // The source runs on this host, and its clock is this process'.
+    let left = source.and_then(|source| source.instants.last_exit_ns).filter(|_| moved.stayed.is_none());
+    let completed_ns = moved.ended.0;
+    Marks {
+        warm_up_ns: warm_up.0,
+        migrate_ns: moved.migrate.0,
+        handoff_ns: moved.handoff.map(|handoff| handoff.0).or(left).unwrap_or(completed_ns),
+        completed_ns,
+    }
+}
+
+/// Why the guest was not moved; an error where that is not because pre-copy did not converge.
+fn not_converged(stayed: &Stayed, source: Option<&SideReport>) -> Result<String, RunError> {
+    match stayed {
+        Stayed::Cancelled(after) => Ok(format!("cancelled after {:.0} s", after.as_secs_f64())),
+        Stayed::Failed(reason) => {
+            let decision = source.and_then(|source| source.precopy.as_ref()).and_then(deciding);
+            if decision.is_some_and(|decision| decision.verdict.choice == Choice::GiveUp) {
+                Ok(reason.clone())
+            } else {
+                Err(RunError::Failed { reason: reason.clone() })
+            }
+        }
     }
 }
 
@@ -270,6 +381,7 @@ fn port(answer: &Value) -> Option<u16> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::synthetic;
     use super::*;
 
     #[test]
@@ -278,6 +390,29 @@ mod tests {
         assert_eq!(port(&answer), Some(4444));
         assert_eq!(port(&json!({ "status": "none" })), None);
         assert_eq!(port(&json!({ "socket-address": [{ "port": "70000" }] })), None);
+    }
+
+    #[test]
+    fn giving_up_is_a_result_and_any_other_failure_is_none() {
+        let failed = Stayed::Failed("the rest does not fit".to_owned());
+        let stayed = synthetic::stayed_runs(1).remove(0);
+        assert_eq!(not_converged(&failed, stayed.source.as_ref()).unwrap(), "the rest does not fit");
+        let (broken, _) = synthetic::hybrid_sides(1);
+        assert!(matches!(not_converged(&failed, Some(&broken)), Err(RunError::Failed { .. })));
+        assert!(not_converged(&failed, None).is_err());
+        let cancelled = Stayed::Cancelled(Duration::from_secs(15));
+        assert_eq!(not_converged(&cancelled, None).unwrap(), "cancelled after 15 s");
+    }
+
+    #[test]
+    fn a_handoff_that_nobody_asked_for_is_where_the_source_says() {
+        let (source, _) = synthetic::hybrid_sides(1);
+        let moved = Moved { migrate: Nanos(5), handoff: None, ended: Nanos(9), stayed: None };
+        let exit = source.instants.last_exit_ns.unwrap();
+        assert_eq!(marks(Nanos(1), &moved, Some(&source)).handoff_ns, exit);
+        assert_eq!(marks(Nanos(1), &moved, None).handoff_ns, 9);
+        let asked = Moved { handoff: Some(Nanos(6)), ..moved };
+        assert_eq!(marks(Nanos(1), &asked, Some(&source)).handoff_ns, 6);
     }
 
     #[test]

@@ -3,10 +3,15 @@
 //! `docs/report.md` says of each one its clock, its start, its end and what it leaves out.
 
 use serde::{Deserialize, Serialize};
-use switchover_hybrid::report::{LaneBytes, SideReport};
+use switchover_hybrid::monitor::Choice;
+use switchover_hybrid::report::{DecisionReport, LaneBytes, PrecopyReport, SideReport};
 use switchover_wire::types::PAGE_SIZE_U64;
 
 use super::guest_trace::{Progress, seconds};
+
+/// What a second of the whole migration costs beside the guest-seconds lost: the hosts' time, and the risk that a failure
+/// in it bears.
+const COST_OF_A_SECOND: f64 = 0.1;
 
 /// What one run comes down to. A figure that cannot be had is absent, never 0.
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
@@ -17,6 +22,8 @@ pub struct Figures {
     /// How the guest fared.
     #[serde(flatten)]
     pub progress: Progress,
+    /// `lost_s` and a tenth of `total_ns` in seconds. Absent where either is, and where the guest was not moved.
+    pub cost_s: Option<f64>,
     /// From the migration's start on the source until it knew that the destination had everything.
     pub total_ns: Option<u64>,
     /// From the migration's start on the source until the destination was prepared.
@@ -25,6 +32,24 @@ pub struct Figures {
     pub drain_ns: Option<u64>,
     /// Non-zero bytes placed, over `drain_ns`, in 10^9 bit/s.
     pub drain_gbit_s: Option<f64>,
+    /// Rounds of pre-copy that were begun.
+    pub rounds: Option<u64>,
+    /// From the first round's start to the last one's end.
+    pub precopy_ns: Option<u64>,
+    /// Pages that the rounds sent with bytes, each as often as it was sent.
+    pub precopy_pages: Option<u64>,
+    /// Bytes on the wire of the rounds.
+    pub precopy_bytes: Option<u64>,
+    /// Bytes of the pages that were encoded, after it, in percent of those before it.
+    pub encoded_percent: Option<f64>,
+    /// The highest share of time for which vCPUs were kept from running, in percent.
+    pub throttle_percent: Option<u64>,
+    /// Pages that the handoff left to be sent.
+    pub handoff_pages: Option<u64>,
+    /// The blackout that the monitor expected of the handoff that it chose.
+    pub predicted_blackout_ns: Option<u64>,
+    /// What ended pre-copy.
+    pub ended_by: Option<Choice>,
     /// Faults whose page was asked for and came as the answer.
     pub faults_remote: Option<u64>,
     /// Faults whose page was asked for and whose pushed copy won.
@@ -64,6 +89,8 @@ pub enum Unit {
     PerSecond,
     /// Bytes, shown in binary multiples.
     Bytes,
+    /// Hundredths.
+    Percent,
     /// A plain count.
     Count,
 }
@@ -87,11 +114,21 @@ pub const FIGURES: &[Figure] = &[
     figure("gap_ns", "Longest gap that the guest saw", Unit::Milliseconds, |f| count(f.progress.gap_ns)),
     figure("gap_before_ns", "… and before the move", Unit::Milliseconds, |f| count(f.progress.gap_before_ns)),
     figure("lost_s", "Guest progress lost", Unit::Seconds, |f| f.progress.lost_s),
+    figure("cost_s", "Cost: lost + 0.1 × whole migration", Unit::Seconds, |f| f.cost_s),
+    figure("end_rate_percent", "Guest's rate at the end, of the steady", Unit::Percent, |f| f.progress.end_rate_percent),
     figure("steady_visits_per_s", "Guest's steady rate before", Unit::PerSecond, |f| f.progress.steady_visits_per_s),
     figure("drain_ns", "Drain", Unit::Milliseconds, |f| count(f.drain_ns)),
     figure("drain_gbit_s", "Drain rate", Unit::GigabitsPerSecond, |f| f.drain_gbit_s),
     figure("setup_ns", "Set-up", Unit::Milliseconds, |f| count(f.setup_ns)),
     figure("total_ns", "Whole migration", Unit::Milliseconds, |f| count(f.total_ns)),
+    figure("rounds", "Rounds of pre-copy", Unit::Count, |f| count(f.rounds)),
+    figure("precopy_ns", "Pre-copy", Unit::Milliseconds, |f| count(f.precopy_ns)),
+    figure("precopy_pages", "Pages pre-copied, repeats counted", Unit::Count, |f| count(f.precopy_pages)),
+    figure("precopy_bytes", "Bytes pre-copied", Unit::Bytes, |f| count(f.precopy_bytes)),
+    figure("encoded_percent", "Encoded pages, of their bytes", Unit::Percent, |f| f.encoded_percent),
+    figure("throttle_percent", "vCPUs throttled, at most", Unit::Percent, |f| count(f.throttle_percent)),
+    figure("handoff_pages", "Pages left at the handoff", Unit::Count, |f| count(f.handoff_pages)),
+    figure("predicted_blackout_ns", "Blackout that was predicted", Unit::Milliseconds, |f| count(f.predicted_blackout_ns)),
     figure("faults_remote", "Faults, remote", Unit::Count, |f| count(f.faults_remote)),
     figure("faults_raced", "Faults, raced", Unit::Count, |f| count(f.faults_raced)),
     figure("faults_local", "Faults, local", Unit::Count, |f| count(f.faults_local)),
@@ -115,10 +152,12 @@ impl Figures {
         let drain_ns = span(destination.instants.commit_ns, destination.instants.last_page_ns);
         let started = source.phases.first().map(|phase| phase.start_ns);
         let setup = source.phases.iter().find(|phase| phase.name == "setup");
+        let total_ns = span(started, source.instants.drained_ns);
+        let cost = |lost: f64, total| lost + COST_OF_A_SECOND * seconds(total);
         Self {
             blackout_ns: blackout(source, destination),
-            progress,
-            total_ns: span(started, source.instants.drained_ns),
+            cost_s: progress.lost_s.zip(total_ns).map(|(lost, total)| cost(lost, total)),
+            total_ns,
             setup_ns: setup.and_then(|phase| span(Some(phase.start_ns), phase.end_ns)),
             drain_ns,
             drain_gbit_s: pages.zip(drain_ns).and_then(|(pages, ns)| gbit_s(pages.pushed + pages.requested, ns)),
@@ -130,11 +169,53 @@ impl Figures {
             pages_pushed: pages.map(|pages| pages.pushed),
             pages_requested: pages.map(|pages| pages.requested),
             pages_discarded: pages.map(|pages| pages.discarded),
-            wire_bytes: Some(source.lanes.iter().map(LaneBytes::both_ways).sum()),
             state_bytes: Some(source.state_bytes),
-            cpu_source_s: Some(source.cpu.user + source.cpu.system),
             cpu_destination_s: Some(destination.cpu.user + destination.cpu.system),
+            ..Self::of_attempt(source, progress)
         }
+    }
+
+    /// The figures of a run whose guest stayed at the source: it has no blackout, no total and no cost.
+    #[must_use]
+    pub fn of_attempt(source: &SideReport, progress: Progress) -> Self {
+        let precopy = source.precopy.as_ref();
+        let sum = |of: fn(&PrecopyReport) -> u64| precopy.map(of);
+        let end = precopy.and_then(deciding);
+        Self {
+            progress,
+            rounds: sum(|precopy| precopy.rounds.len() as u64),
+            precopy_ns: precopy.and_then(|precopy| span(Some(precopy.start_ns), Some(precopy.rounds.last()?.end_ns))),
+            precopy_pages: sum(|precopy| precopy.rounds.iter().map(|round| round.data_pages).sum()),
+            precopy_bytes: sum(|precopy| precopy.rounds.iter().map(|round| round.wire_bytes).sum()),
+            encoded_percent: precopy.and_then(|precopy| {
+                let (before, after) = (count(Some(precopy.encodings.bytes_in))?, count(Some(precopy.encodings.bytes_out))?);
+                (before > 0.0).then(|| after / before * 100.0)
+            }),
+            throttle_percent: sum(|precopy| u64::from(precopy.throttle_percent)),
+            handoff_pages: sum(|precopy| precopy.handoff_pages),
+            predicted_blackout_ns: end.and_then(predicted_blackout),
+            ended_by: end.map(|decision| decision.verdict.choice),
+            wire_bytes: Some(source.lanes.iter().map(LaneBytes::both_ways).sum()),
+            cpu_source_s: Some(source.cpu.user + source.cpu.system),
+            ..Self::default()
+        }
+    }
+}
+
+/// The decision that ended pre-copy.
+#[must_use]
+pub fn deciding(precopy: &PrecopyReport) -> Option<&DecisionReport> {
+    precopy.decisions.iter().rev().find(|decision| decision.verdict.choice != Choice::AnotherRound)
+}
+
+/// The blackout that the monitor expected of the handoff that it chose.
+#[must_use]
+pub fn predicted_blackout(decision: &DecisionReport) -> Option<u64> {
+    let prediction = &decision.verdict.prediction;
+    match decision.verdict.choice {
+        Choice::StopAndCopy => Some(prediction.stop_blackout_ns),
+        Choice::Postcopy => Some(prediction.postcopy_blackout_ns),
+        Choice::AnotherRound | Choice::GiveUp => None,
     }
 }
 
@@ -210,14 +291,40 @@ mod tests {
     }
 
     #[test]
-    fn every_figure_is_listed_under_its_fields_name() {
+    fn the_cost_is_what_the_guest_lost_and_a_tenth_of_the_time() {
         let (source, destination) = synthetic::sides(1);
+        let progress = Progress { lost_s: Some(0.5), ..Progress::default() };
+        let figures = Figures::of(&source, &destination, progress);
+        let total = figures.total_ns.unwrap() as f64 / 1e9;
+        assert!((figures.cost_s.unwrap() - (0.5 + 0.1 * total)).abs() < 1e-12);
+        assert_eq!(Figures::of(&source, &destination, Progress::default()).cost_s, None);
+        assert_eq!(Figures::of_attempt(&source, progress).cost_s, None);
+    }
+
+    #[test]
+    fn pre_copys_figures_are_sums_over_its_rounds() {
+        let (source, destination) = synthetic::hybrid_sides(1);
+        let precopy = source.precopy.clone().unwrap();
+        let figures = Figures::of(&source, &destination, Progress::default());
+        assert_eq!(figures.rounds, Some(precopy.rounds.len() as u64));
+        assert_eq!(figures.precopy_bytes, Some(precopy.rounds.iter().map(|round| round.wire_bytes).sum()));
+        assert_eq!(figures.precopy_ns, Some(precopy.rounds.last().unwrap().end_ns - precopy.start_ns));
+        assert_eq!(figures.handoff_pages, Some(precopy.handoff_pages));
+        assert_eq!(figures.ended_by, Some(Choice::Postcopy));
+        let (source, destination) = synthetic::sides(1);
+        assert_eq!(Figures::of(&source, &destination, Progress::default()).rounds, None);
+    }
+
+    #[test]
+    fn every_figure_is_listed_under_its_fields_name() {
+        let (source, destination) = synthetic::hybrid_sides(1);
         let progress = Progress {
             steady_visits_per_s: Some(1.0),
             gap_before_ns: Some(2),
             gap_ns: Some(3),
             lost_s: Some(4.0),
             window_s: Some(5.0),
+            end_rate_percent: Some(99.0),
         };
         let figures = Figures::of(&source, &destination, progress);
         let json = serde_json::to_value(figures).unwrap();
@@ -225,7 +332,7 @@ mod tests {
         for figure in FIGURES {
             assert_eq!(fields[figure.key].as_f64(), (figure.get)(&figures), "{}", figure.key);
         }
-        // The window is the frame of a figure, not a figure.
-        assert_eq!(fields.len(), FIGURES.len() + 1);
+        // The window is the frame of a figure, and what ended pre-copy is a word.
+        assert_eq!(fields.len(), FIGURES.len() + 2);
     }
 }

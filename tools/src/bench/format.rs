@@ -73,6 +73,7 @@ pub fn figure(value: f64, unit: Unit) -> (String, &'static str) {
         Unit::GigabitsPerSecond => (number(value), "Gbit/s"),
         Unit::PerSecond => (number(value), "/s"),
         Unit::Bytes => (bytes(value), ""),
+        Unit::Percent => (number(value), "%"),
         Unit::Count => (count(value), ""),
     }
 }

@@ -15,6 +15,11 @@ const MOST_COMPLAINTS: usize = 8;
 /// the hypervisor's page tables to be warm again, short enough that noise does not drown the figure.
 pub const SETTLE_NS: u64 = 1_000_000_000;
 
+/// A guest that does this much of its steady rate again has recovered; the rest is noise.
+const RECOVERED: f64 = 0.9;
+/// Over how long its rate is looked at for that.
+const RATE_NS: u64 = 500_000_000;
+
 /// One period as the guest reported it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct GuestPeriod {
@@ -60,9 +65,11 @@ pub struct Marks {
     pub warm_up_ns: u64,
     /// Just before `migrate` was sent.
     pub migrate_ns: u64,
-    /// Just before the handoff was asked for.
+    /// Just before the handoff was asked for. Where nobody asks for it: when the last vCPU left the guest on the source, as
+    /// the source tells; `completed_ns` where it never did.
     pub handoff_ns: u64,
-    /// Both sides had been seen as `completed`; they are asked every few milliseconds.
+    /// Both sides had been seen as `completed`, or the source as `failed` or `cancelled` where the guest stayed there; they
+    /// are asked every few milliseconds.
     pub completed_ns: u64,
 }
 
@@ -79,6 +86,8 @@ pub struct Progress {
     pub lost_s: Option<f64>,
     /// The stretch of time over which `lost_s` was summed.
     pub window_s: Option<f64>,
+    /// The guest's rate in the last half second of that stretch, in percent of the steady one.
+    pub end_rate_percent: Option<f64>,
 }
 
 impl GuestTrace {
@@ -113,9 +122,10 @@ impl GuestTrace {
     /// Why this run's guest is not proven whole; empty where it is.
     ///
     /// It is whole when it said no corrupt visit in any period, every period is there once and in order, it went on
-    /// reporting at the destination, and each of its vCPUs went on visiting there.
+    /// reporting where it `is` after the bench's instant `from_ns` (and only there), and each of its vCPUs went on
+    /// visiting.
     #[must_use]
-    pub fn doubts(&self) -> Vec<String> {
+    pub fn doubts(&self, is: Side, from_ns: u64) -> Vec<String> {
         let mut doubts = Vec::new();
         if self.ready_ns.is_none() {
             doubts.push("the guest never said that it was ready".to_owned());
@@ -134,16 +144,24 @@ impl GuestTrace {
         {
             doubts.push(format!("period {expected} is missing or out of order: period {} came", period.number));
         }
-        let there: Vec<_> = self.periods.iter().filter(|period| period.side == Side::Destination).collect();
+        let name = match is {
+            Side::Source => "source",
+            Side::Destination => "destination",
+        };
+        let there: Vec<_> =
+            self.periods.iter().filter(|period| period.side == is && period.read_ns > from_ns).collect();
         if there.len() < LINES_TO_BE_ALIVE {
-            doubts.push(format!("the guest reported {} periods at the destination: it stands still", there.len()));
+            doubts.push(format!("the guest reported {} periods at the {name}: it stands still", there.len()));
+        }
+        if is == Side::Source && self.periods.iter().any(|period| period.side == Side::Destination) {
+            doubts.push("the guest was not moved, and ran at the destination".to_owned());
         }
         // The first line's period began at the source, and the last one's further vCPUs may not have been read.
         let whole = there.get(1..).unwrap_or_default();
         for cpu in 0..usize::try_from(self.vcpus).unwrap_or(usize::MAX) {
             let visits = |period: &&&GuestPeriod| period.vcpu_visits.get(cpu).copied().unwrap_or(0) > 0;
             if !whole.is_empty() && !whole.iter().any(|period| visits(&period)) {
-                doubts.push(format!("vCPU {cpu} does not visit at the destination"));
+                doubts.push(format!("vCPU {cpu} does not visit at the {name}"));
                 break;
             }
         }
@@ -153,7 +171,8 @@ impl GuestTrace {
     /// How the guest fared around the move that `marks` describes.
     ///
     /// `lost_s` is taken between two lines: the last one read before `migrate`, and the first one read
-    /// [`SETTLE_NS`] or more after the completion (the run's last where there is none). It is the host's time
+    /// [`SETTLE_NS`] or more after the completion (the run's last where there is none, or where the guest has not
+    /// recovered its rate by then). It is the host's time
     /// between the two, less the time that the visits in between would have taken at the steady rate. Nothing is
     /// clamped: a guest that ran faster than before gains. A guest clock that stops during the blackout hides nothing, as the time is
     /// the host's.
@@ -161,11 +180,11 @@ impl GuestTrace {
     pub fn progress(&self, marks: &Marks) -> Progress {
         let steady_from = marks.warm_up_ns.midpoint(marks.migrate_ns);
         let steady = self.between(steady_from, marks.migrate_ns);
-        let (open, close) = match (steady.last(), self.settled_by(marks.completed_ns)) {
+        let steady_visits_per_s = rate(steady);
+        let (open, close) = match (steady.last(), self.settled_by(marks.completed_ns, steady_visits_per_s)) {
             (Some(open), Some(close)) if close.read_ns > open.read_ns => (open, close),
             _ => return Progress::default(),
         };
-        let steady_visits_per_s = rate(steady);
         let window = self.between(open.read_ns, close.read_ns);
         let window_s = seconds(close.read_ns - open.read_ns);
         #[expect(clippy::cast_precision_loss, reason = "a count of visits stays far below 2^52")]
@@ -176,6 +195,7 @@ impl GuestTrace {
             gap_ns: longest_gap(self.around(marks)),
             lost_s: steady_visits_per_s.map(|rate| window_s - visits / rate),
             window_s: Some(window_s),
+            end_rate_percent: self.rate_before(close.read_ns).zip(steady_visits_per_s).map(|(end, rate)| end / rate * 100.0),
         }
     }
 
@@ -189,9 +209,20 @@ impl GuestTrace {
     }
 
     /// The line by which the guest counts as settled.
-    fn settled_by(&self, completed_ns: u64) -> Option<&GuestPeriod> {
+    fn settled_by(&self, completed_ns: u64, steady: Option<f64>) -> Option<&GuestPeriod> {
         let settled = completed_ns.saturating_add(SETTLE_NS);
-        self.periods.iter().find(|period| period.read_ns >= settled).or(self.periods.last())
+        let line = self.periods.iter().find(|period| period.read_ns >= settled);
+        let recovered = |line: &&GuestPeriod| match (self.rate_before(line.read_ns), steady) {
+            (Some(rate), Some(steady)) => rate >= steady * RECOVERED,
+            // Nothing to tell by.
+            _ => true,
+        };
+        line.filter(recovered).or(self.periods.last())
+    }
+
+    /// Visits a second over the last [`RATE_NS`] before `end_ns`.
+    fn rate_before(&self, end_ns: u64) -> Option<f64> {
+        rate(self.between(end_ns.saturating_sub(RATE_NS), end_ns))
     }
 
     /// The periods whose lines were read within the two instants, both included.
@@ -281,9 +312,9 @@ mod tests {
 
     #[test]
     fn a_whole_guest_raises_no_doubts() {
-        assert_eq!(GuestTrace::read(&moved(1, 30, false)).doubts(), [""; 0]);
+        assert_eq!(GuestTrace::read(&moved(1, 30, false)).doubts(Side::Destination, 0), [""; 0]);
         let two = GuestTrace::read(&moved(2, 30, false));
-        assert_eq!(two.doubts(), [""; 0]);
+        assert_eq!(two.doubts(Side::Destination, 0), [""; 0]);
         assert_eq!(two.periods[0].vcpu_visits, [600, 400]);
     }
 
@@ -296,6 +327,46 @@ mod tests {
         assert_eq!(progress.gap_before_ns, Some(50_000));
         // From the line at 0.9 s to that at 2.2 s.
         assert!((progress.window_s.unwrap() - 1.3).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_brownout_before_the_handoff_counts_from_migrate_on() {
+        // Moved at 1.5 s, slowed to a half from 1.0 s on.
+        let mut lines = moved(1, 0, false);
+        for line in &mut lines[11..16] {
+            let text = String::from_utf8(line.bytes.clone()).unwrap().replace("1000", "500");
+            (line.bytes, line.side) = (text.into_bytes(), Side::Source);
+        }
+        let marks = Marks { handoff_ns: 1500 * MS, completed_ns: 1600 * MS, ..MARKS };
+        let progress = GuestTrace::read(&lines).progress(&marks);
+        assert!((progress.lost_s.unwrap() - 0.25).abs() < 1e-9, "{progress:?}");
+        assert!((progress.end_rate_percent.unwrap() - 100.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_guest_that_has_not_recovered_is_watched_to_the_end() {
+        let mut lines = moved(1, 0, false);
+        for line in &mut lines[11..31] {
+            line.bytes = String::from_utf8(line.bytes.clone()).unwrap().replace("1000", "500").into_bytes();
+        }
+        let progress = GuestTrace::read(&lines).progress(&MARKS);
+        // From the line at 0.9 s to the last one, at 4.0 s; half of 20 periods of 0.1 s.
+        assert!((progress.window_s.unwrap() - 3.1).abs() < 1e-9, "{progress:?}");
+        assert!((progress.lost_s.unwrap() - 1.0).abs() < 1e-9, "{progress:?}");
+    }
+
+    #[test]
+    fn a_guest_that_stays_must_go_on_there_and_nowhere_else() {
+        let mut lines = moved(1, 30, false);
+        let ran_twice = GuestTrace::read(&lines).doubts(Side::Source, 500 * MS);
+        assert!(ran_twice.iter().any(|doubt| doubt.contains("ran at the destination")), "{ran_twice:?}");
+        for line in &mut lines {
+            line.side = Side::Source;
+        }
+        let trace = GuestTrace::read(&lines);
+        assert_eq!(trace.doubts(Side::Source, 3500 * MS), [""; 0]);
+        let late = trace.doubts(Side::Source, 3950 * MS);
+        assert!(late.iter().any(|doubt| doubt.contains("1 periods at the source: it stands still")), "{late:?}");
     }
 
     #[test]
@@ -315,13 +386,13 @@ mod tests {
     #[test]
     fn a_run_without_periods_has_no_figures() {
         assert_eq!(GuestTrace::read(&[]).progress(&MARKS), Progress::default());
-        assert!(!GuestTrace::read(&[]).doubts().is_empty());
+        assert!(!GuestTrace::read(&[]).doubts(Side::Destination, 0).is_empty());
     }
 
     fn doubted(change: impl FnOnce(&mut Vec<TimedLine>), about: &str) {
         let mut lines = moved(2, 30, false);
         change(&mut lines);
-        let doubts = GuestTrace::read(&lines).doubts();
+        let doubts = GuestTrace::read(&lines).doubts(Side::Destination, 0);
         assert!(doubts.iter().any(|doubt| doubt.contains(about)), "{doubts:?} say nothing of {about}");
     }
 

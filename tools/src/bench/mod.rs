@@ -2,10 +2,13 @@
 //! reports how it went.
 //!
 //! ```text
-//!   args → Plan ──▶ driver ── one run ──▶ RunReport ──▶ aggregate ──▶ Report ──▶ table on stdout
-//!                    │  process: two children,   ▲                       │──▶ report.json    (schema)
-//!                    │  their serial ports       │                       │──▶ report.html    (html, plots)
-//!                    │  modes: QMP commands      │                       └──▶ *.hgrm, *.hlog (hdr_files)
+//!   args → Plan ──▶ measure: cells, runs, modes in turn                    ┌──▶ table on stdout
+//!                    ▼                                                     │──▶ report.json    (schema)
+//!                   driver ── one run ──▶ RunReport ──▶ aggregate, matrix ──▶ Report ──▶ report.html (html, plots)
+//!                    │  process: two children,   ▲                         └──▶ *.hgrm, *.hlog (hdr_files), trace
+//!                    │  their serial ports       │
+//!                    │  modes: QMP commands      │
+//!                    │  network: what is between │
 //!                    ▼  vmm: whose machines      │
 //!              serial_log → guest_lines → guest_trace: doubts, progress
 //! ```
@@ -15,6 +18,7 @@
 
 pub mod aggregate;
 pub mod args;
+pub mod bandwidth;
 mod calendar;
 mod driver;
 pub mod figures;
@@ -25,7 +29,10 @@ pub mod hdr_files;
 pub mod host_info;
 pub mod html;
 pub mod latency;
+pub mod matrix;
+mod measure;
 pub mod modes;
+pub mod network;
 pub mod plots;
 pub mod process;
 pub mod run_error;
@@ -34,28 +41,22 @@ pub mod serial_log;
 #[cfg(test)]
 mod synthetic;
 pub mod table;
+pub mod trace;
 pub mod vmm;
 
 use std::io::Write as _;
 use std::path::Path;
-use std::time::{Duration, SystemTime};
-
-use indicatif::{ProgressBar, ProgressStyle};
 
 use self::aggregate::Aggregate;
 pub use self::args::BenchArgs;
-use self::args::{Guest, Plan};
-use self::driver::Driver;
 use self::hdr_files::{write_all, write_file};
-use self::host_info::HostInfo;
-use self::schema::{Report, RunReport, SCHEMA, Settings};
-use self::vmm::{Switchover, Vmm};
-use crate::failure::Failure;
-use crate::floor;
+use self::schema::{Report, RunReport};
+use self::vmm::Switchover;
+use crate::failure::{Failure, say};
 use crate::signals::EndRequests;
 
-/// How often the line on the terminal moves.
-const TICK: Duration = Duration::from_millis(100);
+/// Of the runs that were not verified, the report names all and the error these.
+const MOST_NAMED: usize = 5;
 
 /// Measures, and writes the report.
 ///
@@ -77,81 +78,48 @@ pub fn main(args: &BenchArgs) -> Result<(), Failure> {
     let executable = std::env::current_exe().map_err(|error| {
         Failure::failed(format_args!("cannot find out which program this is: {error}; is /proc there?"))
     })?;
-    let (report, aggregates) = measure(&plan, &Switchover { executable }, &ends)?;
+    let (report, aggregates) = measure::measure(&plan, &Switchover { executable }, &ends)?;
     write(&report, &aggregates, &plan.out)?;
+    if let Some(path) = &plan.trace {
+        let traced = aggregates.iter().rev().find_map(|aggregate| aggregate.report.carried_out().next().filter(|run| {
+            run.source.as_ref().is_some_and(|source| source.precopy.is_some())
+        }));
+        match traced {
+            Some(run) if trace::write_trace(run, path).map_err(Failure::failed)? => {}
+            _ => say(format_args!("no run tells of its pre-copy: {} is not written", path.display())),
+        }
+    }
     let shown = format!("{}\nThe report is {}\n", table::text(&report), plan.out.join("report.html").display());
     // A closed stdout is no reason to fail: the report is written.
     let _ = std::io::stdout().lock().write_all(shown.as_bytes());
     judge(&report)
 }
 
-/// Makes all runs of `plan`.
-fn measure(plan: &Plan, vmm: &dyn Vmm, ends: &EndRequests) -> Result<(Report, Vec<Aggregate>), Failure> {
-    let created = calendar::utc(SystemTime::now());
-    let driver = Driver::new(plan, ends)?;
-    let bar = progress_bar(u64::from(plan.runs) * plan.modes.len() as u64);
-    bar.set_message("measuring the floor");
-    let floor = floor::measure(Duration::from_secs_f64(plan.floor_s));
-    let mut aggregates = Vec::new();
-    for mode in &plan.modes {
-        let mut runs = Vec::new();
-        for run in 1..=plan.runs {
-            let tell = |what: &str| bar.set_message(format!("{}, run {run} of {}: {what}", mode.name(), plan.runs));
-            let report = driver.run(vmm, *mode, run, &tell);
-            let failed = report.marks.is_none();
-            runs.push(report);
-            bar.inc(1);
-            // What could not be carried out once will not be the next time.
-            if failed {
-                break;
-            }
-        }
-        let aggregate = Aggregate::of(mode.name(), vmm.name(), runs).map_err(Failure::failed)?;
-        aggregates.push(aggregate);
-    }
-    bar.finish_and_clear();
-    let modes: Vec<_> = aggregates.iter().map(|aggregate| aggregate.report.clone()).collect();
-    let report = Report {
-        schema: SCHEMA.to_owned(),
-        created,
-        switchover: env!("CARGO_PKG_VERSION").to_owned(),
-        verified: !modes.is_empty() && modes.iter().all(|mode| mode.verified),
-        host: HostInfo::here(),
-        settings: settings(plan),
-        floor: Some(floor),
-        modes,
-    };
-    Ok((report, aggregates))
-}
-
-fn settings(plan: &Plan) -> Settings {
-    Settings {
-        guest: match &plan.guest {
-            Guest::Builtin(name, _) => name.clone(),
-            Guest::File(path) => path.display().to_string(),
-        },
-        append: plan.append.clone(),
-        memory: plan.memory.0.bytes(),
-        vcpus: plan.vcpus,
-        link: plan.link.name().to_owned(),
-        runs: plan.runs,
-        period_ms: plan.period_ms,
-        warmup_s: plan.warmup_s,
-        after_s: plan.after_s,
-    }
-}
-
 fn write(report: &Report, aggregates: &[Aggregate], directory: &Path) -> Result<(), Failure> {
     let json = serde_json::to_vec_pretty(report)
         .map_err(|error| Failure::failed(format_args!("cannot write the report as JSON: {error}")))?;
     write_file(&directory.join("report.json"), &json).map_err(Failure::failed)?;
-    aggregates.iter().try_for_each(|aggregate| write_all(aggregate, directory)).map_err(Failure::failed)?;
+    let cells = cells(report);
+    // The matrix' histograms are in the JSON: hundreds of files would help nobody.
+    if cells == 1 {
+        aggregates.iter().try_for_each(|aggregate| write_all(aggregate, directory)).map_err(Failure::failed)?;
+    }
     let page = html::page(report, aggregates).map_err(Failure::failed)?;
     write_file(&directory.join("report.html"), page.as_bytes()).map_err(Failure::failed)
 }
 
+/// How many combinations of guest and bandwidth there are.
+fn cells(report: &Report) -> usize {
+    let mut cells: Vec<_> = report.modes.iter().map(|mode| (&mode.guest, mode.bandwidth_bit_s)).collect();
+    cells.dedup();
+    cells.len()
+}
+
 /// A bench is done when every run was verified.
 fn judge(report: &Report) -> Result<(), Failure> {
+    if report.interrupted {
+        return Err(Failure::failed("interrupted: the report holds the runs that had been made"));
+    }
     if report.verified {
         return Ok(());
     }
@@ -161,18 +129,9 @@ fn judge(report: &Report) -> Result<(), Failure> {
         .iter()
         .flat_map(|mode| mode.runs.iter().filter(doubtful).map(|run| (&mode.mode, run)))
         .map(|(mode, run)| format!("{mode} run {}: {}", run.run, run.doubts.join("; ")))
+        .take(MOST_NAMED)
         .collect();
     Err(Failure::failed(format_args!("not every run was verified: {}", why.join(" | "))))
-}
-
-/// A line on the terminal; nothing where stderr is none.
-fn progress_bar(runs: u64) -> ProgressBar {
-    let bar = ProgressBar::new(runs);
-    if let Ok(style) = ProgressStyle::with_template("{spinner} {wide_bar} {pos}/{len} {msg}") {
-        bar.set_style(style);
-    }
-    bar.enable_steady_tick(TICK);
-    bar
 }
 
 #[cfg(test)]

@@ -73,6 +73,12 @@ pub enum RunError {
         /// What is missing.
         what: String,
     },
+    /// The migration failed, and not because it did not converge.
+    #[error("the migration failed: {reason}")]
+    Failed {
+        /// The source's words.
+        reason: String,
+    },
     /// Someone wants the bench to end.
     #[error("interrupted")]
     Interrupted,

@@ -9,10 +9,12 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use switchover_hybrid::report::SideReport;
 
+use super::bandwidth::Bandwidth;
 use super::figures::Figures;
 use super::guest_trace::{GuestTrace, Marks};
 use super::host_info::HostInfo;
 use super::latency::Percentiles;
+use super::matrix::Matrix;
 use crate::floor::FloorReport;
 
 /// The name of this format and its version.
@@ -35,14 +37,20 @@ pub struct Report {
     pub settings: Settings,
     /// What this machine can do at best, measured just before the runs.
     pub floor: Option<FloorReport>,
-    /// One entry a mode.
+    /// One entry a mode, guest and bandwidth.
     pub modes: Vec<ModeReport>,
+    /// The modes side by side, where there are several.
+    #[serde(default)]
+    pub matrix: Option<Matrix>,
+    /// The user ended it before every run had been made: what is here was.
+    #[serde(default)]
+    pub interrupted: bool,
 }
 
 /// What was asked for.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Settings {
-    /// The built-in guest's name, or the ELF file's.
+    /// The built-in guest's name, or the ELF file's; several with commas between.
     pub guest: String,
     /// The guest's command line.
     pub append: String,
@@ -50,7 +58,7 @@ pub struct Settings {
     pub memory: u64,
     /// vCPUs.
     pub vcpus: u8,
-    /// `tcp` or `unix`.
+    /// `tcp`, `unix` or `veth`.
     pub link: String,
     /// Runs of each mode.
     pub runs: u32,
@@ -60,18 +68,28 @@ pub struct Settings {
     pub warmup_s: f64,
     /// Seconds from the completion to the end.
     pub after_s: f64,
+    /// Seconds after which a pre-copy was cancelled; absent where it was not.
+    #[serde(default)]
+    pub patience_s: Option<f64>,
 }
 
 /// All runs of one mode.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct ModeReport {
-    /// `postcopy`.
+    /// `precopy`, `postcopy` or `hybrid`.
     pub mode: String,
     /// Whose virtual machine: `switchover`, or a peer's name.
     pub vmm: String,
+    /// The guest; see [`Settings::guest`].
+    #[serde(default)]
+    pub guest: String,
+    /// What the link could carry, in bit/s; absent where nothing bounded it.
+    #[serde(default)]
+    pub bandwidth_bit_s: Option<u64>,
     /// Every run was verified, and there was at least one.
     pub verified: bool,
-    /// Each figure over the runs, by its name in `runs[].figures`. A figure that no run has is left out.
+    /// Each figure over the runs that moved the guest (over all where none did), by its name in `runs[].figures`. A figure
+    /// that none of them has is left out.
     pub summary: BTreeMap<String, Spread>,
     /// Fault latencies over all runs together, by part: `total`, `queue`, `wire`, `place`, `wake`, `local_total`.
     pub latency: BTreeMap<String, Percentiles>,
@@ -101,6 +119,9 @@ pub struct RunReport {
     pub verified: bool,
     /// What does.
     pub doubts: Vec<String>,
+    /// Why the guest was not moved, where pre-copy did not converge: a result, not a failure. It goes on at the source.
+    #[serde(default)]
+    pub not_converged: Option<String>,
     /// What it comes down to.
     pub figures: Figures,
     /// When the bench did what.
@@ -111,6 +132,26 @@ pub struct RunReport {
     pub source: Option<SideReport>,
     /// What the destination reported.
     pub destination: Option<SideReport>,
+}
+
+impl ModeReport {
+    /// Runs that were carried out to an end, be it that the guest stayed where it was.
+    pub fn carried_out(&self) -> impl Iterator<Item = &RunReport> {
+        self.runs.iter().filter(|run| run.marks.is_some())
+    }
+
+    /// How many runs did not converge.
+    #[must_use]
+    pub fn not_converged(&self) -> usize {
+        self.runs.iter().filter(|run| run.not_converged.is_some()).count()
+    }
+
+    /// The guest and the bandwidth, and what to call them in a file's name: `hotset-1G`.
+    #[must_use]
+    pub fn cell_name(&self) -> String {
+        let guest = self.guest.rsplit('/').next().unwrap_or_default();
+        format!("{guest}-{}", Bandwidth::from(self.bandwidth_bit_s))
+    }
 }
 
 #[cfg(test)]

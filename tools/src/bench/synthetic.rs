@@ -7,16 +7,20 @@
 )]
 
 use hdrhistogram::Histogram;
+use switchover_hybrid::monitor::{Choice, Prediction, Sample, Verdict};
 use switchover_hybrid::report::{
-    CpuSeconds, EncodedHistogram, FaultReport, Instants, LaneBytes, PageClasses, PhaseSpan, RateSeries, Side,
-    SideReport,
+    CpuSeconds, DecisionReport, EncodedHistogram, EncodingCounts, FaultReport, Instants, LaneBytes, PageClasses,
+    PhaseSpan, PrecopyReport, RateSeries, RoundReport, Side, SideReport,
 };
 use switchover_hybrid::status::MigrationStatus;
 use switchover_wire::clock::HostClock;
 
+use super::aggregate::Aggregate;
+use super::bandwidth::Bandwidth;
 use super::figures::Figures;
 use super::guest_trace::{GuestPeriod, GuestTrace, Marks};
 use super::host_info::HostInfo;
+use super::matrix::Matrix;
 use super::schema::{Report, RunReport, SCHEMA, Settings};
 
 const MS: u64 = 1_000_000;
@@ -129,9 +133,116 @@ pub fn sides(seed: u64) -> (SideReport, SideReport) {
     (source, destination)
 }
 
-/// `count` runs that went well, each different.
+/// The two sides of a hybrid run that went over to post-copy after three rounds.
+pub fn hybrid_sides(seed: u64) -> (SideReport, SideReport) {
+    let (mut source, destination) = sides(seed);
+    let last_exit = source.instants.last_exit_ns.unwrap();
+    source.precopy = Some(precopy(seed, last_exit, Choice::Postcopy));
+    (source, destination)
+}
+
+/// Three rounds that ended just before `end`.
+fn precopy(seed: u64, end: u64, choice: Choice) -> PrecopyReport {
+    let mut noise = Noise(seed.wrapping_mul(0xd1b5_4a32_d192_ed03) | 1);
+    let (mut rounds, mut decisions, mut samples) = (Vec::new(), Vec::new(), Vec::new());
+    let start_ns = end - 61 * MS;
+    let mut at = start_ns;
+    for (index, (length, pages, dirtied)) in
+        [(34, 65_700, 24_100), (16, 24_100, 15_300), (9, 15_300, 12_900)].into_iter().enumerate()
+    {
+        let round = index as u32 + 1;
+        let round_end = at + length * MS + (noise.next() * 5e5) as u64;
+        rounds.push(RoundReport {
+            round,
+            start_ns: at,
+            end_ns: round_end,
+            pages,
+            data_pages: pages - 120,
+            zero_pages: 100,
+            deferred_pages: 20,
+            wire_bytes: pages * 4105,
+            dirtied_pages: dirtied,
+            dirtied: None,
+        });
+        samples.push(Sample { at_ns: round_end - start_ns, round, round_over: true, round_pages: pages, ..Sample::default() });
+        let last = round == 3;
+        decisions.push(DecisionReport {
+            at_ns: round_end,
+            round,
+            verdict: Verdict {
+                choice: if last { choice } else { Choice::AnotherRound },
+                reason: if last { "another round gains less than it costs" } else { "another round pays" }.to_owned(),
+                prediction: Prediction {
+                    next_round_pages: dirtied * 9 / 10,
+                    next_round_ns: length * MS / 2,
+                    stop_blackout_ns: 21 * MS,
+                    postcopy_blackout_ns: 4 * MS,
+                    drain_ns: 18 * MS,
+                },
+            },
+            actual_round_pages: (!last).then_some(dirtied),
+            actual_round_ns: (!last).then_some(length * MS * 11 / 20),
+            actual_blackout_ns: (last && choice != Choice::GiveUp).then_some(4 * MS + 300_000),
+        });
+        at = round_end;
+    }
+    PrecopyReport {
+        start_ns,
+        rounds,
+        decisions,
+        samples,
+        encodings: EncodingCounts { raw: 90_000, lz4: 14_000, bytes_in: 104_000 << 12, bytes_out: 96_000 << 12, ..EncodingCounts::default() },
+        throttle_percent: 20,
+        handoff_pages: 12_900,
+    }
+}
+
+/// `count` post-copy runs that went well, each different.
 pub fn runs(count: u32) -> Vec<RunReport> {
-    (1..=count).map(run).collect()
+    (1..=count).map(|number| run(number, sides(u64::from(number)))).collect()
+}
+
+/// `count` hybrid runs that went well, each different.
+pub fn hybrid_runs(count: u32) -> Vec<RunReport> {
+    (1..=count).map(|number| run(number, hybrid_sides(u64::from(number) + 100))).collect()
+}
+
+/// `count` pre-copy runs that did not converge.
+pub fn stayed_runs(count: u32) -> Vec<RunReport> {
+    (1..=count).map(stayed).collect()
+}
+
+fn stayed(number: u32) -> RunReport {
+    let mut run = runs(number).remove(number as usize - 1);
+    let marks = run.marks.as_mut().unwrap();
+    marks.handoff_ns = marks.completed_ns;
+    let (progress, end) = (run.figures.progress, marks.completed_ns);
+    for period in &mut run.guest.as_mut().unwrap().periods {
+        period.side = Side::Source;
+    }
+    let source = run.source.as_mut().unwrap();
+    source.status = MigrationStatus::Failed;
+    source.instants = Instants::default();
+    source.phases.truncate(2);
+    source.phases[1].end_ns = Some(end);
+    source.precopy = Some(precopy(u64::from(number), end, Choice::GiveUp));
+    run.figures = Figures::of_attempt(source, progress);
+    run.destination = None;
+    run.not_converged = Some("the budget is spent".to_owned());
+    run
+}
+
+/// A report of all modes in one cell, and their aggregates; pre-copy did not converge.
+pub fn three_modes(count: u32) -> (Report, Vec<Aggregate>) {
+    let runs = [("precopy", stayed_runs(count)), ("postcopy", runs(count)), ("hybrid", hybrid_runs(count))];
+    let aggregates: Vec<_> = runs
+        .into_iter()
+        .map(|(mode, runs)| {
+            let aggregate = Aggregate::of(mode, "switchover", runs).unwrap();
+            aggregate.in_cell("random".to_owned(), Bandwidth::UNLIMITED)
+        })
+        .collect();
+    (report(aggregates.iter().map(|aggregate| aggregate.report.clone()).collect()), aggregates)
 }
 
 /// A report of such runs of one mode, which the caller has aggregated.
@@ -152,14 +263,16 @@ pub fn report(modes: Vec<super::schema::ModeReport>) -> Report {
             period_ms: PERIOD_MS,
             warmup_s: 2.0,
             after_s: 2.0,
+            patience_s: None,
         },
         floor: Some(crate::floor::synthetic()),
+        matrix: Matrix::of(&modes),
+        interrupted: false,
         modes,
     }
 }
 
-fn run(number: u32) -> RunReport {
-    let (source, destination) = sides(u64::from(number));
+fn run(number: u32, (source, destination): (SideReport, SideReport)) -> RunReport {
     let handoff = source.instants.last_exit_ns.unwrap();
     let drained = destination.instants.drained_ns.unwrap();
     let marks = Marks {
@@ -170,11 +283,12 @@ fn run(number: u32) -> RunReport {
     };
     let guest = guest(u64::from(number), handoff, drained);
     let figures = Figures::of(&source, &destination, guest.progress(&marks));
-    let doubts = guest.doubts();
+    let doubts = guest.doubts(Side::Destination, 0);
     RunReport {
         run: number,
         verified: doubts.is_empty(),
         doubts,
+        not_converged: None,
         figures,
         marks: Some(marks),
         guest: Some(guest),

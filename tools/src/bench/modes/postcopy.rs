@@ -1,17 +1,10 @@
 //! Post-copy from the first byte: hand off at once, and let all memory follow.
 
-use std::time::Duration;
-
 use serde_json::json;
 use switchover_wire::clock::Nanos;
 
-use super::{Mode, Moved, Pair};
+use super::{Mode, Moved, POSTCOPY_BANDWIDTH, Pair, SETUP_TIMEOUT, SOURCE};
 use crate::bench::run_error::RunError;
-
-/// Connecting, comparing and reserving memory takes well under a second; more is a hang.
-const SETUP_TIMEOUT: Duration = Duration::from_secs(60);
-/// 1 TiB at 10 Gbit/s takes a quarter of an hour.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(1200);
 
 /// The mode.
 #[derive(Debug)]
@@ -22,16 +15,17 @@ impl Mode for Postcopy {
         "postcopy"
     }
 
+    fn precopies(&self) -> bool {
+        false
+    }
+
     fn migrate(&self, pair: &mut Pair<'_>) -> Result<Moved, RunError> {
-        let capability = json!({ "capabilities": [{ "capability": "postcopy-ram", "state": true }] });
-        pair.source.execute("migrate-set-capabilities", capability).map_err(RunError::on("the source"))?;
-        let migrate = Nanos::now();
-        pair.source.execute("migrate", json!({ "uri": pair.uri })).map_err(RunError::on("the source"))?;
-        pair.source.wait_status(&["active"], SETUP_TIMEOUT).map_err(RunError::on("the source"))?;
+        pair.allow_postcopy()?;
+        pair.set_up(self, &[POSTCOPY_BANDWIDTH])?;
+        let migrate = pair.begin()?;
+        pair.wait_source(&["active"], SETUP_TIMEOUT)?;
         let handoff = Nanos::now();
-        pair.source.execute("migrate-start-postcopy", json!({})).map_err(RunError::on("the source"))?;
-        pair.source.wait_status(&["completed"], DRAIN_TIMEOUT).map_err(RunError::on("the source"))?;
-        pair.destination.wait_status(&["completed"], SETUP_TIMEOUT).map_err(RunError::on("the destination"))?;
-        Ok(Moved { migrate, handoff, completed: Nanos::now() })
+        pair.source.execute("migrate-start-postcopy", json!({})).map_err(RunError::on(SOURCE))?;
+        Ok(Moved { migrate, handoff: Some(handoff), ended: pair.complete()?, stayed: None })
     }
 }
