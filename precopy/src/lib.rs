@@ -19,3 +19,4 @@ pub mod bitmap;
 pub mod dirty;
 pub mod heat;
 pub mod pack;
+pub mod throttle;
