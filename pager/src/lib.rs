@@ -29,7 +29,7 @@
 pub mod cpu;
 pub mod destination;
 pub mod lane;
-mod pace;
+pub mod pace;
 pub mod ram;
 mod runs;
 mod sent;
