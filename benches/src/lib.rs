@@ -6,6 +6,7 @@
 //!
 //! ```text
 //!   zero_pages      is a page zero; where are the holes of a memfd
+//!   bitmaps         sets of pages: on the wire, walked, shared by lanes, and the heat made from them
 //!   page_states     claims on the page-state map, alone and against another thread
 //!   placement       mapping pages that are in the alias: one at a time, and in runs
 //!   dirty_tracking  what a real guest writes, found out by KVM's bitmaps and by its rings; what that costs the guest

@@ -18,9 +18,27 @@ pub fn runs(mask: u64) -> impl Iterator<Item = (u32, u32)> {
     })
 }
 
+/// The lowest ones of `mask`, `most` of them at most.
+pub fn lowest(mask: u64, most: u32) -> u64 {
+    if mask.count_ones() <= most {
+        return mask;
+    }
+    let rest = (0..most).fold(mask, |rest, _| rest & (rest - 1));
+    mask & !rest
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_lowest_bits_are_as_many_as_asked_for() {
+        let cases = [(0, 1, 0), (0b1101_1000, 2, 0b1_1000), (0b1101, 3, 0b1101), (u64::MAX, 64, u64::MAX), (6, 0, 0)];
+        for (mask, most, expected) in cases {
+            assert_eq!(lowest(mask, most), expected, "{most} of {mask:#b}");
+        }
+        assert_eq!(lowest(u64::MAX, 15), (1 << 15) - 1);
+    }
 
     #[test]
     fn runs_cover_exactly_the_set_bits() {

@@ -5,18 +5,33 @@ use std::ops::Range;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
-use switchover_wire::types::{PAGE_SIZE_U64, PageCount, PageIndex};
+use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 
-/// Bytes compared before each early exit: a multiple of the widest vector registers, so that the compiler can keep
-/// the inner loop in them.
-const STRIDE: usize = 256;
+/// Words compared without a branch: a page. Leaving off within a page costs more than reading on, for the processor
+/// fetches the lines that follow only while it is read in order (measured: 250 to 350 ns for a page left off in the
+/// middle, 165 ns for all of it).
+const BLOCK: usize = PAGE_SIZE / size_of::<Word>();
+
+type Word = [u8; 8];
 
 /// Whether all of `page` is zero.
+///
+/// Few pages begin, end and have their middle with zeros without being zero: those three words are looked at first. A
+/// page that passes is read at the speed of memory.
 #[must_use]
 pub fn is_zero(page: &[u8]) -> bool {
-    let strides = page.chunks_exact(STRIDE);
-    strides.remainder().iter().all(|byte| *byte == 0)
-        && page.chunks_exact(STRIDE).all(|stride| stride.iter().fold(0, |seen, byte| seen | byte) == 0)
+    let (words, tail) = page.as_chunks::<8>();
+    let word = |index: usize| words.get(index).map_or(0, |word| u64::from_ne_bytes(*word));
+    if word(0) != 0 || (word(words.len() / 2) | word(words.len().saturating_sub(1))) != 0 {
+        return false;
+    }
+    let (blocks, rest) = words.as_chunks::<BLOCK>();
+    blocks.iter().all(|block| all_zero(block)) && all_zero(rest) && tail.iter().all(|byte| *byte == 0)
+}
+
+/// Without a branch before the end, so that the compiler can use vector registers.
+fn all_zero(words: &[Word]) -> bool {
+    words.iter().fold(0, |seen, word| seen | u64::from_ne_bytes(*word)) == 0
 }
 
 /// Knows which pages of a memfd were never touched, asking the kernel as seldom as it can.
@@ -86,14 +101,16 @@ mod tests {
 
     #[test]
     fn one_byte_anywhere_makes_a_page_not_zero() {
-        let mut page = vec![0; 4096];
-        assert!(is_zero(&page));
-        for at in [0, 1, 255, 256, 2049, 4095] {
-            page[at] = 0x80;
-            assert!(!is_zero(&page), "byte {at}");
-            page[at] = 0;
+        // Pages, parts of one, and what ends within a word.
+        for len in [0, 1, 7, 8, 24, 100, PAGE_SIZE, PAGE_SIZE + 21, 3 * PAGE_SIZE] {
+            let mut page = vec![0; len];
+            assert!(is_zero(&page));
+            for at in 0..len {
+                page[at] = 0x80;
+                assert!(!is_zero(&page), "byte {at} of {len}");
+                page[at] = 0;
+            }
         }
-        assert!(!is_zero(&[0, 0, 1]));
     }
 
     #[test]

@@ -1,8 +1,10 @@
-//! One bit a page.
+//! One bit a page, walked a word at a time: page `i` is bit `i % 64` of word `i / 64`, as in KVM's dirty log.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+mod atomic;
 
 use switchover_wire::types::{PageCount, PageIndex};
+
+pub use self::atomic::AtomicPageBitmap;
 
 /// A set of pages of a RAM of fixed size.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -46,12 +48,6 @@ impl PageBitmap {
         self.pages
     }
 
-    /// Its words: bit `i % 64` of word `i / 64` stands for page `i`.
-    #[must_use]
-    pub fn words(&self) -> &[u64] {
-        &self.words
-    }
-
     /// How many pages are in the set.
     #[must_use]
     pub fn count(&self) -> PageCount {
@@ -80,27 +76,77 @@ impl PageBitmap {
         self.place(page).is_some_and(|(word, bit)| self.words[word] & bit != 0)
     }
 
-    /// Adds all pages of another set over the same RAM.
-    pub fn unite(&mut self, other: &Self) {
-        debug_assert_eq!(self.pages, other.pages);
-        for (own, theirs) in self.words.iter_mut().zip(&other.words) {
-            *own |= theirs;
-        }
-        self.trim();
+    /// Whether no page is in the set.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.words.iter().all(|word| *word == 0)
     }
 
-    /// How many pages are in both sets.
+    /// Takes all pages out.
+    pub fn clear(&mut self) {
+        self.words.fill(0);
+    }
+
+    /// The set as words. Bits past the end of RAM are 0.
     #[must_use]
-    pub fn intersect_count(&self, other: &Self) -> PageCount {
-        PageCount(self.words.iter().zip(&other.words).map(|(own, theirs)| u64::from((own & theirs).count_ones())).sum())
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// The word at `index`; 0 past the end.
+    #[must_use]
+    pub fn word(&self, index: usize) -> u64 {
+        self.words.get(index).copied().unwrap_or(0)
+    }
+
+    /// Adds those pages of the word at `index` that `bits` says, if RAM has them.
+    pub fn insert_word(&mut self, index: usize, bits: u64) {
+        if let Some(word) = self.words.get_mut(index) {
+            *word |= bits & bits_of(self.pages, index);
+        }
+    }
+
+    /// Takes the pages of the word at `index` out, and returns them.
+    pub fn take_word(&mut self, index: usize) -> u64 {
+        self.words.get_mut(index).map_or(0, std::mem::take)
+    }
+
+    /// Adds all pages of another set over the same RAM.
+    pub fn unite(&mut self, other: &Self) {
+        self.combine(other, |own, theirs| own | theirs);
     }
 
     /// Takes all pages of another set over the same RAM out.
     pub fn subtract(&mut self, other: &Self) {
+        self.combine(other, |own, theirs| own & !theirs);
+    }
+
+    /// Leaves only the pages that another set over the same RAM has too.
+    pub fn intersect(&mut self, other: &Self) {
+        self.combine(other, |own, theirs| own & theirs);
+    }
+
+    /// How many pages this set and another over the same RAM have in common.
+    #[must_use]
+    pub fn intersect_count(&self, other: &Self) -> PageCount {
         debug_assert_eq!(self.pages, other.pages);
-        for (own, theirs) in self.words.iter_mut().zip(&other.words) {
-            *own &= !theirs;
-        }
+        let both = self.words.iter().zip(&other.words).map(|(own, theirs)| u64::from((own & theirs).count_ones()));
+        PageCount(both.sum())
+    }
+
+    /// The words that are not 0, with their indices, in ascending order.
+    pub fn nonzero_words(&self) -> impl Iterator<Item = (usize, u64)> + '_ {
+        self.words.iter().copied().enumerate().filter(|(_, word)| *word != 0)
+    }
+
+    /// The longest runs of pages in the set, in ascending order: the first page of each, and how many.
+    pub fn runs(&self) -> impl Iterator<Item = (PageIndex, PageCount)> + '_ {
+        let mut from = 0;
+        std::iter::from_fn(move || {
+            let first = self.next_from(from, 0)?;
+            from = self.next_from(first, u64::MAX).unwrap_or(self.pages.0);
+            Some((PageIndex(first), PageCount(from - first)))
+        })
     }
 
     /// The pages of the set in ascending order. Empty words cost one comparison.
@@ -125,96 +171,44 @@ impl PageBitmap {
         Some((usize::try_from(page.0 / 64).ok()?, 1 << (page.0 % 64)))
     }
 
+    /// The first page from `from` on that is in the set, with `flip` 0, or that is not, with `flip` all ones.
+    fn next_from(&self, from: u64, flip: u64) -> Option<u64> {
+        let start = usize::try_from(from / 64).ok()?;
+        let mut seen = u64::MAX << (from % 64);
+        for (word, first) in self.words.get(start..)?.iter().zip((from - from % 64..).step_by(64)) {
+            let bits = (word ^ flip) & seen;
+            if bits != 0 {
+                return Some(first + u64::from(bits.trailing_zeros()));
+            }
+            seen = u64::MAX;
+        }
+        None
+    }
+
+    fn combine(&mut self, other: &Self, operation: impl Fn(u64, u64) -> u64) {
+        debug_assert_eq!(self.pages, other.pages);
+        for (own, theirs) in self.words.iter_mut().zip(&other.words) {
+            *own = operation(*own, *theirs);
+        }
+        // Should the other set be of a larger RAM.
+        self.trim();
+    }
+
     fn trim(&mut self) {
-        let used = self.pages.0 % 64;
-        if let (Some(last), true) = (self.words.last_mut(), used != 0) {
-            *last &= (1 << used) - 1;
+        let pages = self.pages;
+        if let Some((index, last)) = self.words.iter_mut().enumerate().next_back() {
+            *last &= bits_of(pages, index);
         }
     }
 }
 
-/// A set of pages that several threads change, a word of 64 at a time.
-#[derive(Debug)]
-pub struct AtomicPageBitmap {
-    words: Box<[AtomicU64]>,
-    pages: PageCount,
-}
-
-impl AtomicPageBitmap {
-    /// The empty set.
-    #[must_use]
-    pub fn new(pages: PageCount) -> Self {
-        Self { words: (0..pages.0.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(), pages }
-    }
-
-    /// Adds the pages of `bits` to word `index`; says which pages it had before.
-    pub fn fetch_or(&self, index: usize, bits: u64) -> u64 {
-        self.words.get(index).map_or(0, |word| word.fetch_or(bits, Ordering::AcqRel))
-    }
-
-    /// Leaves only the pages of `bits` in word `index`; says which pages it had before.
-    pub fn fetch_and(&self, index: usize, bits: u64) -> u64 {
-        self.words.get(index).map_or(0, |word| word.fetch_and(bits, Ordering::AcqRel))
-    }
-
-    /// Takes all pages out of word `index`.
-    pub fn take(&self, index: usize) -> u64 {
-        self.words.get(index).map_or(0, |word| word.swap(0, Ordering::AcqRel))
-    }
-
-    /// The set as it is now, each word at its own instant.
-    #[must_use]
-    pub fn snapshot(&self) -> PageBitmap {
-        let words: Vec<u64> = self.words.iter().map(|word| word.load(Ordering::Acquire)).collect();
-        PageBitmap::from_words(&words, self.pages)
+/// The bits of the word at `index` that stand for pages of a RAM of this size.
+fn bits_of(pages: PageCount, index: usize) -> u64 {
+    match pages.0.saturating_sub(64 * index as u64) {
+        left @ 0..64 => (1 << left) - 1,
+        _ => u64::MAX,
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn it_is_the_set_that_a_tree_would_be(pages in 1_u64..300, steps in prop::collection::vec((any::<bool>(), 0_u64..320), 0..400)) {
-            let (mut bitmap, mut tree) = (PageBitmap::new(PageCount(pages)), BTreeSet::new());
-            for (add, page) in steps {
-                if add {
-                    prop_assert_eq!(bitmap.insert(PageIndex(page)), page < pages && tree.insert(page));
-                } else {
-                    prop_assert_eq!(bitmap.remove(PageIndex(page)), tree.remove(&page));
-                }
-            }
-            prop_assert_eq!(bitmap.count().0, tree.len() as u64);
-            prop_assert!(bitmap.iter().map(|page| page.0).eq(tree.iter().copied()));
-        }
-
-        #[test]
-        fn words_from_outside_never_name_pages_past_the_end(pages in 1_u64..300, words in prop::collection::vec(any::<u64>(), 0..8)) {
-            let bitmap = PageBitmap::from_words(&words, PageCount(pages));
-            prop_assert!(bitmap.iter().all(|page| page.0 < pages));
-            let named = |page: u64| words.get(usize::try_from(page / 64).unwrap()).is_some_and(|word| word >> (page % 64) & 1 == 1);
-            prop_assert!((0..pages).all(|page| bitmap.contains(PageIndex(page)) == named(page)));
-        }
-    }
-
-    #[test]
-    fn all_pages_are_exactly_all_pages() {
-        for pages in [1, 63, 64, 65, 128] {
-            assert_eq!(PageBitmap::full(PageCount(pages)).count(), PageCount(pages));
-        }
-    }
-
-    #[test]
-    fn a_union_holds_both() {
-        let (mut one, mut two) = (PageBitmap::new(PageCount(100)), PageBitmap::new(PageCount(100)));
-        one.insert(PageIndex(3));
-        two.insert(PageIndex(99));
-        one.unite(&two);
-        assert!(one.iter().eq([PageIndex(3), PageIndex(99)]));
-    }
-}
+mod tests;

@@ -193,9 +193,7 @@ impl Rounds {
     /// Begins the next round, whose pages are `noted`; returns its number, counted from 1. The round before must be over.
     pub fn begin(&self, noted: &PageBitmap) -> u32 {
         let shared = &self.shared;
-        for (index, word) in noted.words().iter().enumerate() {
-            shared.work.fetch_or(index, *word);
-        }
+        shared.work.unite(noted);
         let mut gate = shared.gate();
         shared.cursor.store(0, Ordering::Release);
         gate.round += 1;

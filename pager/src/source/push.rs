@@ -5,7 +5,6 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use switchover_wire::clock::Nanos;
 use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, FrameFlags};
 use switchover_wire::ring::{Ring, RingError};
 use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
@@ -14,7 +13,7 @@ use thiserror::Error;
 use super::Shared;
 use super::queue::Next;
 use crate::lane::PageLane;
-use crate::runs::{CHUNK_LEN, runs};
+use crate::runs::{CHUNK_LEN, lowest, runs};
 use crate::sent::ChunkIndex;
 use crate::zero::{Holes, is_zero};
 
@@ -127,8 +126,17 @@ impl Pusher {
         Ok(covered)
     }
 
-    /// Sends those of a chunk's `wanted` pages that nobody has sent.
-    fn push_chunk(&mut self, chunk: ChunkIndex, wanted: u64, holes: &mut Holes<'_>) -> Result<(), PushError> {
+    /// Sends those of a chunk's `wanted` pages that nobody has sent, in frames as large as the rate allows.
+    fn push_chunk(&mut self, chunk: ChunkIndex, mut wanted: u64, holes: &mut Holes<'_>) -> Result<(), PushError> {
+        while wanted != 0 {
+            let part = lowest(wanted, self.shared.pacer.frame_pages());
+            self.push_part(chunk, part, holes)?;
+            wanted &= !part;
+        }
+        Ok(())
+    }
+
+    fn push_part(&mut self, chunk: ChunkIndex, wanted: u64, holes: &mut Holes<'_>) -> Result<(), PushError> {
         let claimed = self.shared.sent.claim(chunk, wanted);
         self.push_claimed(chunk, claimed, holes)
     }
@@ -167,8 +175,7 @@ impl Pusher {
         };
         let header = frame.encode(FrameFlags::default());
         let bytes = header.len() as u64 + u64::from(data.count_ones()) * PAGE_SIZE_U64;
-        let wait = self.shared.pacer.take(bytes, Nanos::now());
-        if !wait.is_zero() && self.shared.queue.pause(wait) {
+        if self.shared.pacer.stopped_before(bytes, |span| self.shared.queue.pause(span)) {
             return Err(PushError::Stopped);
         }
         // A chunk has at most 32 runs: every other page.

@@ -65,12 +65,12 @@ impl Books {
     /// a frame that is.
     pub fn take(&self, chunk: ChunkIndex, wanted: u64) -> u64 {
         let Ok(index) = usize::try_from(chunk.0) else { return 0 };
-        let free = wanted & !self.under_way.fetch_or(index, wanted);
+        let free = self.under_way.insert_word(index, wanted);
         let bits = (0..64).filter(|bit| free >> bit & 1 == 1);
         let pinned = bits.filter(|bit| self.versions.is_pinned(PageIndex(chunk.first().0 + bit)));
         let pinned = pinned.fold(0, |mask, bit| mask | 1 << bit);
         if pinned != 0 {
-            self.under_way.fetch_and(index, !pinned);
+            self.under_way.remove_word(index, pinned);
         }
         free & !pinned
     }
@@ -105,7 +105,7 @@ impl Books {
             self.versions.acknowledged(frame.chunk.first(), frame.data, &frame.pinned);
             for chunk in frame.chunk.0..frame.chunk.0 + frame.chunks {
                 if let Ok(index) = usize::try_from(chunk) {
-                    self.under_way.fetch_and(index, !(frame.data | frame.zero));
+                    self.under_way.remove_word(index, frame.data | frame.zero);
                 }
             }
         }

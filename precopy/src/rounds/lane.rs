@@ -6,10 +6,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use switchover_pager::lane::PageLane;
-use switchover_pager::runs::runs;
+use switchover_pager::runs::{lowest, runs};
 use switchover_pager::sent::ChunkIndex;
 use switchover_pager::zero::Holes;
-use switchover_wire::clock::Nanos;
 use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, FrameFlags};
 use switchover_wire::ring::{Ring, RingError};
 use switchover_wire::types::{PAGE_SIZE_U64, PageCount, PageIndex};
@@ -31,7 +30,7 @@ const RECEIPT_EVERY: u64 = 512 * 1024;
 /// A frame is cut so that the link needs no longer than this for it: a handoff waits for the frame under way.
 const FRAME_TIME: Duration = Duration::from_millis(2);
 /// But into no smaller pieces than this many pages.
-const LEAST_PAGES: u64 = 4;
+const LEAST_PAGES: u32 = 4;
 
 /// Why a lane ended early.
 #[derive(Debug, Error)]
@@ -210,21 +209,19 @@ impl LaneSender {
     }
 
     /// How many pages a frame may have.
-    fn pages_at_once(&self) -> u64 {
-        match self.shared.bytes_per_second.load(Ordering::Relaxed) {
-            0 => CHUNK_PAGES,
-            rate => {
-                let bytes = u128::from(rate) * FRAME_TIME.as_nanos() / 1_000_000_000;
-                u64::try_from(bytes).unwrap_or(u64::MAX).div_euclid(PAGE_SIZE_U64).clamp(LEAST_PAGES, CHUNK_PAGES)
-            }
-        }
+    fn pages_at_once(&self) -> u32 {
+        let bytes = match self.shared.bytes_per_second.load(Ordering::Relaxed) {
+            0 => u128::MAX,
+            rate => u128::from(rate) * FRAME_TIME.as_nanos() / 1_000_000_000,
+        };
+        let pages = u32::try_from(bytes / u128::from(PAGE_SIZE_U64)).unwrap_or(u32::MAX);
+        pages.max(LEAST_PAGES).min(self.shared.pacer.frame_pages())
     }
 }
 
 /// Waits until `bytes` may be sent; `false` when a halt comes first.
 fn pace(shared: &Shared, bytes: u64) -> bool {
-    let wait = shared.pacer.take(bytes, Nanos::now());
-    wait.is_zero() || !shared.pause(wait)
+    !shared.pacer.stopped_before(bytes, |span| shared.pause(span))
 }
 
 /// The pages of a span that is wanted as a whole and was never touched.
@@ -233,27 +230,4 @@ fn untouched(shared: &Shared, span: &Range<usize>, taken: &[u64], holes: &mut Ho
     let pages = (shared.pages().0 - first.0).min(span.len() as u64 * CHUNK_PAGES);
     let wanted: u64 = taken.iter().map(|mask| u64::from(mask.count_ones())).sum();
     (wanted == pages && holes.run_from(first).0 >= pages).then_some(PageCount(pages))
-}
-
-/// The lowest `count` bits that are set.
-fn lowest(mask: u64, count: u64) -> u64 {
-    if u64::from(mask.count_ones()) <= count {
-        return mask;
-    }
-    let mut rest = mask;
-    (0..count).for_each(|_| rest &= rest.wrapping_sub(1));
-    mask & !rest
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_lowest_bits_are_taken_first() {
-        assert_eq!(lowest(u64::MAX, 64), u64::MAX);
-        assert_eq!(lowest(u64::MAX, 4), 0b1111);
-        assert_eq!(lowest(0b1010_1000, 2), 0b0010_1000);
-        assert_eq!(lowest(0, 5), 0);
-    }
 }
