@@ -16,6 +16,10 @@ fn numbers(seed: u64) -> impl FnMut() -> u64 {
     }
 }
 
+fn below(number: u64, limit: usize) -> usize {
+    usize::try_from(number >> 20).unwrap() % limit
+}
+
 fn noise(seed: u64) -> Page {
     let mut next = numbers(seed);
     std::array::from_fn(|_| next().to_le_bytes()[5])
@@ -27,7 +31,7 @@ fn text(seed: u64) -> Page {
     let mut page = [b' '; PAGE_SIZE];
     let mut at = 0;
     while at + 8 < PAGE_SIZE {
-        let word = WORDS[(next() >> 40) as usize % WORDS.len()].as_bytes();
+        let word = WORDS[below(next(), WORDS.len())].as_bytes();
         page[at..at + word.len()].copy_from_slice(word);
         at += word.len();
     }
@@ -38,7 +42,7 @@ fn text(seed: u64) -> Page {
 fn changed(mut page: Page, seed: u64, changes: usize) -> Page {
     let mut next = numbers(seed);
     for _ in 0..changes {
-        let at = (next() >> 20) as usize % (PAGE_SIZE - 8);
+        let at = below(next(), PAGE_SIZE - 8);
         if next() >> 63 == 0 {
             page[at..at + 8].copy_from_slice(&next().to_le_bytes());
         } else {
@@ -211,7 +215,7 @@ proptest! {
         // Behind a frame's header and a block's, whatever follows reaches zstd itself.
         let mut bytes = body;
         if headed && encoding == Encoding::Zstd {
-            let size = (bytes.len() as u32) << 3 | 5;
+            let size = u32::try_from(bytes.len()).unwrap() << 3 | 5;
             bytes.splice(..0, [0x28, 0xB5, 0x2F, 0xFD, 0x60, 0, 15].into_iter().chain(size.to_le_bytes().into_iter().take(3)));
         }
         let mut page = old;
