@@ -1,16 +1,48 @@
 //! How a lane sends its next chunk: as it is, or packed.
+//!
+//! Sending a chunk as it is costs next to no work: the kernel takes it from the guest's memory. Packing it costs a reading
+//! of each page and an encoding, and saves bytes. What that is worth, each lane's [`Packer`] measures: the nanoseconds and
+//! the bytes that each encoding takes of the pages at hand, and the nanoseconds that a byte takes on its link. It sends
+//! each page in the way whose sum is the least. What is not in use is tried on a page now and then, more and more rarely
+//! while it does not pay, and soon again when the link has changed.
+//!
+//! ```text
+//!   chunk ─▶ wants? ─no──────────────────────────────────────▶ as it is ─▶ sent_as_is ─▶ sent
+//!               └yes─▶ pack: read ─▶ delta? ─▶ same? ─▶ lz4, zstd, raw ─▶ Packed ─────▶ sent
+//!                                      │         │
+//!                             SentVersions: pages kept, contents known, pins ◀─ acknowledged
+//! ```
+//!
+//! Differences need the last version, so pages are kept from the second round on, which costs a reading too. Whether that
+//! gains anything is known only when they are sent again: it is done at first wherever it could pay well, and goes on
+//! where it does; where it does not, one chunk in many is still kept, to notice when that changes. Pages with the same
+//! content are looked for likewise: always among a sixteenth of all contents, and among all where enough were found. That
+//! is only done to pages that are read anyway.
 
-use std::sync::Arc;
-use std::time::Duration;
+mod chooser;
+mod cost;
+mod delta_cache;
+mod link;
+mod packer;
+mod same;
+mod versions;
 
-use switchover_wire::types::{PAGE_SIZE, PageIndex};
+#[cfg(test)]
+mod tests;
+
+use std::ops::AddAssign;
+
+pub use packer::Packer;
+use switchover_wire::encoding::Encoding;
+use switchover_wire::types::{PAGE_SIZE_U64, PageIndex};
+pub use versions::SentVersions;
 
 /// Which encodings a migration may use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Compression {
-    /// None but zero pages, whatever the link.
+    /// None but zero pages, whatever the link: no differences and no references either.
     Off,
-    /// Each lane chooses, by what it measures, among all of them.
+    /// Each lane chooses, by what it measures, among all of them. Only here differences and references are used.
     #[default]
     Adaptive,
     /// Always LZ4 where it makes a page smaller.
@@ -38,14 +70,10 @@ impl Default for PackSettings {
     }
 }
 
-/// What all lanes of a migration know of the versions that the destination holds.
-#[derive(Debug, Default)]
-pub struct SentVersions {}
-
 /// How often each encoding was used, and what it saved. Sums over the lanes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct PackCounts {
-    /// Pages sent as they are.
+    /// Pages sent as they are, in packed chunks or not.
     pub raw: u64,
     /// Pages sent with LZ4.
     pub lz4: u64,
@@ -57,7 +85,7 @@ pub struct PackCounts {
     pub same: u64,
     /// Bytes of all these before encoding.
     pub bytes_in: u64,
-    /// And after it.
+    /// And after it, with the tables that say how they are encoded.
     pub bytes_out: u64,
 }
 
@@ -79,69 +107,31 @@ impl PackCounts {
 pub struct Packed<'a> {
     /// Frame header, table and bodies.
     pub bytes: &'a [u8],
-    /// Pages of other chunks that the frame refers to: they must not be sent anew before it is acknowledged.
+    /// Pages that the frame refers to, none of its own: they must not be sent anew before it is acknowledged.
     pub pinned: &'a [PageIndex],
 }
 
-/// One lane's packer.
-#[derive(Debug)]
-pub struct Packer {
-    counts: PackCounts,
-}
-
-impl Packer {
-    /// A packer for one lane; all lanes share `versions`.
-    #[must_use]
-    pub fn new(_settings: PackSettings, _versions: Arc<SentVersions>) -> Self {
-        Self { counts: PackCounts::default() }
-    }
-
-    /// Whether the next chunk, in round `round` (counted from 1), should be packed rather than sent as it is.
-    #[must_use]
-    pub fn wants(&mut self, _round: u32) -> bool {
-        false
-    }
-
-    /// Packs the pages of `data` (bit i: page `first + i`), each read once with `read`, and notes those of `zero`.
-    /// `flags` go into the header. `None` where it came out no smaller than the pages: what was read must then be thrown
-    /// away, and the chunk sent as it is (the caller then calls [`sent_as_is`](Self::sent_as_is)).
-    pub fn pack(
-        &mut self,
-        _first: PageIndex,
-        _data: u64,
-        _zero: u64,
-        _flags: u8,
-        _read: &mut dyn FnMut(PageIndex, &mut [u8; PAGE_SIZE]),
-    ) -> Option<Packed<'_>> {
-        None
-    }
-
-    /// A chunk went as it is: no difference can be sent against these pages until they are packed again.
-    pub fn sent_as_is(&mut self, _first: PageIndex, _data: u64, _zero: u64) {}
-
-    /// `bytes` of a frame took `elapsed` to be handed to the socket, waiting for a rate limit included.
-    pub fn sent(&mut self, _bytes: u64, _elapsed: Duration) {}
-
-    /// What it did so far.
-    #[must_use]
-    pub fn counts(&self) -> PackCounts {
-        self.counts
+impl PackCounts {
+    fn count(&mut self, encoding: Encoding) {
+        self.bytes_in += PAGE_SIZE_U64;
+        *match encoding {
+            Encoding::Raw => &mut self.raw,
+            Encoding::Lz4 => &mut self.lz4,
+            Encoding::Zstd => &mut self.zstd,
+            Encoding::Delta => &mut self.delta,
+            Encoding::Same => &mut self.same,
+        } += 1;
     }
 }
 
-impl SentVersions {
-    /// Versions for a RAM of this size.
-    #[must_use]
-    pub fn new(_settings: PackSettings) -> Arc<Self> {
-        Arc::new(Self {})
-    }
-
-    /// The destination has processed the frame with these pages: they may be referred to.
-    pub fn acknowledged(&self, _first: PageIndex, _data: u64, _pinned: &[PageIndex]) {}
-
-    /// Whether `page` is referred to by a frame that is under way, so that it must not be sent anew yet.
-    #[must_use]
-    pub fn is_pinned(&self, _page: PageIndex) -> bool {
-        false
+impl AddAssign for PackCounts {
+    fn add_assign(&mut self, other: Self) {
+        self.raw += other.raw;
+        self.lz4 += other.lz4;
+        self.zstd += other.zstd;
+        self.delta += other.delta;
+        self.same += other.same;
+        self.bytes_in += other.bytes_in;
+        self.bytes_out += other.bytes_out;
     }
 }
