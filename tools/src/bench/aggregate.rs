@@ -82,7 +82,11 @@ impl Aggregate {
         let complete = || self.report.runs.iter().filter(|run| run.source.is_some() && run.destination.is_some());
         let mut by_blackout: Vec<&RunReport> = complete().filter(|run| run.figures.blackout_ns.is_some()).collect();
         by_blackout.sort_by_key(|run| run.figures.blackout_ns);
-        by_blackout.get(by_blackout.len().saturating_sub(1) / 2).copied().or_else(|| complete().next()).or_else(|| self.report.runs.iter().find(|run| run.source.is_some()))
+        by_blackout
+            .get(by_blackout.len().saturating_sub(1) / 2)
+            .copied()
+            .or_else(|| complete().next())
+            .or_else(|| self.report.runs.iter().find(|run| run.source.is_some()))
     }
 }
 

@@ -310,7 +310,11 @@ impl BenchArgs {
             None => vec![(builtin(&self.guest)?, self.builtin_append(memory))],
         };
         let cells = guests.into_iter().flat_map(|(guest, append)| {
-            bandwidths.clone().into_iter().map(move |bandwidth| Cell { guest: guest.clone(), append: append.clone(), bandwidth })
+            bandwidths.clone().into_iter().map(move |bandwidth| Cell {
+                guest: guest.clone(),
+                append: append.clone(),
+                bandwidth,
+            })
         });
         Ok(cells.collect())
     }
@@ -379,8 +383,12 @@ mod tests {
 
     #[test]
     fn what_is_said_of_the_matrix_stands() {
-        let plan = plan(&["--matrix", "--quick", "--bandwidth", "100M", "--modes", "hybrid", "--memory", "128M"]).unwrap();
-        assert_eq!((plan.cells.len(), plan.modes.len(), plan.runs, plan.memory.to_string().as_str()), (4, 1, 2, "128M"));
+        let plan =
+            plan(&["--matrix", "--quick", "--bandwidth", "100M", "--modes", "hybrid", "--memory", "128M"]).unwrap();
+        assert_eq!(
+            (plan.cells.len(), plan.modes.len(), plan.runs, plan.memory.to_string().as_str()),
+            (4, 1, 2, "128M")
+        );
     }
 
     #[test]

@@ -56,8 +56,7 @@ impl FromStr for Bandwidth {
             return Ok(Self::UNLIMITED);
         }
         let upper = text.to_ascii_uppercase();
-        let (unit, scale) =
-            UNITS.into_iter().find(|(unit, _)| upper.ends_with(*unit)).ok_or_else(wrong)?;
+        let (unit, scale) = UNITS.into_iter().find(|(unit, _)| upper.ends_with(*unit)).ok_or_else(wrong)?;
         let digits = upper.strip_suffix(unit).unwrap_or_default();
         if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.') {
             return Err(wrong());
@@ -78,8 +77,7 @@ impl fmt::Display for Bandwidth {
         let Some(bits) = self.bits_per_second() else { return f.write_str("unlimited") };
         #[expect(clippy::cast_precision_loss, reason = "at most 10^13")]
         let bits = bits as f64;
-        let (unit, scale) =
-            UNITS.into_iter().rev().find(|(_, scale)| bits >= *scale).unwrap_or(('K', 1e3));
+        let (unit, scale) = UNITS.into_iter().rev().find(|(_, scale)| bits >= *scale).unwrap_or(('K', 1e3));
         write!(f, "{}{unit}", bits / scale)
     }
 }
@@ -90,7 +88,8 @@ mod tests {
 
     #[test]
     fn bits_a_second_are_read_and_written_back() {
-        for (text, bits) in [("100M", 100_000_000), ("1G", 1_000_000_000), ("2.5G", 2_500_000_000), ("1500K", 1_500_000)]
+        for (text, bits) in
+            [("100M", 100_000_000), ("1G", 1_000_000_000), ("2.5G", 2_500_000_000), ("1500K", 1_500_000)]
         {
             let read: Bandwidth = text.parse().unwrap();
             assert_eq!(read.bits_per_second(), Some(bits), "{text}");

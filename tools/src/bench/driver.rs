@@ -226,8 +226,7 @@ impl<'a> Driver<'a> {
         let source_report = vmm.report(SOURCE, &mut source_qmp)?;
         let not_converged = moved.stayed.as_ref().map(|why| not_converged(why, source_report.as_ref())).transpose()?;
         // A destination that nothing came to has nothing to tell.
-        let destination_report =
-            if stayed { None } else { vmm.report(DESTINATION, &mut destination_qmp)? };
+        let destination_report = if stayed { None } else { vmm.report(DESTINATION, &mut destination_qmp)? };
         tell("ending");
         quit(source, &mut source_qmp, SOURCE)?;
         if !stayed {

@@ -115,7 +115,9 @@ pub const FIGURES: &[Figure] = &[
     figure("gap_before_ns", "… and before the move", Unit::Milliseconds, |f| count(f.progress.gap_before_ns)),
     figure("lost_s", "Guest progress lost", Unit::Seconds, |f| f.progress.lost_s),
     figure("cost_s", "Cost: lost + 0.1 × whole migration", Unit::Seconds, |f| f.cost_s),
-    figure("end_rate_percent", "Guest's rate at the end, of the steady", Unit::Percent, |f| f.progress.end_rate_percent),
+    figure("end_rate_percent", "Guest's rate at the end, of the steady", Unit::Percent, |f| {
+        f.progress.end_rate_percent
+    }),
     figure("steady_visits_per_s", "Guest's steady rate before", Unit::PerSecond, |f| f.progress.steady_visits_per_s),
     figure("drain_ns", "Drain", Unit::Milliseconds, |f| count(f.drain_ns)),
     figure("drain_gbit_s", "Drain rate", Unit::GigabitsPerSecond, |f| f.drain_gbit_s),
@@ -128,7 +130,9 @@ pub const FIGURES: &[Figure] = &[
     figure("encoded_percent", "Encoded pages, of their bytes", Unit::Percent, |f| f.encoded_percent),
     figure("throttle_percent", "vCPUs throttled, at most", Unit::Percent, |f| count(f.throttle_percent)),
     figure("handoff_pages", "Pages left at the handoff", Unit::Count, |f| count(f.handoff_pages)),
-    figure("predicted_blackout_ns", "Blackout that was predicted", Unit::Milliseconds, |f| count(f.predicted_blackout_ns)),
+    figure("predicted_blackout_ns", "Blackout that was predicted", Unit::Milliseconds, |f| {
+        count(f.predicted_blackout_ns)
+    }),
     figure("faults_remote", "Faults, remote", Unit::Count, |f| count(f.faults_remote)),
     figure("faults_raced", "Faults, raced", Unit::Count, |f| count(f.faults_raced)),
     figure("faults_local", "Faults, local", Unit::Count, |f| count(f.faults_local)),
@@ -188,7 +192,8 @@ impl Figures {
             precopy_pages: sum(|precopy| precopy.rounds.iter().map(|round| round.data_pages).sum()),
             precopy_bytes: sum(|precopy| precopy.rounds.iter().map(|round| round.wire_bytes).sum()),
             encoded_percent: precopy.and_then(|precopy| {
-                let (before, after) = (count(Some(precopy.encodings.bytes_in))?, count(Some(precopy.encodings.bytes_out))?);
+                let (before, after) =
+                    (count(Some(precopy.encodings.bytes_in))?, count(Some(precopy.encodings.bytes_out))?);
                 (before > 0.0).then(|| after / before * 100.0)
             }),
             throttle_percent: sum(|precopy| u64::from(precopy.throttle_percent)),

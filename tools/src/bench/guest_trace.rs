@@ -195,7 +195,10 @@ impl GuestTrace {
             gap_ns: longest_gap(self.around(marks)),
             lost_s: steady_visits_per_s.map(|rate| window_s - visits / rate),
             window_s: Some(window_s),
-            end_rate_percent: self.rate_before(close.read_ns).zip(steady_visits_per_s).map(|(end, rate)| end / rate * 100.0),
+            end_rate_percent: self
+                .rate_before(close.read_ns)
+                .zip(steady_visits_per_s)
+                .map(|(end, rate)| end / rate * 100.0),
         }
     }
 

@@ -201,7 +201,8 @@ mod tests {
     #[test]
     fn the_hybrid_is_held_against_the_better_of_the_others() {
         let all = [Some(1.0), Some(1.2), Some(9.0)];
-        let found = cell(&[mode("precopy", &all, 5), mode("postcopy", &[Some(2.0)], 10), mode("hybrid", &[Some(1.5)], 14)]);
+        let found =
+            cell(&[mode("precopy", &all, 5), mode("postcopy", &[Some(2.0)], 10), mode("hybrid", &[Some(1.5)], 14)]);
         let cost = found.cost.unwrap();
         assert_eq!((cost.against.as_str(), cost.met), ("precopy", false));
         assert!((cost.ratio.unwrap() - 1.25).abs() < 1e-12);

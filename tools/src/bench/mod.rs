@@ -81,9 +81,13 @@ pub fn main(args: &BenchArgs) -> Result<(), Failure> {
     let (report, aggregates) = measure::measure(&plan, &Switchover { executable }, &ends)?;
     write(&report, &aggregates, &plan.out)?;
     if let Some(path) = &plan.trace {
-        let traced = aggregates.iter().rev().find_map(|aggregate| aggregate.report.carried_out().next().filter(|run| {
-            run.source.as_ref().is_some_and(|source| source.precopy.is_some())
-        }));
+        let traced = aggregates.iter().rev().find_map(|aggregate| {
+            aggregate
+                .report
+                .carried_out()
+                .next()
+                .filter(|run| run.source.as_ref().is_some_and(|source| source.precopy.is_some()))
+        });
         match traced {
             Some(run) if trace::write_trace(run, path).map_err(Failure::failed)? => {}
             _ => say(format_args!("no run tells of its pre-copy: {} is not written", path.display())),

@@ -50,11 +50,19 @@ impl Network {
         let network = Self { source: Namespace::new()?, destination: Namespace::new()? };
         let destination = network.destination.path();
         network.source.configure(&[
-            "ip", "link", "add", DEVICE, "type", "veth", "peer", "name", DEVICE, "netns", &destination,
+            "ip",
+            "link",
+            "add",
+            DEVICE,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            DEVICE,
+            "netns",
+            &destination,
         ])?;
-        for (namespace, address) in
-            [(&network.source, SOURCE_ADDRESS), (&network.destination, DESTINATION_ADDRESS)]
-        {
+        for (namespace, address) in [(&network.source, SOURCE_ADDRESS), (&network.destination, DESTINATION_ADDRESS)] {
             namespace.configure(&["ip", "address", "add", &format!("{address}/30"), "dev", DEVICE])?;
             namespace.configure(&["ip", "link", "set", DEVICE, "up"])?;
             namespace.configure(&["ip", "link", "set", "lo", "up"])?;
@@ -73,7 +81,8 @@ impl Network {
             if let Some(bits) = bandwidth.bits_per_second() {
                 let (rate, burst) = (format!("{bits}bit"), burst(bits).to_string());
                 namespace.configure(&[
-                    "tc", "qdisc", "add", "dev", DEVICE, "root", "tbf", "rate", &rate, "burst", &burst, "latency", QUEUE,
+                    "tc", "qdisc", "add", "dev", DEVICE, "root", "tbf", "rate", &rate, "burst", &burst, "latency",
+                    QUEUE,
                 ])?;
             }
         }
@@ -219,7 +228,11 @@ mod tests {
     fn what_fails_is_named_with_its_reason() {
         let Ok(namespace) = Namespace::new() else { return };
         let failure = namespace.configure(&["ip", "link", "set", "nowhere0", "up"]).unwrap_err();
-        assert!(failure.sentence.contains("nowhere0") && failure.sentence.contains("--link tcp"), "{}", failure.sentence);
+        assert!(
+            failure.sentence.contains("nowhere0") && failure.sentence.contains("--link tcp"),
+            "{}",
+            failure.sentence
+        );
         assert!(namespace.run(&["no-such-program"]).unwrap_err().contains("install"));
     }
 }

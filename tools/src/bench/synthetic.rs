@@ -158,7 +158,13 @@ fn precopy(seed: u64, end: u64, choice: Choice) -> PrecopyReport {
             dirtied_pages: dirtied,
             dirtied: None,
         });
-        samples.push(Sample { at_ns: round_end - start_ns, round, round_over: true, round_pages: pages, ..Sample::default() });
+        samples.push(Sample {
+            at_ns: round_end - start_ns,
+            round,
+            round_over: true,
+            round_pages: pages,
+            ..Sample::default()
+        });
         let last = round == 3;
         decisions.push(DecisionReport {
             at_ns: round_end,
@@ -185,7 +191,13 @@ fn precopy(seed: u64, end: u64, choice: Choice) -> PrecopyReport {
         rounds,
         decisions,
         samples,
-        encodings: EncodingCounts { raw: 90_000, lz4: 14_000, bytes_in: 104_000 << 12, bytes_out: 96_000 << 12, ..EncodingCounts::default() },
+        encodings: EncodingCounts {
+            raw: 90_000,
+            lz4: 14_000,
+            bytes_in: 104_000 << 12,
+            bytes_out: 96_000 << 12,
+            ..EncodingCounts::default()
+        },
         throttle_percent: 20,
         handoff_pages: 12_900,
     }

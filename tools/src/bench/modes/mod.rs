@@ -104,10 +104,9 @@ pub fn by_name(name: &str) -> Result<&'static dyn Mode, Failure> {
         "precopy" => Ok(&precopy::Precopy),
         "postcopy" => Ok(&postcopy::Postcopy),
         "hybrid" => Ok(&hybrid::Hybrid),
-        _ => Err(Failure::usage(format_args!(
-            "--modes {name}: there is no such mode; choose from {}",
-            NAMES.join(", ")
-        ))),
+        _ => {
+            Err(Failure::usage(format_args!("--modes {name}: there is no such mode; choose from {}", NAMES.join(", "))))
+        }
     }
 }
 
@@ -148,7 +147,8 @@ impl Pair<'_> {
 
     /// Waits until the source's migration is in one of the states `wanted`.
     fn wait_source(&mut self, wanted: &[&str], timeout: Duration) -> Result<Value, RunError> {
-        wait(self.source, self.ends, wanted, timeout).map_err(|error| error.map_or(RunError::Interrupted, RunError::on(SOURCE)))
+        wait(self.source, self.ends, wanted, timeout)
+            .map_err(|error| error.map_or(RunError::Interrupted, RunError::on(SOURCE)))
     }
 
     /// Waits until both sides have completed, and says when that was seen.
