@@ -2,7 +2,11 @@
 
 use std::fmt::Write as _;
 
+mod matrix;
+mod precopy;
+
 use super::aggregate::Aggregate;
+use super::bandwidth::Bandwidth;
 use super::figures::FIGURES;
 use super::format::{bytes, count, figure, micros, millis, ns_as, number};
 use super::latency::{PARTS, Percentiles};
@@ -29,8 +33,15 @@ pub fn page(report: &Report, aggregates: &[Aggregate]) -> Result<String, PlotErr
         ink_rules()
     );
     header(&mut html, report);
-    for aggregate in aggregates {
-        mode(&mut html, report, aggregate)?;
+    if let Some(matrix) = &report.matrix {
+        matrix::section(&mut html, matrix, aggregates);
+    }
+    if report.matrix.as_ref().is_none_or(|matrix| matrix.cells.len() == 1) {
+        for aggregate in aggregates {
+            mode(&mut html, report, aggregate)?;
+        }
+    } else {
+        matrix::cells(&mut html, aggregates)?;
     }
     if let Some(floor) = &report.floor {
         floor_table(&mut html, floor);
@@ -51,8 +62,18 @@ fn ink_rules() -> String {
 }
 
 fn modes(report: &Report) -> String {
-    let names: Vec<_> = report.modes.iter().map(|mode| mode_name(&mode.mode)).collect();
-    names.join(", ")
+    let mut names: Vec<&str> = Vec::new();
+    for mode in &report.modes {
+        let name = mode_name(&mode.mode);
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    if let [one] = names[..] {
+        return one.to_owned();
+    }
+    let short: Vec<_> = names.iter().map(|name| name.trim_end_matches(" migration")).collect();
+    format!("{} migration", short.join(", "))
 }
 
 fn mode_name(mode: &str) -> &str {
@@ -67,21 +88,25 @@ fn mode_name(mode: &str) -> &str {
 fn header(html: &mut String, report: &Report) {
     let settings = &report.settings;
     let runs: usize = report.modes.iter().map(|mode| mode.runs.len()).sum();
-    let (class, verdict) = if report.verified {
+    let (class, verdict) = if report.interrupted && report.verified {
+        ("good", "interrupted; guest memory verified in every run that was made")
+    } else if report.verified {
         ("good", "guest memory verified in every run")
     } else {
         ("bad", "NOT verified: see the runs below")
     };
     let _ = writeln!(
         html,
-        "<h1>{}</h1>\n<p class=\"lead\">{runs} {} of the guest <b>{}</b> with {} and {} over {}, on {} × {}, Linux {}. \
+        "<h1>{}</h1>\n<p class=\"lead\">{runs} {} of the {} <b>{}</b> with {} and {} over {}{}, on {} × {}, Linux {}. \
          {}</p>\n<span class=\"verdict {class}\">{verdict}</span>",
         capitalised(&escape(&modes(report))),
         if runs == 1 { "run" } else { "runs" },
+        if settings.guest.contains(", ") { "guests" } else { "guest" },
         escape(&settings.guest),
         escape(&bytes(ns_as(settings.memory, 1.0))),
         if settings.vcpus == 1 { "1 vCPU".to_owned() } else { format!("{} vCPUs", settings.vcpus) },
         escape(&settings.link),
+        escape(&bandwidths(report)),
         report.host.cpus,
         escape(&report.host.cpu),
         escape(&report.host.kernel),
@@ -89,13 +114,41 @@ fn header(html: &mut String, report: &Report) {
     );
 }
 
+/// ` at 1G, 5G and unlimited bit/s`; nothing where nothing was bounded.
+fn bandwidths(report: &Report) -> String {
+    let mut found: Vec<Bandwidth> = Vec::new();
+    for bandwidth in report.modes.iter().map(|mode| Bandwidth::from(mode.bandwidth_bit_s)) {
+        if !found.contains(&bandwidth) {
+            found.push(bandwidth);
+        }
+    }
+    if found.iter().all(|bandwidth| *bandwidth == Bandwidth::UNLIMITED) {
+        return String::new();
+    }
+    let texts: Vec<_> = found
+        .iter()
+        .map(|bandwidth| match bandwidth.bits_per_second() {
+            Some(_) => format!("{bandwidth}bit/s"),
+            None => bandwidth.to_string(),
+        })
+        .collect();
+    match texts.split_last() {
+        Some((last, others)) if !others.is_empty() => format!(" at {} and {last}", others.join(", ")),
+        _ => format!(" at {}", texts.join(", ")),
+    }
+}
+
 fn mode(html: &mut String, report: &Report, aggregate: &Aggregate) -> Result<(), PlotError> {
     if report.modes.len() > 1 {
         let _ = writeln!(html, "<h2>{}</h2>", capitalised(&escape(mode_name(&aggregate.report.mode))));
     }
+    precopy::endings(html, &aggregate.report);
     cards(html, aggregate);
     if let Some(typical) = aggregate.typical_run() {
         plots(html, report, aggregate, typical)?;
+    }
+    if let Some(typical) = aggregate.typical_run() {
+        precopy::tables(html, typical);
     }
     figures_table(html, aggregate);
     latency_table(html, aggregate);
@@ -113,6 +166,8 @@ fn cards(html: &mut String, aggregate: &Aggregate) {
         ("blackout_ns", "blackout, host clocks"),
         ("gap_ns", "longest gap the guest saw"),
         ("lost_s", "guest progress lost"),
+        ("cost_s", "cost: lost + 0.1 × total"),
+        ("precopy_bytes", "pre-copied"),
         ("drain_ns", "drain"),
         ("drain_gbit_s", "drain rate"),
     ] {
@@ -154,15 +209,22 @@ fn range(spread: &Spread, show: impl Fn(f64) -> String) -> String {
 
 fn plots(html: &mut String, report: &Report, aggregate: &Aggregate, typical: &RunReport) -> Result<(), PlotError> {
     let number = typical.run;
-    let chosen = if aggregate.report.runs.len() > 1 {
+    let chosen = if aggregate.report.runs.len() > 1 && typical.figures.blackout_ns.is_some() {
         format!("Run {number}, the one with the median blackout.")
+    } else if aggregate.report.runs.len() > 1 {
+        format!("Run {number}.")
     } else {
         String::new()
     };
+    if let (Some(source), None) = (&typical.source, &typical.destination) {
+        let caption = format!("{chosen} The guest was not moved. Shaded: the rounds of pre-copy.");
+        section(html, "Phases on the source", timeline::draw_source(source)?, &caption);
+    }
     if let (Some(source), Some(destination)) = (&typical.source, &typical.destination) {
+        let rounds = if source.precopy.is_some() { " Shaded: the rounds of pre-copy." } else { "" };
         let caption = format!(
             "{chosen} Upper rows: migration status; lower rows: steps within it. The blackout reaches from the last \
-             vCPU's exit on the source to the first one's entry on the destination."
+             vCPU's exit on the source to the first one's entry on the destination.{rounds}"
         );
         section(html, "Phases on both sides", timeline::draw(source, destination)?, &caption);
         let floor = report.floor.as_ref().map(|floor| levels(floor, &report.settings.link)).unwrap_or_default();
@@ -178,7 +240,7 @@ fn plots(html: &mut String, report: &Report, aggregate: &Aggregate, typical: &Ru
         section(html, "Pushed pages and faults over time", rates::draw(destination)?, &caption);
     }
     let caption = "Visits that the guest counted in each of its periods, against its rate before the move. Shaded: from \
-                   the handoff until both sides had completed.";
+                   the handoff until both sides had completed; lighter: from migrate to the handoff.";
     section(html, "Guest progress", progress::draw(&aggregate.report.runs, typical)?, caption);
     Ok(())
 }
@@ -276,20 +338,27 @@ fn lanes_table(html: &mut String, typical: &RunReport) {
 }
 
 fn runs_table(html: &mut String, aggregate: &Aggregate) {
-    html.push_str("<h2>Runs</h2>\n<div class=\"scroll\"><table>\n<thead><tr><th>run</th><th>blackout, ms</th><th>guest's gap, ms</th><th>lost, s</th><th>drain, ms</th><th>Gbit/s</th><th>remote faults</th><th class=\"text\">guest memory</th></tr></thead>\n<tbody>\n");
+    html.push_str("<h2>Runs</h2>\n<div class=\"scroll\"><table>\n<thead><tr><th>run</th><th>blackout, ms</th><th>guest's gap, ms</th><th>lost, s</th><th>cost, s</th><th>total, ms</th><th>drain, ms</th><th>Gbit/s</th><th>remote faults</th><th class=\"text\">guest memory</th></tr></thead>\n<tbody>\n");
     for run in &aggregate.report.runs {
         let figures = &run.figures;
         let ms = |ns: Option<u64>| ns.map_or_else(|| "–".to_owned(), millis);
         let plain = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), number);
-        let (class, verdict) =
-            if run.verified { ("text", "verified".to_owned()) } else { ("text bad", escape(&run.doubts.join("; "))) };
+        let (class, verdict) = match (&run.not_converged, run.verified) {
+            (_, false) => ("text bad", escape(&run.doubts.join("; "))),
+            (Some(why), true) => {
+                ("text", format!("did not converge, goes on at the source, verified: {}", escape(why)))
+            }
+            (None, true) => ("text", "verified".to_owned()),
+        };
         let _ = writeln!(
             html,
-            "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td class=\"{class}\">{verdict}</td></tr>",
+            "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td class=\"{class}\">{verdict}</td></tr>",
             run.run,
             ms(figures.blackout_ns),
             ms(figures.progress.gap_ns),
             plain(figures.progress.lost_s),
+            plain(figures.cost_s),
+            ms(figures.total_ns),
             ms(figures.drain_ns),
             plain(figures.drain_gbit_s),
             figures.faults_remote.map_or_else(|| "–".to_owned(), |faults| count(ns_as(faults, 1.0))),
@@ -377,17 +446,22 @@ mod tests {
     use super::*;
 
     fn sample(runs: u32) -> (Report, Vec<Aggregate>) {
-        let aggregate = Aggregate::of("postcopy", "switchover", synthetic::runs(runs)).unwrap();
+        let aggregate = Aggregate::of("hybrid", "switchover", synthetic::hybrid_runs(runs)).unwrap();
         (synthetic::report(vec![aggregate.report.clone()]), vec![aggregate])
+    }
+
+    /// For whoever wants to look at it.
+    fn keep(name: &str, html: &str) {
+        if let Some(directory) = std::env::var_os("SWITCHOVER_SAMPLE_REPORT") {
+            std::fs::write(std::path::Path::new(&directory).join(name), html).unwrap();
+        }
     }
 
     #[test]
     fn the_page_is_whole_and_needs_nothing_else() {
         let (report, aggregates) = sample(5);
         let html = page(&report, &aggregates).unwrap();
-        if let Some(directory) = std::env::var_os("SWITCHOVER_SAMPLE_REPORT") {
-            std::fs::write(std::path::Path::new(&directory).join("report.html"), &html).unwrap();
-        }
+        keep("report.html", &html);
         assert_eq!(html.matches("<svg").count(), 4);
         assert!(html.ends_with("</html>\n"));
         for outside in ["<script", "<link", "src=", "url(", "@import"] {
@@ -396,6 +470,40 @@ mod tests {
         for figure in FIGURES {
             assert!(html.contains(figure.label), "{}", figure.label);
         }
+    }
+
+    #[test]
+    fn modes_are_compared_and_each_has_its_section() {
+        let (report, aggregates) = synthetic::three_modes(3);
+        let html = page(&report, &aggregates).unwrap();
+        keep("modes.html", &html);
+        for text in [
+            "Pre-copy, post-copy, hybrid migration",
+            "The modes side by side",
+            "did not converge",
+            "Rounds of pre-copy",
+            "What the monitor decided",
+            "another round gains less than it costs",
+        ] {
+            assert!(html.contains(text), "{text}");
+        }
+        // Pre-copy's phases and progress; four pictures of each of the others.
+        assert_eq!(html.matches("<svg").count(), 10);
+    }
+
+    #[test]
+    fn many_cells_are_a_table_and_a_summary_each() {
+        let (mut report, mut aggregates) = synthetic::three_modes(2);
+        for aggregate in aggregates.clone() {
+            aggregates.push(aggregate.in_cell("idle".to_owned(), "1G".parse().unwrap()));
+        }
+        report.modes = aggregates.iter().map(|aggregate| aggregate.report.clone()).collect();
+        report.matrix = super::super::matrix::Matrix::of(&report.modes);
+        let html = page(&report, &aggregates).unwrap();
+        keep("matrix.html", &html);
+        assert!(html.contains("idle, 1Gbit/s") && html.contains("random, unlimited"));
+        assert_eq!(html.matches("<svg").count(), 2);
+        assert!(!html.contains("Fault latency by percentile"));
     }
 
     #[test]

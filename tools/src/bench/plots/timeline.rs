@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use switchover_hybrid::report::{PhaseSpan, SideReport};
+use switchover_hybrid::report::{PhaseSpan, RoundReport, SideReport};
 
 use super::super::format::{millis, ns_as, number};
 use super::canvas::{Anchor, Canvas, Ink, Panel, PlotError, estimated_width, picture};
@@ -35,7 +35,9 @@ pub fn draw(source: &SideReport, destination: &SideReport) -> Result<Option<Stri
     };
     let here = |ns: u64| ns_as(ns, 1e6) - ns_as(zero, 1e6);
     let there = |ns: u64| here(ns) + shift;
+    let rounds = bands(source, here);
     let moments = Moments {
+        rounds,
         commit: source.instants.commit_ns.map(here),
         blackout: source.instants.last_exit_ns.map(here).zip(destination.instants.first_entry_ns.map(there)),
         drained: source.instants.drained_ns.map(here),
@@ -64,7 +66,43 @@ pub fn draw(source: &SideReport, destination: &SideReport) -> Result<Option<Stri
     Ok(Some(picture))
 }
 
+/// The phases of a source whose guest was not moved.
+///
+/// # Errors
+/// When the backend fails.
+pub fn draw_source(source: &SideReport) -> Result<Option<String>, PlotError> {
+    let Some(zero) = source.phases.first().map(|phase| phase.start_ns) else { return Ok(None) };
+    let here = |ns: u64| ns_as(ns, 1e6) - ns_as(zero, 1e6);
+    let rows: Vec<_> = rows(&source.phases, here, 0).collect();
+    let to = rows.iter().map(|bar| bar.x.end).fold(0.0, f64::max);
+    if to <= 0.0 {
+        return Ok(None);
+    }
+    let moments =
+        Moments { rounds: bands(source, here), commit: None, blackout: None, drained: None, same_clock: true };
+    let picture = picture(1000, 250, |canvas| {
+        panel(
+            canvas,
+            34..190,
+            -to * 0.02..to * 1.02,
+            &rows,
+            &moments,
+            "the whole attempt",
+            "ms since the migration began",
+        )
+    })?;
+    Ok(Some(picture))
+}
+
+/// Where the rounds of pre-copy are.
+fn bands(source: &SideReport, time: impl Fn(u64) -> f64) -> Vec<(u32, Range<f64>)> {
+    let rounds = source.precopy.iter().flat_map(|precopy| &precopy.rounds);
+    let whole = |round: &&RoundReport| round.end_ns >= round.start_ns;
+    rounds.filter(whole).map(|round| (round.round, time(round.start_ns)..time(round.end_ns))).collect()
+}
+
 struct Moments {
+    rounds: Vec<(u32, Range<f64>)>,
     commit: Option<f64>,
     blackout: Option<(f64, f64)>,
     drained: Option<f64>,
@@ -108,8 +146,11 @@ fn panel(
     let panel = canvas.panel(104..980, down, x.clone(), 0.0..TOP);
     panel.x_axis(&round(x.start, x.end, 10), title)?;
     panel.y_axis(&[], name)?;
-    for (label, y) in [("source", 3.62), ("destination", 1.52)] {
-        panel.text(label, (x.start, y), (-10, 0), Anchor::Right, Ink::Text)?;
+    draw_rounds(&panel, &moments.rounds, &x)?;
+    for (label, y, first_row) in [("source", 3.62, 0), ("destination", 1.52, 2)] {
+        if bars.iter().any(|bar| bar.row / 2 * 2 == first_row) {
+            panel.text(label, (x.start, y), (-10, 0), Anchor::Right, Ink::Text)?;
+        }
     }
     if let Some((start, end)) = moments.blackout {
         panel.bar(start..end, 0.0..TOP, Ink::Alarm, 0.16)?;
@@ -118,6 +159,20 @@ fn panel(
         draw_row(&panel, row, bars, &x)?;
     }
     draw_moments(&panel, moments, &x)
+}
+
+/// Draws the rounds as bands, every other one darker, with their numbers between the two sides' rows.
+fn draw_rounds(panel: &Panel<'_>, rounds: &[(u32, Range<f64>)], shown: &Range<f64>) -> Result<(), PlotError> {
+    for (number, band) in rounds.iter().filter(|(_, band)| band.end > shown.start && band.start < shown.end) {
+        let band = band.start.max(shown.start)..band.end.min(shown.end);
+        let opacity = if number % 2 == 1 { 0.2 } else { 0.1 };
+        panel.bar(band.clone(), 0.0..TOP, Ink::Third, opacity)?;
+        let fits = |label: &String| f64::from(estimated_width(label) + 4) < panel.width_of(band.end - band.start);
+        if let Some(label) = [format!("round {number}"), number.to_string()].into_iter().find(fits) {
+            panel.text(&label, (f64::midpoint(band.start, band.end), 2.27), (0, 0), Anchor::Middle, Ink::Muted)?;
+        }
+    }
+    Ok(())
 }
 
 /// Draws the bars of one row. A name stands in its bar; names of bars too short for that stand behind the last of
@@ -205,6 +260,18 @@ mod tests {
             assert!(svg.contains(word), "{word}");
         }
         assert!(!svg.contains("two clocks"));
+    }
+
+    #[test]
+    fn rounds_are_bands_with_their_numbers() {
+        let (source, destination) = synthetic::hybrid_sides(1);
+        let svg = draw(&source, &destination).unwrap().unwrap();
+        assert!(svg.contains("round 1"));
+        let (source, destination) = synthetic::sides(1);
+        assert!(!draw(&source, &destination).unwrap().unwrap().contains("round 1"));
+        let stayed = synthetic::stayed_runs(1).remove(0).source.unwrap();
+        let svg = draw_source(&stayed).unwrap().unwrap();
+        assert!(svg.contains("round 1") && svg.contains("the whole attempt") && !svg.contains("destination"));
     }
 
     #[test]
