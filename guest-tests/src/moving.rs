@@ -30,8 +30,9 @@ pub fn destination(lab: &Lab, spec: &Spec, transport: Transport) -> (Machine, St
     (machine, address)
 }
 
-/// Switches post-copy on.
+/// Switches post-copy on, without rounds of pre-copy before it.
 pub fn allow_postcopy(machine: &mut Machine) {
+    machine.execute("migrate-set-parameters", json!({ "x-switchover-mode": "postcopy" }));
     machine.execute(
         "migrate-set-capabilities",
         json!({ "capabilities": [{ "capability": "postcopy-ram", "state": true }] }),

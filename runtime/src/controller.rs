@@ -276,6 +276,10 @@ impl Controller for VmController {
     fn dirty_limit(&self) -> Option<Limit> {
         self.limiter.limit()
     }
+
+    fn vcpu_dirty_rates(&self) -> Option<Vec<u64>> {
+        None
+    }
 }
 
 /// Which way a guest goes.

@@ -1,20 +1,24 @@
 //! `switchover migrate`: drives a source over QMP until its guest has moved.
 
-use std::fmt::Write as _;
+mod rate;
+mod summary;
+
 use std::io::Write as _;
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
-use serde_json::{Value, json};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Map, Value, json};
 use switchover_runtime::qmp::endpoint::Endpoint;
 use switchover_wire::address::Address;
 
 use crate::failure::{Failure, say};
 use crate::qmp_client::{QmpClient, QmpError};
 use crate::signals::EndRequests;
+use rate::Rate;
+use summary::{gave_up, last_decision, number, rounds, summary, text};
 
 /// How long to wait for the machine's QMP socket to appear.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -34,8 +38,36 @@ pub struct MigrateArgs {
     to: Address,
 
     /// How the guest moves
-    #[arg(long, value_enum, default_value_t = Mode::Postcopy)]
+    #[arg(long, value_enum, default_value_t = Mode::Hybrid)]
     mode: Mode,
+
+    /// Most bytes a second before the handoff; 0 for no limit
+    #[arg(long, value_name = "RATE")]
+    max_bandwidth: Option<Rate>,
+
+    /// Most bytes a second that are pushed after the handoff; 0 for no limit
+    #[arg(long, value_name = "RATE")]
+    max_postcopy_bandwidth: Option<Rate>,
+
+    /// The longest blackout, in milliseconds, that pre-copy may end with
+    #[arg(long, value_name = "MS")]
+    downtime_limit: Option<u64>,
+
+    /// The longest blackout, in milliseconds, that the hybrid copies the rest for; past that it hands over
+    #[arg(long, value_name = "MS")]
+    blackout: Option<u64>,
+
+    /// The longest that pre-copy may go on, in seconds
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=4_294_967))]
+    time_budget: Option<u64>,
+
+    /// Connections for memory; each compresses on a thread of its own
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+    channels: Option<u8>,
+
+    /// What memory is compressed with before the handoff
+    #[arg(long, value_enum)]
+    compression: Option<Compression>,
 }
 
 const EXAMPLES: &str = "\
@@ -44,6 +76,14 @@ Examples:
     switchover run --kernel guest.elf --memory 512M --qmp unix:/tmp/source.qmp
     switchover run --incoming tcp:0.0.0.0:4444 --memory 512M --qmp unix:/tmp/destination.qmp
     switchover migrate --qmp unix:/tmp/source.qmp --to tcp:10.0.0.2:4444
+  Over a link that others use too, by pre-copy alone, standing still for 50 ms at most:
+    switchover migrate --qmp unix:/tmp/source.qmp --to tcp:10.0.0.2:4444 \\
+      --mode precopy --max-bandwidth 2Gbit --downtime-limit 50
+  Over a fast link, on four connections:
+    switchover migrate --qmp unix:/tmp/source.qmp --to tcp:10.0.0.2:4444 --channels 4
+
+A RATE is in bytes (500M: MiB a second) or in bits (10Gbit). What is not given stays as the machine has it; the defaults
+are no limits on bandwidth, --downtime-limit 300, --blackout 5, --time-budget 120, one channel, --compression adaptive.
 
 Ctrl-C cancels as long as the guest has not been handed over, and the guest goes on where it was. After that the
 guest is on the destination and only its memory is still following: Ctrl-C says so, and the move goes on.
@@ -53,12 +93,52 @@ Exit status: 0 when all of the guest has arrived, 1 when not (stderr says why, a
 /// The ways to move a guest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum Mode {
-    /// Copy memory while the guest runs, then stop it for the rest (not built yet)
+    /// Copy memory while the guest runs, and stop it for the rest once that is little; fail if it never is
     Precopy,
     /// Start the guest on the destination at once; its memory follows, what it touches first
     Postcopy,
-    /// Copy for as long as that pays, then hand over (not built yet)
+    /// Copy for as long as that pays, then stop it for the rest or hand over, whichever costs the guest less
     Hybrid,
+}
+
+/// What memory is compressed with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Compression {
+    /// Nothing
+    Off,
+    /// Whatever pays at the bandwidth at hand, or nothing
+    Adaptive,
+    /// LZ4
+    Lz4,
+    /// zstd
+    Zstd,
+}
+
+impl MigrateArgs {
+    /// The capabilities that it needs, as `migrate-set-capabilities` takes them.
+    fn capabilities(&self) -> Value {
+        let mut list = vec![json!({ "capability": "postcopy-ram", "state": self.mode != Mode::Precopy })];
+        if self.channels.is_some() {
+            list.push(json!({ "capability": "multifd", "state": true }));
+        }
+        json!({ "capabilities": list })
+    }
+
+    /// The parameters that it was given, as `migrate-set-parameters` takes them.
+    fn parameters(&self) -> Value {
+        let name = |value: Option<clap::builder::PossibleValue>| value.map(|value| json!(value.get_name()));
+        let all = [
+            ("x-switchover-mode", name(self.mode.to_possible_value())),
+            ("max-bandwidth", self.max_bandwidth.map(|rate| json!(rate.0))),
+            ("max-postcopy-bandwidth", self.max_postcopy_bandwidth.map(|rate| json!(rate.0))),
+            ("downtime-limit", self.downtime_limit.map(Value::from)),
+            ("x-switchover-blackout", self.blackout.map(Value::from)),
+            ("x-switchover-time-budget", self.time_budget.map(|seconds| json!(seconds * 1000))),
+            ("multifd-channels", self.channels.map(Value::from)),
+            ("x-switchover-compression", name(self.compression.and_then(|value| value.to_possible_value()))),
+        ];
+        all.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect::<Map<_, _>>().into()
+    }
 }
 
 /// Moves a guest.
@@ -66,36 +146,53 @@ pub enum Mode {
 /// # Errors
 /// When it did not move, or not all of it.
 pub fn main(args: &MigrateArgs) -> Result<(), Failure> {
-    if args.mode != Mode::Postcopy {
-        let name = if args.mode == Mode::Precopy { "precopy" } else { "hybrid" };
-        return Err(Failure::usage(format_args!(
-            "--mode {name} is not built yet: move the guest with --mode postcopy"
-        )));
-    }
     let ends = EndRequests::take(|_| ())?;
     let mut source = connect(args.qmp.path())?;
     let refused = |error: QmpError| Failure::failed(format_args!("cannot migrate to {}: {error}", args.to));
-    let postcopy = json!({ "capabilities": [{ "capability": "postcopy-ram", "state": true }] });
-    source.execute("migrate-set-capabilities", postcopy).map_err(refused)?;
+    source.execute("migrate-set-capabilities", args.capabilities()).map_err(refused)?;
+    source.execute("migrate-set-parameters", args.parameters()).map_err(refused)?;
     source.execute("migrate", json!({ "uri": args.to.to_string() })).map_err(refused)?;
-    match source.execute("migrate-start-postcopy", json!({})) {
-        // A migration that is over already has a better reason than that: it is found below.
-        Ok(_) | Err(QmpError::Refused { .. }) => {}
-        Err(error) => return Err(refused(error)),
+    if args.mode == Mode::Postcopy {
+        match source.execute("migrate-start-postcopy", json!({})) {
+            // A migration that is over already has a better reason than that: it is found below.
+            Ok(_) | Err(QmpError::Refused { .. }) => {}
+            Err(error) => return Err(refused(error)),
+        }
     }
     let last = watch(&mut source, &ends).map_err(refused)?;
+    let report = source.execute("x-switchover-report", json!({})).ok();
     match text(&last, "/status") {
         "completed" => {
-            let _ = std::io::stdout().lock().write_all(summary(&last).as_bytes());
+            let _ = std::io::stdout().lock().write_all(summary(&last, report.as_ref()).as_bytes());
             Ok(())
         }
         "cancelled" => Err(Failure::failed("cancelled: the guest goes on where it was")),
         status => Err(Failure::failed(format_args!(
-            "the migration to {} ended as `{status}`: {}",
+            "the migration to {} ended as `{status}`: {}{}",
             args.to,
-            last.get("error-desc").and_then(Value::as_str).unwrap_or("no reason was given")
+            last.get("error-desc").and_then(Value::as_str).unwrap_or("no reason was given"),
+            report.as_ref().map(|report| afterwards(report, &mut source)).unwrap_or_default(),
         ))),
     }
+}
+
+/// What there is to add where pre-copy was given up.
+fn afterwards(report: &Value, source: &mut QmpClient) -> String {
+    if !gave_up(report) {
+        return String::new();
+    }
+    let rounds = rounds(report).map(|rounds| format!(" (rounds: {rounds})")).unwrap_or_default();
+    let decision = last_decision(report).unwrap_or_default();
+    let status = source.execute("query-status", json!({})).unwrap_or_default();
+    let guest = match text(&status, "/status") {
+        "running" => "the guest runs on where it was",
+        "paused" => "the guest is where it was, paused as before",
+        _ => "see query-status for where the guest is",
+    };
+    format!(
+        "; {decision}{rounds}; {guest}. Move it with --mode hybrid, which hands over instead, or give it a longer \
+         --downtime-limit or more --max-bandwidth"
+    )
 }
 
 fn connect(path: &Path) -> Result<QmpClient, Failure> {
@@ -135,65 +232,75 @@ fn watch(source: &mut QmpClient, ends: &EndRequests) -> Result<Value, QmpError> 
     }
 }
 
-/// What there is to say of a migration that is complete.
-fn summary(look: &Value) -> String {
-    let mut out = String::new();
-    let mut line = |name: &str, value: String| {
-        let _ = writeln!(out, "{name:12} {value}");
-    };
-    line("moved in", format!("{} ms, {} ms of it set-up", number(look, "/total-time"), number(look, "/setup-time")));
-    if let Some(blackout) = look.get("x-switchover-downtime-ns").and_then(Value::as_u64) {
-        line(
-            "blackout",
-            format!(
-                "{}.{:03} ms as the source knows it (no vCPU ran); what the guest felt only the guest can say",
-                blackout / 1_000_000,
-                blackout / 1_000 % 1_000
-            ),
-        );
-    }
-    line("on the wire", HumanBytes(number(look, "/ram/transferred")).to_string());
-    line(
-        "pages",
-        format!(
-            "{} with their bytes, {} known to be zero, {} asked for by faults",
-            HumanCount(number(look, "/ram/normal")),
-            HumanCount(number(look, "/ram/duplicate")),
-            HumanCount(number(look, "/ram/postcopy-requests"))
-        ),
-    );
-    out
-}
-
-fn number(value: &Value, pointer: &str) -> u64 {
-    value.pointer(pointer).and_then(Value::as_u64).unwrap_or(0)
-}
-
-fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
-    value.pointer(pointer).and_then(Value::as_str).unwrap_or("none")
-}
-
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
 
-    #[test]
-    fn a_summary_shows_what_the_source_knows() {
-        let look = json!({
-            "status": "completed", "total-time": 283, "setup-time": 7, "downtime": 3,
-            "x-switchover-downtime-ns": 3_210_987,
-            "ram": {"transferred": 1_048_576, "normal": 65536, "duplicate": 12, "postcopy-requests": 34},
-        });
-        let text = summary(&look);
-        for part in
-            ["283 ms, 7 ms of it", "3.210 ms as the source knows it", "1.00 MiB", "65,536 with", "12 known", "34 asked"]
-        {
-            assert!(text.contains(part), "{part} is missing in\n{text}");
-        }
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: MigrateArgs,
+    }
+
+    fn parse(more: &[&str]) -> Result<MigrateArgs, String> {
+        let always = ["migrate", "--qmp", "unix:/q", "--to", "tcp:h:1"];
+        let all = always.iter().chain(more);
+        Command::try_parse_from(all).map(|command| command.args).map_err(|error| error.to_string())
     }
 
     #[test]
-    fn without_a_known_blackout_none_is_shown() {
-        assert!(!summary(&json!({"status": "completed", "total-time": 1})).contains("blackout"));
+    fn only_what_is_given_is_set() {
+        let args = parse(&[]).unwrap();
+        assert_eq!(args.parameters(), json!({"x-switchover-mode": "hybrid"}));
+        assert_eq!(args.capabilities(), json!({"capabilities": [{"capability": "postcopy-ram", "state": true}]}));
+        let args = parse(&[
+            "--mode",
+            "precopy",
+            "--max-bandwidth",
+            "8Kbit",
+            "--max-postcopy-bandwidth",
+            "1K",
+            "--downtime-limit",
+            "50",
+            "--blackout",
+            "7",
+            "--time-budget",
+            "3",
+            "--channels",
+            "4",
+            "--compression",
+            "lz4",
+        ])
+        .unwrap();
+        assert_eq!(
+            args.parameters(),
+            json!({
+                "x-switchover-mode": "precopy", "max-bandwidth": 1000, "max-postcopy-bandwidth": 1024,
+                "downtime-limit": 50, "x-switchover-blackout": 7, "x-switchover-time-budget": 3000,
+                "multifd-channels": 4, "x-switchover-compression": "lz4",
+            })
+        );
+        assert_eq!(
+            args.capabilities(),
+            json!({"capabilities": [
+                {"capability": "postcopy-ram", "state": false}, {"capability": "multifd", "state": true},
+            ]})
+        );
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_bad_usage() {
+        for (more, part) in [
+            (&["--channels", "0"][..], "0"),
+            (&["--time-budget", "0"], "1..=4294967"),
+            (&["--max-bandwidth", "fast"], "write for example 500M"),
+            (&["--downtime-limit", "-1"], "-1"),
+            (&["--compression", "rar"], "possible values"),
+        ] {
+            let error = parse(more).unwrap_err();
+            assert!(error.contains(part), "{more:?}: {error}");
+        }
     }
 }

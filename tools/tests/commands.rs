@@ -149,7 +149,7 @@ fn bad_usage_ends_with_2_and_says_what_is_wrong() {
         (&["migrate", "--to", "tcp:h:1"], "--qmp"),
         (&["migrate", "--qmp", "/q", "--to", "tcp:h:1"], "no `unix:` in front"),
         (&["migrate", "--qmp", "unix:/q", "--to", "tcp:h"], "the port is missing"),
-        (&["migrate", "--qmp", "unix:/q", "--to", "tcp:h:1", "--mode", "hybrid"], "not built yet"),
+        (&["migrate", "--qmp", "unix:/q", "--to", "tcp:h:1", "--max-bandwidth", "10"], "write for example 500M"),
         (&["bench", "--runs", "0"], "--runs"),
     ] {
         let (status, _, stderr) = output(arguments);
@@ -310,6 +310,7 @@ fn a_destination_whose_source_gives_up_ends_with_the_reason() {
     let (destination, _there) = place.wait("destination");
     let postcopy = json!({"capabilities": [{"capability": "postcopy-ram", "state": true}]});
     here.execute("migrate-set-capabilities", postcopy).unwrap();
+    here.execute("migrate-set-parameters", json!({"x-switchover-mode": "postcopy"})).unwrap();
     here.execute("migrate", json!({"uri": place.unix("destination-in")})).unwrap();
     here.wait_status(&["active"], PATIENCE).unwrap();
     ask(&mut here, "migrate_cancel");

@@ -31,6 +31,65 @@ fn the_command_moves_a_guest_and_sums_up() {
 }
 
 #[test]
+fn a_guest_that_writes_faster_than_the_link_stays_by_precopy_and_moves_by_hybrid() {
+    let lab = lab!("a_guest_that_writes_faster_than_the_link_stays_by_precopy_and_moves_by_hybrid");
+    let spec = lab.guest("random", "ws=16M period=50");
+    let mut source = Machine::start(&lab, &spec);
+    let (mut left, to) = destination(&lab, &spec, Transport::Tcp);
+    let mut journey = Journey::from(&source);
+    journey.works_on(1);
+    let qmp = source.qmp_endpoint();
+    let slowly = ["--max-bandwidth", "8M", "--downtime-limit", "1", "--blackout", "1", "--time-budget", "2"];
+    let migrate = |mode: &str, to: &str| {
+        let arguments = [&["migrate", "--qmp", &qmp, "--to", to, "--mode", mode][..], &slowly].concat();
+        switchover(&arguments)
+    };
+    let ended = migrate("precopy", &to);
+    assert_eq!((ended.status, ended.stdout.as_str()), (Some(1), ""), "{}", ended.stderr);
+    for part in ["give up in round", "the guest runs on where it was", "--mode hybrid"] {
+        assert!(ended.stderr.contains(part), "`{part}` is not in {}", ended.stderr);
+    }
+    assert_eq!(source.run_state(), "running");
+    assert_eq!(left.wait_end(), 1);
+    journey.works_on(2);
+    let (mut there, to) = destination(&lab, &spec, Transport::Tcp);
+    let ended = migrate("hybrid", &to);
+    assert_eq!((ended.status, ended.stderr.as_str()), (Some(0), ""), "{}", ended.stdout);
+    for line in ["moved in ", "rounds ", "decision     post-copy in round ", "blackout "] {
+        assert!(ended.stdout.lines().any(|found| found.starts_with(line)), "no line `{line}` in\n{}", ended.stdout);
+    }
+    source.quit();
+    journey.goes_to(&there);
+    journey.works_on(2);
+    there.quit();
+    journey.log();
+    lab.close();
+}
+
+#[test]
+fn a_guest_that_hardly_writes_moves_by_precopy_on_several_channels() {
+    let lab = lab!("a_guest_that_hardly_writes_moves_by_precopy_on_several_channels");
+    let spec = lab.guest("idle", "ws=16M period=50");
+    let mut source = Machine::start(&lab, &spec);
+    let (mut there, to) = destination(&lab, &spec, Transport::Tcp);
+    let mut journey = Journey::from(&source);
+    journey.works_on(1);
+    let qmp = source.qmp_endpoint();
+    let ended = switchover(&["migrate", "--qmp", &qmp, "--to", &to, "--mode", "precopy", "--channels", "3"]);
+    assert_eq!((ended.status, ended.stderr.as_str()), (Some(0), ""), "{}", ended.stdout);
+    assert!(ended.stdout.contains("decision     stop and copy in round "), "{}", ended.stdout);
+    let report = source.execute("x-switchover-report", serde_json::json!({}));
+    let bulk = |lane: &&serde_json::Value| lane["lane"].as_str().is_some_and(|name| name.starts_with("bulk"));
+    assert_eq!(report["lanes"].as_array().unwrap().iter().filter(bulk).count(), 3);
+    source.quit();
+    journey.goes_to(&there);
+    journey.works_on(2);
+    there.quit();
+    journey.log();
+    lab.close();
+}
+
+#[test]
 fn a_wrong_port_fails_with_a_next_step_and_the_guest_runs_on() {
     let lab = lab!("a_wrong_port_fails_with_a_next_step_and_the_guest_runs_on");
     let mut source = Machine::start(&lab, &lab.guest("random", "ws=8M period=50"));
@@ -69,9 +128,11 @@ fn without_a_machine_the_command_says_where_it_looked() {
 #[test]
 fn bad_usage_ends_with_2_and_says_why() {
     for (arguments, part) in [
-        (&["migrate", "--qmp", "unix:/q", "--to", "tcp:h:1", "--mode", "precopy"][..], "postcopy"),
-        (&["migrate", "--qmp", "unix:/q", "--to", "tcp:h:1", "--mode", "hybrid"], "postcopy"),
-        (&["migrate", "--qmp", "unix:/q", "--to", "tcp:h:1", "--mode", "magic"], "possible values"),
+        (&["migrate", "--qmp", "unix:/q", "--to", "tcp:h:1", "--mode", "magic"][..], "possible values"),
+        (&["migrate", "--qmp", "unix:/q", "--to", "tcp:h:1", "--compression", "rar"], "possible values"),
+        (&["migrate", "--qmp", "unix:/q", "--to", "tcp:h:1", "--max-bandwidth", "fast"], "write for example"),
+        (&["migrate", "--qmp", "unix:/q", "--to", "tcp:h:1", "--channels", "0"], "--channels"),
+        (&["migrate", "--qmp", "unix:/q", "--to", "tcp:h:1", "--time-budget", "0"], "--time-budget"),
         (&["migrate", "--qmp", "unix:/q", "--to", "tcp:h:1", "--faster"], "--faster"),
         (&["migrate", "--qmp", "unix:/q"], "--to"),
         (&["migrate", "--qmp", "unix:/q", "--to", "h:1"], "write for example"),

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use switchover_guest_tests::journey::Journey;
 use switchover_guest_tests::machine::Machine;
 use switchover_guest_tests::moving::{Transport, allow_postcopy, begin, destination, finish, slow_down};
-use switchover_guest_tests::waiting::PATIENCE;
+use switchover_guest_tests::waiting::{PATIENCE, until};
 
 use crate::lab;
 
@@ -170,5 +170,137 @@ fn postcopy_that_is_asked_for_twice_happens_once() {
     journey.goes_to(&back);
     journey.works_on(1);
     back.quit();
+    lab.close();
+}
+
+fn switch_on(machine: &mut Machine, names: &[&str]) {
+    let on: Vec<_> = names.iter().map(|name| json!({ "capability": name, "state": true })).collect();
+    machine.execute("migrate-set-capabilities", json!({ "capabilities": on }));
+}
+
+/// Measures how fast the guest writes, in MiB a second.
+fn dirty_rate(machine: &mut Machine, how: &Value) -> u64 {
+    machine.execute("calc-dirty-rate", how.clone());
+    let measured = until("the dirty rate is measured", || {
+        let told = machine.execute("query-dirty-rate", json!({}));
+        (told["status"] != "measuring").then_some(told)
+    });
+    assert_eq!(measured["status"], "measured", "{measured}");
+    assert_eq!(measured["mode"], *how.get("mode").unwrap_or(&json!("page-sampling")), "{measured}");
+    measured["dirty-rate"].as_u64().unwrap()
+}
+
+#[test]
+fn a_guests_dirty_rate_is_measured_by_samples() {
+    let lab = lab!("a_guests_dirty_rate_is_measured_by_samples");
+    let mut machine = Machine::start(&lab, &lab.guest("random", "ws=16M period=50"));
+    let mut journey = Journey::from(&machine);
+    journey.works_on(1);
+    let how = json!({ "calc-time": 200, "calc-time-unit": "millisecond", "sample-pages": 16384 });
+    let writing = dirty_rate(&mut machine, &how);
+    assert!((1..=64 * 5).contains(&writing), "{writing} MiB/s of 64 MiB in 200 ms");
+    machine.execute("stop", json!({}));
+    machine.wait_run_state("paused");
+    assert_eq!(dirty_rate(&mut machine, &how), 0);
+    // One at a time; `quit` does not wait for it.
+    let long = json!({ "calc-time": 60 });
+    machine.execute("calc-dirty-rate", long.clone());
+    assert!(machine.refuses("calc-dirty-rate", long).contains("already being measured"));
+    machine.quit();
+    lab.close();
+}
+
+#[test]
+fn a_guests_dirty_rate_is_measured_by_the_machines_book_until_it_moves() {
+    let lab = lab!("a_guests_dirty_rate_is_measured_by_the_machines_book_until_it_moves");
+    let spec = lab.guest("random", "ws=16M period=50");
+    let mut source = Machine::start(&lab, &spec);
+    let mut journey = Journey::from(&source);
+    journey.works_on(1);
+    let how = json!({ "calc-time": 200, "calc-time-unit": "millisecond", "mode": "dirty-bitmap" });
+    let writing = dirty_rate(&mut source, &how);
+    assert!((1..=64 * 5).contains(&writing), "{writing} MiB/s of 64 MiB in 200 ms");
+    let asked = source.refuses("calc-dirty-rate", json!({ "calc-time": 1, "mode": "dirty-ring" }));
+    assert_eq!(asked, "mode dirty-ring is not enabled, use other method instead.");
+    // A migration ends a measurement, and has the book for itself.
+    source.execute("calc-dirty-rate", json!({ "calc-time": 60, "mode": "dirty-bitmap" }));
+    let (mut there, to) = destination(&lab, &spec, Transport::Tcp);
+    begin(&mut source, &to);
+    assert_eq!(source.execute("query-dirty-rate", json!({}))["status"], "unstarted");
+    assert!(source.refuses("calc-dirty-rate", json!({ "calc-time": 1 })).contains("during a migration"));
+    finish(&mut source, &mut there);
+    source.quit();
+    journey.goes_to(&there);
+    journey.works_on(1);
+    // Where it is now it can be measured again.
+    assert!(dirty_rate(&mut there, &how) > 0);
+    there.quit();
+    journey.log();
+    lab.close();
+}
+
+#[test]
+fn precopy_tells_its_rounds_and_heeds_what_is_set_under_way() {
+    let lab = lab!("precopy_tells_its_rounds_and_heeds_what_is_set_under_way");
+    let spec = lab.guest("idle", "ws=32M period=50");
+    let mut source = Machine::start(&lab, &spec);
+    let (mut there, to) = destination(&lab, &spec, Transport::Tcp);
+    let mut journey = Journey::from(&source);
+    journey.works_on(1);
+    switch_on(&mut source, &["events"]);
+    // At this pace it would take a day; compressed it would still take far too long for this test.
+    source.execute("migrate-set-parameters", json!({ "max-bandwidth": 1024, "x-switchover-compression": "off" }));
+    source.execute("migrate", json!({ "uri": to }));
+    source.wait_migration("active");
+    assert_eq!(source.qmp().wait_event("MIGRATION_PASS", PATIENCE).unwrap()["data"]["pass"], 1);
+    let refusal = source.refuses("migrate-set-parameters", json!({ "x-switchover-mode": "hybrid" }));
+    assert!(refusal.contains("cannot be changed while a migration is under way"), "{refusal}");
+    let refusal = source.refuses("migrate-start-postcopy", json!({}));
+    assert!(refusal.contains("Enable postcopy"), "{refusal}");
+    journey.works_on(1);
+    source.execute("migrate-set-parameters", json!({ "max-bandwidth": 0 }));
+    let ended = source.wait_migration("completed");
+    assert!(ended["ram"]["dirty-sync-count"].as_u64().unwrap() >= 1, "{ended}");
+    assert!(ended["ram"]["precopy-bytes"].as_u64().unwrap() > 32 << 20, "{ended}");
+    there.wait_migration("completed");
+    source.quit();
+    journey.goes_to(&there);
+    journey.works_on(1);
+    there.quit();
+    journey.log();
+    lab.close();
+}
+
+#[test]
+fn a_handoff_waits_for_its_controller_where_it_was_asked_to() {
+    let lab = lab!("a_handoff_waits_for_its_controller_where_it_was_asked_to");
+    let spec = lab.guest("idle", "ws=8M period=50");
+    let mut source = Machine::start(&lab, &spec);
+    let mut journey = Journey::from(&source);
+    journey.works_on(1);
+    switch_on(&mut source, &["pause-before-switchover"]);
+    // Called off where it waits, the guest runs on.
+    let (mut left, to) = destination(&lab, &spec, Transport::Tcp);
+    source.execute("migrate", json!({ "uri": to }));
+    source.wait_migration("pre-switchover");
+    source.execute("migrate_cancel", json!({}));
+    source.wait_migration("cancelled");
+    source.wait_run_state("running");
+    assert_eq!(left.wait_end(), 1);
+    journey.works_on(1);
+    let (mut there, to) = destination(&lab, &spec, Transport::Tcp);
+    source.execute("migrate", json!({ "uri": to }));
+    source.wait_migration("pre-switchover");
+    let refusal = source.refuses("migrate-continue", json!({ "state": "device" }));
+    assert_eq!(refusal, "Migration not in expected state: pre-switchover");
+    source.execute("migrate-continue", json!({ "state": "pre-switchover" }));
+    source.wait_migration("completed");
+    there.wait_migration("completed");
+    assert_eq!(there.run_state(), "running");
+    source.quit();
+    journey.goes_to(&there);
+    journey.works_on(1);
+    there.quit();
+    journey.log();
     lab.close();
 }

@@ -1,8 +1,12 @@
 //! The meter on a machine without KVM.
 
 use switchover_hybrid::fake::{FakeDirtyLog, FakeMachine};
+use switchover_hybrid::machine::Paused;
+use switchover_pager::ram::Ram;
 use switchover_precopy::bitmap::PageBitmap;
-use switchover_precopy::dirty::DirtyLog as _;
+use switchover_precopy::dirty::DirtyLog;
+use switchover_wire::clock::Nanos;
+use switchover_wire::description::MachineDescription;
 use switchover_wire::types::{PAGE_SIZE_U64, PageIndex};
 
 use super::limit::DirtyLimiter;
@@ -100,4 +104,67 @@ fn a_machine_that_cannot_limit_says_so_and_keeps_no_book() {
     assert!(error.to_string().contains("the fake machine cannot"), "{error}");
     assert_eq!(limiter.limit(), None);
     limiter.lift();
+}
+
+/// A machine that can hold its vCPUs to a limit: it notes what it was told.
+struct Limitable {
+    machine: Arc<FakeMachine>,
+    limit: Mutex<Option<u64>>,
+}
+
+impl Machine for Limitable {
+    fn describe(&self) -> MachineDescription {
+        self.machine.describe()
+    }
+    fn ram(&self) -> Ram {
+        self.machine.ram()
+    }
+    fn dirty_log(&self) -> Arc<dyn DirtyLog> {
+        self.machine.dirty_log()
+    }
+    fn throttle(&self, percent: u8) {
+        self.machine.throttle(percent);
+    }
+    fn limit_dirty_rate(&self, bytes_per_second: Option<u64>) -> Result<(), MachineError> {
+        *lock(&self.limit) = bytes_per_second;
+        Ok(())
+    }
+    fn pause(&self) -> Result<Paused, MachineError> {
+        self.machine.pause()
+    }
+    fn resume(&self) -> Result<(), MachineError> {
+        self.machine.resume()
+    }
+    fn surrender_right_to_run(&self) {}
+    fn take_right_to_run(&self) {}
+    fn take_back_right_to_run(&self) {}
+    fn first_pages(&self) -> Vec<PageIndex> {
+        Vec::new()
+    }
+    fn save_state(&self) -> Result<Vec<u8>, MachineError> {
+        self.machine.save_state()
+    }
+    fn load_state(&self, state: &[u8]) -> Result<(), MachineError> {
+        self.machine.load_state(state)
+    }
+    fn first_entry(&self) -> Option<Nanos> {
+        None
+    }
+    fn stop_for_good(&self, _: &str) {}
+}
+
+#[test]
+fn a_limit_is_held_changed_and_lifted() {
+    let machine = Arc::new(Limitable { machine: FakeMachine::new(PageCount(64)).unwrap(), limit: Mutex::new(None) });
+    let limiter = DirtyLimiter::default();
+    limiter.hold(Arc::<Limitable>::clone(&machine), 1000).unwrap();
+    assert_eq!(*lock(&machine.limit), Some(1000));
+    limiter.hold(Arc::<Limitable>::clone(&machine), 2000).unwrap();
+    assert_eq!(*lock(&machine.limit), Some(2000));
+    assert_eq!(limiter.limit().unwrap().bytes_per_second, 2000);
+    limiter.lift();
+    assert_eq!((*lock(&machine.limit), limiter.limit()), (None, None));
+    limiter.hold(Arc::<Limitable>::clone(&machine), 3000).unwrap();
+    drop(limiter);
+    assert_eq!(*lock(&machine.limit), None, "a limiter that goes takes its limit along");
 }

@@ -3,7 +3,6 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
-use switchover_hybrid::monitor::Limits;
 use switchover_hybrid::settings::{Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
 
@@ -29,8 +28,6 @@ pub struct Commands {
 struct Options {
     capabilities: Capabilities,
     parameters: Parameters,
-    /// Those of the migration that was begun last.
-    begun: Option<Settings>,
 }
 
 type Command = fn(&Commands, Arguments) -> Result<Value, Refusal>;
@@ -136,12 +133,9 @@ impl Commands {
         if resume {
             return Err(Refusal::generic("A migration cannot be resumed: recovery of a lost link is not built yet"));
         }
-        // Held until it has begun: whoever changes a parameter meanwhile changes it for this migration.
-        let mut options = self.options();
-        let settings = options.settings();
-        self.controller.migrate(to, settings).map_err(Refusal::generic)?;
-        options.begun = Some(settings);
-        Ok(json!({}))
+        // Held until it has begun: from then on, options that hold from its beginning cannot be changed.
+        let options = self.options();
+        self.controller.migrate(to, options.settings()).map_err(Refusal::generic).map(|()| json!({}))
     }
 
     fn migrate_incoming(&self, mut arguments: Arguments) -> Result<Value, Refusal> {
@@ -159,9 +153,7 @@ impl Commands {
 
     fn start_postcopy(&self, arguments: Arguments) -> Result<Value, Refusal> {
         arguments.finish()?;
-        let options = *self.options();
-        let settings = if self.is_under_way() { options.begun } else { None };
-        if !settings.unwrap_or_else(|| options.settings()).postcopy {
+        if !self.options().settings().postcopy {
             return Err(Refusal::generic(
                 "Enable postcopy with migrate-set-capabilities before the start of migration",
             ));
@@ -192,10 +184,10 @@ impl Commands {
     }
 
     fn set_capabilities(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        let mut options = self.options();
         if self.is_under_way() {
             return Err(Refusal::generic("There's a migration process in progress"));
         }
-        let mut options = self.options();
         options.capabilities = options.capabilities.set(arguments)?;
         Ok(json!({}))
     }
@@ -210,11 +202,9 @@ impl Commands {
             options.parameters.check_under_way(&after)?;
         }
         options.parameters = after;
-        if let (true, Some(begun)) = (under_way, options.begun) {
-            self.controller.set_tunables(Tunables {
-                limits: Limits { mode: begun.limits.mode, ..settings::limits(&after) },
-                bandwidth: settings::bandwidth(&after),
-            });
+        if under_way {
+            let tunables = Tunables { limits: settings::limits(&after), bandwidth: settings::bandwidth(&after) };
+            self.controller.set_tunables(tunables);
         }
         Ok(json!({}))
     }

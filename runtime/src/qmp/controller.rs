@@ -103,6 +103,9 @@ pub trait Controller: Send + Sync + 'static {
 
     /// The limit that is held, if there is one.
     fn dirty_limit(&self) -> Option<Limit>;
+
+    /// How many bytes a second each vCPU newly writes now; `None` where the machine cannot tell them apart.
+    fn vcpu_dirty_rates(&self) -> Option<Vec<u64>>;
 }
 
 /// How a machine keeps its book of written pages.

@@ -151,8 +151,8 @@ pub fn cancel_vcpu_dirty_limit(controller: &dyn Controller, mut arguments: Argum
     controller.limit_dirty_rate(None).map_err(Refusal::generic).map(|()| json!({}))
 }
 
-/// `query-vcpu-dirty-limit`: a list with each vCPU, or none where there is no limit. `current-rate` is the vCPUs' mean:
-/// the machine's book does not say which of them wrote.
+/// `query-vcpu-dirty-limit`: a list with each vCPU, or none where there is no limit. Where the machine cannot tell vCPUs
+/// apart, `current-rate` is their mean.
 ///
 /// # Errors
 /// When there are arguments.
@@ -160,14 +160,17 @@ pub fn query_vcpu_dirty_limit(controller: &dyn Controller, arguments: Arguments)
     arguments.finish()?;
     let Some(limit) = controller.dirty_limit() else { return Ok(json!([])) };
     let vcpus = controller.vcpus();
-    let each = |index| {
+    let rates = controller.vcpu_dirty_rates().unwrap_or_default();
+    let mean = limit.written_per_second / u64::from(vcpus.max(1));
+    let each = |(index, rate): (u32, Option<u64>)| {
         json!({
             "cpu-index": index,
             "limit-rate": limit.bytes_per_second / MIB,
-            "current-rate": limit.written_per_second / u64::from(vcpus.max(1)) / MIB,
+            "current-rate": rate.unwrap_or(mean) / MIB,
         })
     };
-    Ok((0..vcpus).map(each).collect())
+    let rates = rates.into_iter().map(Some).chain(std::iter::repeat(None));
+    Ok((0..vcpus).zip(rates).map(each).collect())
 }
 
 /// All vCPUs are held to one limit.

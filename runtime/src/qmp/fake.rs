@@ -176,4 +176,10 @@ impl Controller for Fake {
     fn dirty_limit(&self) -> Option<Limit> {
         self.state.lock().unwrap().limit
     }
+
+    fn vcpu_dirty_rates(&self) -> Option<Vec<u64>> {
+        // Below 4 MiB a second it cannot tell its two vCPUs apart.
+        let limit = self.dirty_limit()?;
+        (limit.bytes_per_second >= 4 << 20).then(|| vec![1 << 20, 4 << 20])
+    }
 }

@@ -346,6 +346,9 @@ fn a_dirty_limit_is_set_asked_for_and_lifted() {
             {"cpu-index": 1, "limit-rate": 3, "current-rate": 2},
         ])
     );
+    client.execute("set-vcpu-dirty-limit", &json!({"dirty-rate": 4}));
+    let told = client.execute("query-vcpu-dirty-limit", &json!({}))["return"].take();
+    assert_eq!((&told[0]["current-rate"], &told[1]["current-rate"]), (&json!(1), &json!(4)), "{told}");
     client.execute("cancel-vcpu-dirty-limit", &json!({}));
     assert_eq!(client.execute("query-vcpu-dirty-limit", &json!({})), none);
     client.execute("set-vcpu-dirty-limit", &json!({"dirty-rate": 3}));
