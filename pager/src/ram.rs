@@ -169,6 +169,19 @@ impl Ram {
         }
     }
 
+    /// Copies `page` out of the alias, whoever may write it meanwhile: what is copied may be torn then. `false` past the end
+    /// of RAM.
+    pub fn copy_page(&self, page: PageIndex, bytes: &mut [u8; PAGE_SIZE]) -> bool {
+        let Some(alias) = self.alias_of(page) else { return false };
+        // SAFETY: a whole page of the alias, which `self` keeps mapped; aligned for any integer, of which every bit pattern is
+        // a number, and only loaded atomically.
+        let words = unsafe { &*alias.cast::<[AtomicU64; PAGE_SIZE / 8]>() };
+        for (to, from) in bytes.chunks_exact_mut(8).zip(words) {
+            to.copy_from_slice(&from.load(Ordering::Relaxed).to_ne_bytes());
+        }
+        true
+    }
+
     /// Gives every page back to the host: RAM reads as zero again.
     ///
     /// # Errors

@@ -35,18 +35,6 @@ pub fn is_zero(ram: &Ram, page: PageIndex) -> bool {
         .all(|stride| stride.iter().fold(0, |seen, word| seen | word.load(Ordering::Relaxed)) == 0)
 }
 
-/// Copies `page` into `bytes`; zeros past the end of RAM.
-pub fn read(ram: &Ram, page: PageIndex, bytes: &mut [u8; PAGE_SIZE]) {
-    match words_of(ram, page) {
-        None => bytes.fill(0),
-        Some(words) => {
-            for (to, from) in bytes.chunks_exact_mut(8).zip(words) {
-                to.copy_from_slice(&from.load(Ordering::Relaxed).to_ne_bytes());
-            }
-        }
-    }
-}
-
 /// Sends `header`, and behind it the pages of `chunk` with a bit in `data`, straight from where they lie.
 pub fn send(
     ram: &Ram,
@@ -100,7 +88,7 @@ mod tests {
             unsafe { ram.alias_of(PageIndex(1)).unwrap().add(at).write(9) };
             assert!(!is_zero(&ram, PageIndex(1)), "byte {at}");
             let mut bytes = [1; PAGE_SIZE];
-            read(&ram, PageIndex(1), &mut bytes);
+            assert!(ram.copy_page(PageIndex(1), &mut bytes) && !ram.copy_page(PageIndex(2), &mut bytes));
             assert!((0..PAGE_SIZE).all(|index| bytes[index] == if index == at { 9 } else { 0 }));
             // SAFETY: as above.
             unsafe { ram.alias_of(PageIndex(1)).unwrap().add(at).write(0) };

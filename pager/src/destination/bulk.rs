@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use switchover_wire::clock::Nanos;
+use switchover_wire::encoding::{Encoding, EncodingError, Page, PageDecoder, Payload};
 use switchover_wire::frame::FrameError;
 use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, Taken};
 use switchover_wire::ring::{Ring, RingError};
@@ -38,7 +39,13 @@ pub enum BulkError {
     /// A page of an earlier frame is still landing elsewhere.
     #[error("the source sends a second version of {0} while the first is under way")]
     TwoVersions(PageIndex),
-    /// Something that only pre-copy may send, or that cannot be read.
+    /// A page that cannot be decoded.
+    #[error(transparent)]
+    Encoding(#[from] EncodingError),
+    /// A difference whose other version never came.
+    #[error("the source sends {0} as a difference to a version that never came")]
+    DifferenceToNothing(PageIndex),
+    /// Something that only pre-copy may send.
     #[error("the source sends packed pages after the handoff")]
     Packed,
     /// The pager ends.
@@ -67,6 +74,14 @@ pub struct BulkReceiver {
     /// Frames since the lane began.
     frames: u64,
     rate: RateSeries,
+    /// What packed chunks need, made when the first comes.
+    unpacker: Option<Box<Unpacker>>,
+}
+
+#[derive(Default)]
+struct Unpacker {
+    decoder: PageDecoder,
+    payload: Vec<u8>,
 }
 
 /// The pages of one frame that a lane may write, a bit each.
@@ -93,6 +108,7 @@ impl BulkReceiver {
             received: 0,
             frames: 0,
             rate: RateSeries::new(),
+            unpacker: None,
         })
     }
 
@@ -172,7 +188,7 @@ impl BulkReceiver {
         let received = match payload {
             None if data == 0 => Ok(()),
             None => self.receive_pages(first, data, data & won),
-            Some(payload) => self.receive_packed(first, data, won & data, resident, payload as usize),
+            Some(payload) => self.receive_packed(first, data, zero, won & data, resident, payload as usize),
         };
         if received.is_ok() {
             // Where nothing has landed, memory is zero already, or not even there.
@@ -236,16 +252,34 @@ impl BulkReceiver {
         Ok(Claimed { won, resident, counts: true })
     }
 
-    /// Receives a packed chunk and decodes those of its pages that are `won`, each into its place.
+    /// Receives a packed chunk and decodes its pages, each into its place; or only receives it, where the pages are not `won`.
     fn receive_packed(
         &mut self,
-        _first: PageIndex,
-        _data: u64,
-        _won: u64,
-        _resident: u64,
-        _payload: usize,
+        first: PageIndex,
+        data: u64,
+        zero: u64,
+        won: u64,
+        resident: u64,
+        length: usize,
     ) -> Result<(), BulkError> {
-        Err(BulkError::Packed)
+        let Unpacker { decoder, payload } = self.unpacker.get_or_insert_with(Box::default).as_mut();
+        payload.resize(length, 0);
+        self.ring.recv_exact(self.lane.socket.as_fd(), &mut [IoSliceMut::new(payload)])?;
+        let (ram, states) = (self.shared.watch.ram(), &self.shared.states);
+        let parsed = Payload::parse(first, data, zero, payload, states.pages())?;
+        for (entry, bit) in parsed.entries().zip(bits(data)).filter(|(_, bit)| won >> bit & 1 == 1) {
+            if entry.encoding() == Encoding::Delta && resident >> bit & 1 == 0 {
+                return Err(BulkError::DifferenceToNothing(entry.page()));
+            }
+            let Some(alias) = ram.alias_of(entry.page()) else { return Err(BulkError::Packed) };
+            // SAFETY: a whole page of the alias, which the watch keeps mapped. This lane has claimed it, so nobody else
+            // writes it before `arrived` or `release`; nobody reads it through Rust but for `copy_page`, which is only called
+            // for pages that are resident, as claimed ones are not; and before the handoff no guest runs on it.
+            let page = unsafe { &mut *alias.cast::<Page>() };
+            let mut held = |other, bytes: &mut Page| states.is_resident(other) && ram.copy_page(other, bytes);
+            decoder.decode(&entry, page, &mut held)?;
+        }
+        Ok(())
     }
 
     /// Receives the pages of `data`, each to its place if it is still wanted there, and maps them in runs.

@@ -171,7 +171,9 @@ impl LaneSender {
         let frame = |bytes, pinned| Frame { chunk, data, zero, chunks: 1, bytes, pinned };
         let ram = &shared.ram;
         let packed = if data != 0 && self.packer.wants(self.round) {
-            let mut read = |page, bytes: &mut _| live::read(ram, page, bytes);
+            let mut read = |page, bytes: &mut _| {
+                ram.copy_page(page, bytes);
+            };
             self.packer.pack(chunk.first(), data, zero, flags.bits(), &mut read)
         } else {
             None
