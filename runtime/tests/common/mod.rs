@@ -138,6 +138,16 @@ pub const SWEEPING: &[u8] = &[
     0xeb, 0xe7, // jmp over
 ];
 
+/// As [`SWEEPING`], without leaving the guest for anything but the memory.
+pub const SWEEPING_BLINDLY: &[u8] = &[
+    0xbf, 0x00, 0x00, 0x20, 0x00, // mov edi, 0x200000
+    0xff, 0x07, // inc dword [edi]
+    0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, // add edi, 4096
+    0x81, 0xff, 0x00, 0x00, 0x00, 0x08, // cmp edi, 0x8000000
+    0x72, 0xf0, // jb inc
+    0xeb, 0xe9, // jmp mov
+];
+
 /// Waits for a state that will come.
 pub fn until(what: &str, mut there: impl FnMut() -> bool) {
     let start = Instant::now();
