@@ -329,3 +329,65 @@ fn ask_out(vcpus: &mut [Whereabouts]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread::JoinHandle;
+
+    use super::*;
+    use crate::kick::prepare_thread;
+
+    const LONG: Duration = Duration::from_secs(3600);
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// A running machine of one vCPU that is kept out for long, with a thread that would enter.
+    fn held() -> (Arc<Control>, Receiver<bool>, JoinHandle<()>) {
+        let control = Arc::new(Control::new(RunFlags::booting(), vec![Arc::new(ExitByte::of_none())]));
+        control.change(RunFlags::cont).unwrap();
+        control.hold(0, Instant::now() + LONG);
+        let (sender, entered) = unbounded();
+        let (theirs, (parking, parked)) = (Arc::clone(&control), unbounded());
+        let thread = std::thread::spawn(move || {
+            prepare_thread().unwrap();
+            parking.send(()).unwrap();
+            sender.send(theirs.park(0, None)).unwrap();
+            // As a vCPU's thread would: out of the guest on the next request.
+            theirs.park(0, None);
+            theirs.gone(0);
+        });
+        parked.recv().unwrap();
+        assert!(entered.recv_timeout(Duration::from_millis(20)).is_err(), "a vCPU that is kept out enters");
+        (control, entered, thread)
+    }
+
+    fn ends(control: &Control, entered: &Receiver<bool>, thread: JoinHandle<()>) {
+        assert_eq!(entered.recv_timeout(PATIENCE), Ok(true), "still kept out");
+        assert!(control.tear_down(PATIENCE));
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn releasing_lets_a_vcpu_in_at_once() {
+        let (control, entered, thread) = held();
+        control.release();
+        ends(&control, &entered, thread);
+    }
+
+    #[test]
+    fn a_pause_neither_waits_for_a_vcpu_that_is_kept_out_nor_leaves_it_so() {
+        let (control, entered, thread) = held();
+        let paused = control.pause(Duration::ZERO).unwrap();
+        assert!(paused.was_running);
+        control.hold(0, Instant::now() + LONG);
+        control.resume().unwrap();
+        ends(&control, &entered, thread);
+    }
+
+    #[test]
+    fn a_machine_with_a_vcpu_kept_out_is_torn_down_at_once() {
+        let (control, entered, thread) = held();
+        assert!(control.tear_down(PATIENCE));
+        assert_eq!(entered.recv_timeout(PATIENCE), Ok(false));
+        thread.join().unwrap();
+    }
+}

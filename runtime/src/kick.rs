@@ -39,6 +39,12 @@ impl ExitByte {
         Ok(Self { page })
     }
 
+    /// That of no vCPU.
+    #[cfg(test)]
+    pub fn of_none() -> Self {
+        Self { page: MmapOptions::new().len(PAGE_SIZE).map_anon().unwrap().into() }
+    }
+
     /// Whether KVM_RUN is to return at once.
     pub fn set(&self, leave: bool) {
         self.byte().store(u8::from(leave), Ordering::SeqCst);

@@ -88,7 +88,7 @@ fn live(vcpu: &Vcpu, shared: &Shared) {
 fn run(vcpu: &Vcpu, fd: &mut VcpuFd, shared: &Shared) -> Nanos {
     loop {
         let outcome = match fd.run() {
-            Ok(exit) => handle(exit, shared),
+            Ok(exit) => handle(exit, vcpu.index, shared),
             // EAGAIN: a vCPU that waited for another to start it has been started.
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                 let left = Nanos::now();
@@ -119,7 +119,7 @@ fn run(vcpu: &Vcpu, fd: &mut VcpuFd, shared: &Shared) -> Nanos {
     }
 }
 
-fn handle(exit: VcpuExit<'_>, shared: &Shared) -> Outcome {
+fn handle(exit: VcpuExit<'_>, vcpu: usize, shared: &Shared) -> Outcome {
     match exit {
         VcpuExit::IoOut(port, data) => match shared.ports.write(port, data) {
             None => Outcome::GoOn,
@@ -143,10 +143,12 @@ fn handle(exit: VcpuExit<'_>, shared: &Shared) -> Outcome {
         VcpuExit::MemoryFault { gpa, size, .. } => {
             Outcome::Broken(format!("has no memory behind {size} bytes at {gpa:#x}"))
         }
-        VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => match shared.ring.as_ref().map(|ring| ring.make_room()) {
-            Some(Err(error)) => Outcome::Broken(format!("cannot go on with its dirty ring full: {error}")),
-            Some(Ok(())) | None => Outcome::GoOn,
-        },
+        VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => {
+            match shared.ring.as_ref().map(|ring| ring.make_room(vcpu)) {
+                Some(Err(error)) => Outcome::Broken(format!("cannot go on with its dirty ring full: {error}")),
+                Some(Ok(())) | None => Outcome::GoOn,
+            }
+        }
         exit => Outcome::Broken(format!("left the guest for a reason unheard of: {exit:?}")),
     }
 }

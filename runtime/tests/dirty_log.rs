@@ -6,7 +6,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Guest, SCATTERED, SCATTERING, SWEEPING, SWEPT, kvm, until, word};
+use common::{Guest, SCATTERED, SCATTERING, SWEEPING, SWEEPING_BLINDLY, SWEPT, kvm, until, word};
 use switchover_hybrid::machine::Machine;
 use switchover_precopy::bitmap::PageBitmap;
 use switchover_precopy::dirty::DirtyLog;
@@ -173,6 +173,32 @@ fn nothing_is_lost_while_nobody_looks(tracking: DirtyTracking) {
     let written = changed(&before, &contents(&vm));
     assert!(written.len() as u64 >= SWEPT.end - SWEPT.start);
     assert!(written.iter().all(|page| noted.contains(*page)), "a write is lost");
+}
+
+#[test]
+fn a_ring_that_overruns_is_noticed_and_the_guest_runs_on() {
+    const TEST: &str = "a_ring_that_overruns_is_noticed_and_the_guest_runs_on";
+    let pages = PageCount(SWEPT.end);
+    let Some((vm, log, pages)) = machine(TEST, SWEEPING_BLINDLY, pages, DirtyTracking::Ring) else { return };
+    log.start().unwrap();
+    rearm_all(&*log, pages);
+    let before = contents(&vm);
+    vm.cont().unwrap();
+    let last = u32::try_from((SWEPT.end - 1) * 4096).unwrap();
+    until("the guest has swept its memory often", || word(&vm, last) >= 5);
+    vm.pause().unwrap();
+    let mut noted = PageBitmap::new(pages);
+    match log.peek(&mut noted) {
+        Ok(()) => {
+            println!("no overrun on this host");
+            assert!(changed(&before, &contents(&vm)).iter().all(|page| noted.contains(*page)), "a write is lost");
+        }
+        Err(error) => {
+            println!("{error}");
+            assert!(error.to_string().contains("--dirty-tracking log"));
+            assert!(log.rearm(PageIndex(0), &[1]).is_err() && log.start().is_err(), "it is relied on again");
+        }
+    }
 }
 
 macro_rules! by_each {

@@ -36,11 +36,12 @@ pub fn clear_dirty_log(vm: &VmFd, slot: u32, part: &SlotPart) -> Result<(), errn
     if unsafe { ioctl_with_ref(vm, KVM_CLEAR_DIRTY_LOG(), &range) } == 0 { Ok(()) } else { Err(errno::Error::last()) }
 }
 
-/// Protects the pages of all harvested entries of a VM's dirty rings again, and gives the entries back to KVM.
+/// Protects the pages of all harvested entries of a VM's dirty rings again, and gives the entries back to KVM. Answers how many.
 ///
 /// # Errors
 /// When the VM has no rings; EINTR when a signal came, some entries being reset by then.
-pub fn reset_dirty_rings(vm: &VmFd) -> Result<(), errno::Error> {
+pub fn reset_dirty_rings(vm: &VmFd) -> Result<u64, errno::Error> {
     // SAFETY: the call takes no argument, and touches no memory of this process but the rings, which are atomics to it.
-    if unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) } >= 0 { Ok(()) } else { Err(errno::Error::last()) }
+    let count = unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) };
+    u64::try_from(count).map_err(|_| errno::Error::last())
 }

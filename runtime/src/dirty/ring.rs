@@ -14,6 +14,12 @@
 //! A page pushed *before* a rearm and harvested after it is noted once too often, which costs time only. To harvest at every
 //! rearm would avoid it, and would protect the guest's hot pages again for every 64 pages that are sent.
 //!
+//! # Rings that overrun
+//! KVM takes a vCPU out before its ring is full, with room left for what is on the way. A KVM that runs much guest code without
+//! looking (seen with one that emulates ring 0) can come too late, and overwrites entries. A ring that is found full to the
+//! last entry, or from which KVM resets another number of entries than were harvested, may have lost some: the log then
+//! refuses every further answer, for good, and the guest runs on.
+//!
 //! # What is in no ring
 //! On x86, KVM writes guest memory only on behalf of a vCPU, into that one's ring. Where it does so otherwise
 //! (KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, as on arm64) this log is not offered.
@@ -79,8 +85,10 @@ pub struct RingLog {
 struct Rings {
     rings: Vec<VcpuRing>,
     meter: Meter,
-    /// Whether pages may be harvested and not protected yet.
-    not_reset: bool,
+    /// Entries that are harvested and not known to be reset. Their pages may not be protected yet.
+    not_reset: u64,
+    /// Whether entries may have been overwritten.
+    overrun: bool,
 }
 
 /// Rates of writing, by counts that are some time apart.
@@ -89,6 +97,14 @@ struct Meter {
     counts: Vec<u64>,
     /// Bytes a second, by the counts before these.
     rates: Vec<u64>,
+}
+
+impl Rings {
+    fn check(&self) -> Result<(), DirtyLogError> {
+        const WHY: &str = "one has overrun, and what the guest wrote is not known any more: this host's KVM takes vCPUs out of \
+                           the guest too late; run the machine with --dirty-tracking log";
+        if self.overrun { Err(DirtyLogError::new("rely on the dirty rings", WHY)) } else { Ok(()) }
+    }
 }
 
 impl RingLog {
@@ -101,16 +117,29 @@ impl RingLog {
         let rings =
             rings.map_err(|source| VmError::Host { attempted: "map a vCPU's dirty ring".to_owned(), source })?;
         let meter = Meter { since: Instant::now(), counts: Vec::new(), rates: Vec::new() };
-        let rings = Mutex::new(Rings { rings, meter, not_reset: false });
+        let rings = Mutex::new(Rings { rings, meter, not_reset: 0, overrun: false });
         Ok(Self { vm, memory, started: AtomicBool::new(false), rings })
     }
 
-    /// Makes room in all rings: a vCPU's is full.
+    /// Makes room in all rings: that of `vcpu` is full.
     ///
     /// # Errors
     /// When KVM does not reset them.
-    pub fn make_room(&self) -> Result<(), DirtyLogError> {
-        self.harvest(&mut lock(&self.rings))
+    pub fn make_room(&self, vcpu: usize) -> Result<(), DirtyLogError> {
+        let mut rings = lock(&self.rings);
+        if rings.overrun {
+            if let Some(ring) = rings.rings.get_mut(vcpu) {
+                ring.give_up_half();
+            }
+            return self.reset().map(drop);
+        }
+        match self.harvest(&mut rings) {
+            Err(error) if rings.overrun => {
+                tracing::error!(%error, "the dirty log is useless from now on");
+                Ok(())
+            }
+            result => result,
+        }
     }
 
     /// Whether the book is kept.
@@ -155,31 +184,43 @@ impl RingLog {
     }
 
     fn harvest(&self, rings: &mut Rings) -> Result<(), DirtyLogError> {
+        rings.check()?;
         let spans: Vec<_> = self.memory.spans().collect();
-        let Rings { rings, not_reset, .. } = rings;
-        for ring in rings {
+        for ring in &mut rings.rings {
+            let mut taken = 0;
             // Ends: an entry is not used again before it was reset.
-            while let Some(written) = ring.harvest() {
-                *not_reset = true;
+            while taken < ring.room()
+                && let Some(written) = ring.harvest()
+            {
+                taken += 1;
                 let span = usize::try_from(written.slot).ok().and_then(|slot| spans.get(slot));
                 if let Some(span) = span.filter(|span| written.page < span.pages) {
                     self.memory.book().note(PageIndex(span.first + written.page));
                 }
             }
+            rings.not_reset += taken;
+            rings.overrun |= taken == ring.room();
         }
-        if *not_reset {
-            self.reset()?;
-            *not_reset = false;
-        }
-        Ok(())
+        self.protect(rings)
     }
 
-    fn reset(&self) -> Result<(), DirtyLogError> {
+    /// Has KVM protect the pages of what was harvested.
+    fn protect(&self, rings: &mut Rings) -> Result<(), DirtyLogError> {
+        if rings.not_reset > 0 {
+            rings.overrun |= self.reset()?.is_some_and(|reset| reset != rings.not_reset);
+            rings.not_reset = 0;
+        }
+        rings.check()
+    }
+
+    /// How many entries KVM reset, unless a signal came between, which hides some of them.
+    fn reset(&self) -> Result<Option<u64>, DirtyLogError> {
+        let mut interrupted = false;
         loop {
             match ioctls::reset_dirty_rings(&self.vm) {
-                Ok(()) => return Ok(()),
+                Ok(count) => return Ok((!interrupted).then_some(count)),
                 // A vCPU's thread that is wanted out. The signal has been taken by now.
-                Err(error) if error.errno() == libc::EINTR => {}
+                Err(error) if error.errno() == libc::EINTR => interrupted = true,
                 Err(error) => return Err(DirtyLogError::new("reset the dirty rings", error)),
             }
         }
@@ -192,6 +233,7 @@ impl RingLog {
 
 impl DirtyLog for RingLog {
     fn start(&self) -> Result<(), DirtyLogError> {
+        lock(&self.rings).check()?;
         self.stop();
         self.memory.book().note_all();
         if let Err(error) = self.memory.log_writes(&self.vm, true) {
@@ -206,7 +248,7 @@ impl DirtyLog for RingLog {
     fn peek(&self, noted: &mut PageBitmap) -> Result<(), DirtyLogError> {
         self.check_started("read the dirty rings")?;
         // A vCPU that has left the guest has pushed everything that it wrote.
-        self.make_room()?;
+        self.harvest(&mut lock(&self.rings))?;
         let pages = self.memory.ram().pages();
         let mut words = vec![0; usize::try_from(pages.0.div_ceil(64)).unwrap_or(usize::MAX)];
         self.memory.book().add_to(&mut words);
@@ -217,10 +259,7 @@ impl DirtyLog for RingLog {
     fn rearm(&self, first: PageIndex, words: &[u64]) -> Result<(), DirtyLogError> {
         self.check_started("rearm pages in the dirty rings")?;
         let rings = &mut *lock(&self.rings);
-        if rings.not_reset {
-            self.reset()?;
-            rings.not_reset = false;
-        }
+        self.protect(rings)?;
         self.memory.book().clear(first, words);
         Ok(())
     }
@@ -230,7 +269,7 @@ impl DirtyLog for RingLog {
         if let Err(error) = self.memory.log_writes(&self.vm, false) {
             tracing::warn!(%error, "the dirty rings stay on, which slows the guest down");
         }
-        if let Err(error) = self.make_room() {
+        if let Err(error) = self.harvest(&mut lock(&self.rings)) {
             tracing::warn!(%error, "the dirty rings stay full");
         }
     }

@@ -72,6 +72,22 @@ impl VcpuRing {
         Some(Written { slot: found.slot, page: found.offset })
     }
 
+    /// How many entries it has.
+    #[must_use]
+    pub fn room(&self) -> u64 {
+        self.room
+    }
+
+    /// Marks the next half of the ring harvested, whatever it tells. For a ring that KVM calls full, so that it holds more
+    /// than that, and whose entries are useless.
+    pub fn give_up_half(&mut self) {
+        for _ in 0..self.room / 2 {
+            self.flags(self.entry(self.harvested)).store(RESET, Ordering::Release);
+            self.harvested += 1;
+        }
+        self.seen = self.seen.max(self.harvested);
+    }
+
     /// How many entries KVM has pushed since the beginning. Harvests none: no page is protected again for it.
     pub fn pushed(&mut self) -> u64 {
         while self.seen < self.harvested + self.room
