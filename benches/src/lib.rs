@@ -7,6 +7,7 @@
 //! ```text
 //!   zero_pages    is a page zero; where are the holes of a memfd
 //!   page_states   claims on the page-state map, alone and against another thread
+//!   encodings     pages in fewer bytes: each encoding; what a lane's packer costs and gains
 //!   placement     mapping pages that are in the alias: one at a time, and in runs
 //! ```
 //!
