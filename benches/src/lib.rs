@@ -10,6 +10,7 @@
 //!   page_states     claims on the page-state map, alone and against another thread
 //!   placement       mapping pages that are in the alias: one at a time, and in runs
 //!   dirty_tracking  what a real guest writes, found out by KVM's bitmaps and by its rings; what that costs the guest
+//!   encodings       pages in fewer bytes: each encoding; what a lane's packer costs and gains
 //! ```
 //!
 //! They measure steps, not migrations: `switchover bench` does that, on real guests.

@@ -8,8 +8,8 @@ use thiserror::Error;
 /// A migration could not be started, or a wish of its controller not be met.
 #[derive(Debug, Error)]
 pub enum MigrationError {
-    /// Nothing but post-copy is built.
-    #[error("this version migrates by post-copy only: allow it (capability `postcopy-ram`) and try again")]
+    /// The controller wants a handoff before all of memory is there, and never allowed it.
+    #[error("post-copy was not allowed when this migration began (capability `postcopy-ram`)")]
     PostcopyNotAllowed,
     /// A number of lanes that cannot be.
     #[error("{asked} bulk lanes were asked for; between 1 and {limit} are possible")]

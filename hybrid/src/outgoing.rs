@@ -15,7 +15,9 @@ use switchover_precopy::rounds::{Rounds, RoundsSettings};
 use switchover_wire::address::Address;
 use switchover_wire::clock::{HostClock, Nanos};
 use switchover_wire::handshake::{Hello, LaneCounts, VERSION_MAX, VERSION_MIN, greet};
-use switchover_wire::message::{ControlMessage, ControlReader, ControlWriter, MISSING_PAGES, MessageError};
+use switchover_wire::message::{
+    ControlMessage, ControlReader, ControlWriter, MISSING_PAGES, MISSING_WORDS, MessageError,
+};
 use switchover_wire::socket::Socket;
 use switchover_wire::types::{LaneId, LaneRole, PageCount, PageIndex, SessionId};
 
@@ -47,9 +49,6 @@ const ABORT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How often a wait for a lane's last frame looks whether the migration was cancelled.
 const LOOK_FOR_CANCEL: Duration = Duration::from_millis(10);
-
-/// [`MISSING_PAGES`] as a step. It fits any machine's addresses.
-const MISSING_STEP: usize = MISSING_PAGES as usize;
 
 /// Messages of the destination that may wait while the session is busy. A well-behaved one sends five in all.
 const EVENTS_ROOM: usize = 1024;
@@ -447,7 +446,10 @@ impl Shared {
                 return self.serve_pages(session, ending).err().map(SourceEvent::StateFailed);
             }
             SourceAction::PushPages => {
+                // The guest runs already: finding out which pages are the hottest costs it nothing.
+                let hottest = self.precopy().as_ref().map(|precopy| precopy.hottest()).unwrap_or_default();
                 if let Some(pager) = self.pager().as_ref() {
+                    pager.push_first(&hottest);
                     pager.start_sweep();
                 }
             }
@@ -529,6 +531,7 @@ impl Shared {
                 self.lanes.shut_down();
             }
         }
+        precopy.settle();
     }
 
     /// Tells the destination what it lacks, and serves it.
@@ -539,19 +542,18 @@ impl Shared {
             Some(precopy) => precopy.missing(pages).map_err(|error| error.to_string())?,
             None => (PageBitmap::full(pages), Vec::new()),
         };
-        for first in (0..pages.0).step_by(MISSING_STEP) {
+        // Stretches of whole words, so that each is a slice of them.
+        let stretches = missing.words().chunks(MISSING_WORDS);
+        let mut first = 0;
+        for words in stretches {
             let stretch = PageCount(MISSING_PAGES.min(pages.0 - first));
-            let words = usize::try_from(first / 64).unwrap_or(usize::MAX)
-                ..usize::try_from((first + stretch.0).div_ceil(64)).unwrap_or(usize::MAX);
-            let set = switchover_wire::bitmap::encode(missing.words().get(words).unwrap_or(&[]));
+            let set = switchover_wire::bitmap::encode(words);
             let complete_first = ending == Ending::StopAndCopy;
             let message = ControlMessage::Missing { first: PageIndex(first), pages: stretch, set, complete_first };
             session.send(&message).map_err(|error| error.to_string())?;
+            first += stretch.0;
         }
-        let mut first = self.machine.first_pages();
-        if let (Some(precopy), Ending::Postcopy) = (&precopy, ending) {
-            first.extend(precopy.hottest(&missing));
-        }
+        let first = self.machine.first_pages();
         if let Some(pager) = self.pager().as_mut() {
             pager.start_serving(&first, missing.words(), under_way);
             if ending == Ending::StopAndCopy {

@@ -40,11 +40,14 @@ const LEAST_ROUND: Duration = Duration::from_millis(2);
 /// Pausing, saving and loading a machine of one vCPU, as measured on the development hosts (`docs/feasibility.md`).
 const HANDOFF_BASE: Duration = Duration::from_micros(1300);
 
+/// How long the last frames may take to be acknowledged before the handoff goes on without: the guest writes meanwhile.
+const SETTLE_PATIENCE: Duration = Duration::from_millis(50);
+
 /// Samples kept for the report: 20 minutes of looks 10 ms apart. Of longer migrations, the first ones.
 const SAMPLES_KEPT: usize = 120_000;
 
-/// The hottest pages that are pushed before the sweep.
-const HOTTEST: usize = 4096;
+/// The hottest pages that are pushed before the sweep: 1 GiB.
+const HOTTEST: usize = 1 << 18;
 
 /// What the session and the rounds' thread share.
 pub struct Precopy {
@@ -56,6 +59,8 @@ pub struct Precopy {
     /// The session ends the rounds: the thread says nothing more.
     ended: AtomicBool,
     heat: Mutex<Heat>,
+    /// What the destination lacked at the handoff.
+    missing: Mutex<Option<PageBitmap>>,
     book: Mutex<Book>,
     round_trip: Duration,
 }
@@ -110,6 +115,7 @@ impl Precopy {
             noting: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             heat: Mutex::new(Heat::new(pages)),
+            missing: Mutex::new(None),
             book: Mutex::default(),
             round_trip,
         }
@@ -146,6 +152,14 @@ impl Precopy {
     /// Waits until no lane sends any more, but not past `deadline`; says whether that is so.
     pub fn wait_ended(&self, deadline: Instant) -> bool {
         self.rounds.wait_halted(deadline)
+    }
+
+    /// The rounds have ended: lets the streams run dry before the guest is paused, unless that takes too long. What is under
+    /// way in the blackout competes with it for processors and the link, and would have to come again.
+    pub fn settle(&self) {
+        if !self.rounds.wait_taken(Instant::now() + SETTLE_PATIENCE) {
+            tracing::debug!("the handoff begins while frames of pre-copy are under way");
+        }
     }
 
     /// How far it has come.
@@ -200,12 +214,15 @@ impl Precopy {
         missing.unite(&self.rounds.under_way());
         let streams = self.rounds.in_streams();
         self.book().report.handoff_pages = missing.count().0;
+        *self.missing.lock().unwrap_or_else(PoisonError::into_inner) = Some(missing.clone());
         Ok((missing, streams))
     }
 
-    /// The hottest pages of `missing`, the hottest first.
-    pub fn hottest(&self, missing: &PageBitmap) -> Vec<PageIndex> {
-        self.heat.lock().unwrap_or_else(PoisonError::into_inner).hottest(missing, HOTTEST)
+    /// The hottest of the pages that the destination lacked at the handoff, the hottest first.
+    pub fn hottest(&self) -> Vec<PageIndex> {
+        let missing = self.missing.lock().unwrap_or_else(PoisonError::into_inner);
+        let heat = self.heat.lock().unwrap_or_else(PoisonError::into_inner);
+        missing.as_ref().map(|missing| heat.hottest(missing, HOTTEST)).unwrap_or_default()
     }
 
     fn book(&self) -> std::sync::MutexGuard<'_, Book> {
@@ -440,6 +457,7 @@ impl<'a> Conductor<'a> {
                 return RoundsEnd::Ended;
             }
         }
+        self.precopy.settle();
         RoundsEnd::SwitchOver(ending)
     }
 }

@@ -225,6 +225,16 @@ impl Rounds {
         waited.unwrap_or_else(PoisonError::into_inner).0.sending == 0
     }
 
+    /// Waits until the destination has acknowledged all that the lanes have sent, but not past `deadline`; says whether that is
+    /// so. After a halt.
+    #[must_use]
+    pub fn wait_taken(&self, deadline: Instant) -> bool {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let unfinished = |_: &mut Gate| !self.shared.books.all_taken();
+        let waited = self.shared.changed.wait_timeout_while(self.shared.gate(), left, unfinished);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
+
     /// The round's pages that no lane has taken.
     #[must_use]
     pub fn left(&self) -> PageBitmap {
@@ -337,6 +347,14 @@ impl Shared {
     fn pause(&self, span: Duration) -> bool {
         let waited = self.changed.wait_timeout_while(self.gate(), span, |gate| !gate.halted);
         waited.unwrap_or_else(PoisonError::into_inner).0.halted
+    }
+
+    /// A receipt has come: after a halt somebody may wait for it.
+    fn receipt_came(&self) {
+        if self.is_halted() {
+            drop(self.gate());
+            self.changed.notify_all();
+        }
     }
 
     fn pages(&self) -> PageCount {

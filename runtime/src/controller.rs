@@ -232,7 +232,7 @@ impl Controller for VmController {
     }
 
     fn written_pages_mode(&self) -> WrittenPagesMode {
-        WrittenPagesMode::Bitmap
+        if self.vm.keeps_rings() { WrittenPagesMode::Ring } else { WrittenPagesMode::Bitmap }
     }
 
     fn measure_dirty_rate(&self, plan: Plan) -> Result<(), ControlError> {
@@ -278,7 +278,7 @@ impl Controller for VmController {
     }
 
     fn vcpu_dirty_rates(&self) -> Option<Vec<u64>> {
-        None
+        self.vm.dirty_rates()
     }
 }
 

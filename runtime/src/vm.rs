@@ -131,6 +131,12 @@ impl Vm {
         &self.shared.memory
     }
 
+    /// Whether written pages are found by a ring for each vCPU, rather than a bit for each page.
+    #[must_use]
+    pub fn keeps_rings(&self) -> bool {
+        self.shared.ring.is_some()
+    }
+
     /// How many bytes a second each vCPU newly writes, over the last tenth of a second or since the call before. `None` where
     /// that is not known: without dirty rings, or before the dirty log was started.
     #[must_use]

@@ -86,7 +86,10 @@ pub enum ControlMessage {
 }
 
 /// The most pages that one [`ControlMessage::Missing`] tells about: at most 8 MiB of bits, and so within [`MAX_MESSAGE`].
-pub const MISSING_PAGES: u64 = 1 << 26;
+pub const MISSING_PAGES: u64 = MISSING_WORDS as u64 * 64;
+
+/// [`MISSING_PAGES`] as words of 64.
+pub const MISSING_WORDS: usize = 1 << 20;
 
 impl ControlMessage {
     /// Its name, for logs: the content of `State` is no reading matter.

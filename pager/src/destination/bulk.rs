@@ -142,12 +142,13 @@ impl BulkReceiver {
             }
             match frame {
                 BulkFrame::Chunk { first, data, zero } if flags.precopy => {
-                    self.take_version(first, data, zero, None)?
+                    self.take_version(first, data, zero, None)?;
                 }
                 BulkFrame::Packed { first, data, zero, payload } if flags.precopy => {
                     self.take_version(first, data, zero, Some(payload))?;
                 }
                 BulkFrame::Packed { .. } => return Err(BulkError::Packed),
+                BulkFrame::Check => {}
                 BulkFrame::Chunk { first, data, zero } => {
                     self.take_zeros(first, zero)?;
                     self.take_data(first, data)?;

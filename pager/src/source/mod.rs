@@ -186,6 +186,11 @@ impl SourcePager {
         self.shared.pacer.set_rate(bytes_per_second);
     }
 
+    /// Push these before the sweep, the most urgent first.
+    pub fn push_first(&self, pages: &[PageIndex]) {
+        self.shared.queue.put_first(pages);
+    }
+
     /// Push everything else too. The sweep takes both processors of a small host, so it waits for the handoff.
     pub fn start_sweep(&self) {
         self.shared.queue.open_sweep();

@@ -63,8 +63,8 @@ impl Pusher {
                 return Err(PushError::Stopped);
             }
             match shared.queue.urgent() {
-                Some(Next::Page(page)) => {
-                    self.push_chunk(ChunkIndex::of(page), 1 << (page.0 % CHUNK_PAGES), &mut holes)?;
+                Some(Next::Part(chunk, mask)) => {
+                    self.push_chunk(chunk, mask, &mut holes)?;
                     continue;
                 }
                 Some(Next::Around(chunk)) => {
@@ -171,7 +171,7 @@ impl Pusher {
             BulkFrame::Chunk { first, data, .. } => (first, data),
             BulkFrame::Zeros { first, .. } => (first, 0),
             // Nothing is encoded after the handoff.
-            BulkFrame::Packed { .. } | BulkFrame::End { .. } => (PageIndex(0), 0),
+            BulkFrame::Packed { .. } | BulkFrame::Check | BulkFrame::End { .. } => (PageIndex(0), 0),
         };
         let header = frame.encode(FrameFlags::default());
         let bytes = header.len() as u64 + u64::from(data.count_ones()) * PAGE_SIZE_U64;

@@ -21,19 +21,22 @@ const SPAN_CHUNKS: u64 = 16;
 /// What a pusher sends next.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Next {
-    /// This page alone: it is wanted at once.
-    Page(PageIndex),
+    /// These pages of a chunk, a bit each: they are wanted soonest.
+    Part(ChunkIndex, u64),
     /// The chunk around a fault.
     Around(ChunkIndex),
 }
 
+/// The chunks of one lane, each with its pages.
+type Kept = (LaneId, Vec<(ChunkIndex, u64)>);
+
 /// The order of the push, shared by all bulk lanes.
 #[derive(Debug)]
 pub struct PushQueue {
-    first: SegQueue<PageIndex>,
+    first: SegQueue<(ChunkIndex, u64)>,
     recent: ArrayQueue<PageIndex>,
     /// What each bulk lane must send itself, because its stream holds an older version.
-    kept: Mutex<Vec<(LaneId, Vec<(ChunkIndex, u64)>)>>,
+    kept: Mutex<Vec<Kept>>,
     swept: AtomicU64,
     chunks: u64,
     gate: Mutex<Gate>,
@@ -62,10 +65,13 @@ impl PushQueue {
         }
     }
 
-    /// Adds pages that go before all else, in this order.
+    /// Adds pages that go before all else, in this order. Neighbours in the list that are neighbours in memory go together.
     pub fn put_first(&self, pages: &[PageIndex]) {
-        for page in pages {
-            self.first.push(*page);
+        for part in pages.chunk_by(|one, next| ChunkIndex::of(*one) == ChunkIndex::of(*next)) {
+            if let Some(page) = part.first() {
+                let mask = part.iter().fold(0, |mask, page| mask | 1 << (page.0 % CHUNK_PAGES));
+                self.first.push((ChunkIndex::of(*page), mask));
+            }
         }
     }
 
@@ -81,7 +87,7 @@ impl PushQueue {
         found.map(|index| kept.swap_remove(index).1).unwrap_or_default()
     }
 
-    fn kept(&self) -> MutexGuard<'_, Vec<(LaneId, Vec<(ChunkIndex, u64)>)>> {
+    fn kept(&self) -> MutexGuard<'_, Vec<Kept>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -92,8 +98,8 @@ impl PushQueue {
 
     /// The most urgent thing, if anything is more urgent than the sweep.
     pub fn urgent(&self) -> Option<Next> {
-        let page = self.first.pop().map(Next::Page);
-        page.or_else(|| self.recent.pop().map(|page| Next::Around(ChunkIndex::of(page))))
+        let part = self.first.pop().map(|(chunk, mask)| Next::Part(chunk, mask));
+        part.or_else(|| self.recent.pop().map(|page| Next::Around(ChunkIndex::of(page))))
     }
 
     /// Lets the sweep begin.
@@ -141,9 +147,9 @@ mod tests {
     fn hints_come_before_faults() {
         let queue = PushQueue::new(PageCount(1000));
         queue.note_fault(PageIndex(130));
-        queue.put_first(&[PageIndex(7), PageIndex(3)]);
-        assert_eq!(queue.urgent(), Some(Next::Page(PageIndex(7))));
-        assert_eq!(queue.urgent(), Some(Next::Page(PageIndex(3))));
+        queue.put_first(&[PageIndex(70), PageIndex(7), PageIndex(3)]);
+        assert_eq!(queue.urgent(), Some(Next::Part(ChunkIndex(1), 1 << 6)));
+        assert_eq!(queue.urgent(), Some(Next::Part(ChunkIndex(0), 0b1000_1000)));
         assert_eq!(queue.urgent(), Some(Next::Around(ChunkIndex(2))));
         assert_eq!(queue.urgent(), None);
     }

@@ -19,8 +19,11 @@ const LOOKED_AT: usize = 4;
 /// writes more in a round than there is room for, a part that is kept is worth more than a whole that is always replaced.
 const STALE: u32 = 2;
 
+/// Pages of a chunk: one for each bit of a mask.
+pub(super) const PLACES: usize = u64::BITS as usize;
+
 /// The pages of a chunk, by their place in it.
-pub(super) type Pages = [Option<Box<Page>>; CHUNK_PAGES as usize];
+pub(super) type Pages = [Option<Box<Page>>; PLACES];
 
 /// A bounded number of pages, by chunk.
 #[derive(Debug)]
@@ -74,7 +77,7 @@ impl DeltaCache {
     pub fn take(&self, first: PageIndex, data: u64, zero: u64, round: u32) -> Option<Taken> {
         self.forget(first, zero);
         let chunk = first.0 / CHUNK_PAGES;
-        let mut taken = Taken { pages: Box::new([const { None }; CHUNK_PAGES as usize]), room: 0 };
+        let mut taken = Taken { pages: Box::new([const { None }; PLACES]), room: 0 };
         let mut shard = self.shard(chunk);
         if let Some(kept) = shard.chunks.get_mut(&chunk) {
             for bit in bits(data) {
@@ -94,7 +97,7 @@ impl DeltaCache {
     pub fn put(&self, first: PageIndex, round: u32, mut taken: Taken) {
         let chunk = first.0 / CHUNK_PAGES;
         let mut shard = self.shard(chunk);
-        let none = || Kept { round, pages: Box::new([const { None }; CHUNK_PAGES as usize]) };
+        let none = || Kept { round, pages: Box::new([const { None }; PLACES]) };
         let kept = shard.chunks.entry(chunk).or_insert_with(none);
         kept.round = round;
         for (place, page) in kept.pages.iter_mut().zip(taken.pages.iter_mut()) {

@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use switchover_wire::frame::bulk::CHUNK_PAGES;
 use switchover_wire::types::PageIndex;
 
-use super::delta_cache::bits;
+use super::delta_cache::{PLACES, bits};
 
 /// Locks on either side of the index, so that lanes seldom wait for each other.
 const SHARDS: u64 = 64;
@@ -42,7 +42,7 @@ struct Notes {
     under_way: u64,
     /// The destination holds them, and they can be found by their content.
     held: u64,
-    keys: [Key; CHUNK_PAGES as usize],
+    keys: [Key; PLACES],
 }
 
 impl SameIndex {
@@ -73,7 +73,7 @@ impl SameIndex {
         }
         let chunk = first.0 / CHUNK_PAGES;
         let mut shard = self.chunk(chunk);
-        let none = || Box::new(Notes { under_way: 0, held: 0, keys: [[0; 16]; CHUNK_PAGES as usize] });
+        let none = || Box::new(Notes { under_way: 0, held: 0, keys: [[0; 16]; PLACES] });
         let notes = shard.notes.entry(chunk).or_insert_with(none);
         let before = notes.under_way | notes.held;
         for (bit, hash) in contents {

@@ -1,5 +1,7 @@
 //! The packer against a model of both sides.
 
+#![allow(clippy::cast_possible_truncation, reason = "indices of a small model")]
+
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -288,6 +290,26 @@ fn copies_of_pages_become_references() {
     assert!(lane.counts().same > 10_000, "{:?}", lane.counts());
 }
 
+#[test]
+fn what_is_sent_anew_is_not_referred_to_even_if_nobody_asked() {
+    let settings = PackSettings::default();
+    let versions = SentVersions::new(settings);
+    let mut lane = lane(settings, &versions, GIGABIT);
+    let hash = blake3::hash(b"content");
+    for packed in [true, false] {
+        versions.same.note(PageIndex(0), &[(7, hash)]);
+        versions.acknowledged(PageIndex(0), u64::MAX, &[]);
+        assert_eq!(versions.same.find(&hash), Some(PageIndex(7)));
+        versions.acknowledged(PageIndex(64), 0, &[PageIndex(7)]);
+        if packed {
+            let _ = lane.pack(PageIndex(0), 1 << 7, 0, 0, &mut |_, page| *page = noise(1));
+        } else {
+            lane.sent_as_is(PageIndex(0), 0, 1 << 7);
+        }
+        assert_eq!(versions.same.find(&hash), None);
+    }
+}
+
 /// One step of the model below.
 #[derive(Clone, Debug)]
 enum Step {
@@ -339,6 +361,8 @@ struct Model {
     to: Destination,
     round: u32,
     used: BTreeMap<u8, u64>,
+    /// Whether the guest writes what is being sent.
+    writes: bool,
 }
 
 impl Model {
@@ -355,6 +379,7 @@ impl Model {
             to: Destination::default(),
             round: 1,
             used: BTreeMap::new(),
+            writes: true,
         }
     }
 
@@ -401,14 +426,14 @@ impl Model {
         let data = wanted & !zero;
         let mut read_once = 0_u64;
         let (packer, queue) = &mut self.lanes[lane];
-        let (guest, dirty) = (&mut self.guest, &mut self.dirty);
+        let (guest, dirty, writes) = (&mut self.guest, &mut self.dirty, self.writes);
         // The guest goes on writing: each page that is read changes right after.
         let mut read = |page: PageIndex, to: &mut Page| {
             let (page, bit) = (page.0 as usize, page.0 - first.0);
             assert!(data >> bit & 1 == 1 && read_once >> bit & 1 == 0);
             read_once |= 1 << bit;
             *to = guest[page];
-            if page.is_multiple_of(5) {
+            if writes && page.is_multiple_of(5) {
                 guest[page][100] ^= 1;
                 dirty[page] = true;
             }
@@ -423,7 +448,7 @@ impl Model {
             let pages = bits(data).map(|bit| {
                 let page = of(bit);
                 let mut torn = self.guest[page];
-                if page.is_multiple_of(3) {
+                if self.writes && page.is_multiple_of(3) {
                     self.guest[page] = noise(page as u64);
                     self.dirty[page] = true;
                     torn[2048..].copy_from_slice(&self.guest[page][2048..]);
@@ -475,24 +500,20 @@ impl Model {
         }
     }
 
-    /// The guest stands still: what is dirty is sent until nothing is.
+    /// The guest stands still: what is dirty is sent, after which nothing may be dirty or pinned.
     fn finish(&mut self) {
+        self.writes = false;
         self.deliver_all();
-        for turn in 0.. {
-            assert!(turn < 20, "pages stay dirty or pinned");
-            for chunk in 0..CHUNKS {
-                self.send(chunk as usize % LANES, chunk, u64::MAX);
-                // What the model writes while it sends.
-                self.deliver_all();
-            }
-            if turn >= 3 {
-                break;
-            }
+        for chunk in 0..CHUNKS {
+            self.send(chunk as usize % LANES, chunk, u64::MAX);
+            // A page that a frame refers to is sent when that has arrived.
+            self.deliver_all();
+            self.send(chunk as usize % LANES, chunk, u64::MAX);
         }
+        self.deliver_all();
         for (index, page) in self.guest.iter().enumerate() {
-            if !self.dirty[index] {
-                assert!(self.to.page(PageIndex(index as u64)) == *page, "page {index}");
-            }
+            assert!(!self.dirty[index], "page {index} stays pinned");
+            assert!(self.to.page(PageIndex(index as u64)) == *page, "page {index} differs");
         }
         self.versions.kept.held();
     }

@@ -66,9 +66,7 @@ impl Books {
     pub fn take(&self, chunk: ChunkIndex, wanted: u64) -> u64 {
         let Ok(index) = usize::try_from(chunk.0) else { return 0 };
         let free = self.under_way.insert_word(index, wanted);
-        let bits = (0..64).filter(|bit| free >> bit & 1 == 1);
-        let pinned = bits.filter(|bit| self.versions.is_pinned(PageIndex(chunk.first().0 + bit)));
-        let pinned = pinned.fold(0, |mask, bit| mask | 1 << bit);
+        let pinned = self.versions.withdraw(chunk.first(), free);
         if pinned != 0 {
             self.under_way.remove_word(index, pinned);
         }
@@ -109,6 +107,11 @@ impl Books {
                 }
             }
         }
+    }
+
+    /// Whether no lane's stream holds a frame that was not acknowledged.
+    pub fn all_taken(&self) -> bool {
+        self.streams.iter().all(|stream| stream.book().frames.is_empty())
     }
 
     /// Every page that is under way.

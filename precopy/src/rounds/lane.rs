@@ -84,11 +84,25 @@ impl LaneSender {
             while let Some(span) = shared.next_span() {
                 self.send_span(span)?;
                 if shared.is_halted() {
-                    return Ok(());
+                    return self.ask_for_receipt();
                 }
             }
             shared.round_over(round);
         }
+        self.ask_for_receipt()
+    }
+
+    /// Asks what the destination has taken, where frames were sent since it was asked last.
+    fn ask_for_receipt(&mut self) -> Result<(), LaneError> {
+        if std::mem::take(&mut self.unreceipted) == 0 {
+            return Ok(());
+        }
+        let header = BulkFrame::Check.encode(FrameFlags { precopy: true, acknowledge: true });
+        let bytes = header.len() as u64;
+        let frame = Frame { chunk: ChunkIndex(0), data: 0, zero: 0, chunks: 1, bytes, pinned: Vec::new() };
+        self.shared.books.send(self.index, frame);
+        live::send_bytes(&mut self.ring, &self.lane.socket, &header)?;
+        self.sent(bytes);
         Ok(())
     }
 

@@ -148,6 +148,7 @@ fn take(shared: &Shared, index: usize, inbox: &mut Inbox) -> Result<(), String> 
     if let Some(taken) = inbox.latest()? {
         let never_sent = |_| format!("the destination says that it took {} frames, which were not sent", taken.frames);
         shared.books.taken(index, taken.frames).map_err(never_sent)?;
+        shared.receipt_came();
     }
     Ok(())
 }

@@ -9,6 +9,7 @@
 //! | zeros | 0 | first page | count | 0 |
 //! | end | 0 | data pages sent | 0 | 0 |
 //! | packed | bytes | first page | data mask | zero mask |
+//! | check | 0 | 0 | 0 | 0 |
 //!
 //! The destination's have 16: kind, mark, six reserved, frames taken since the lane began (8).
 
@@ -22,16 +23,18 @@ const CHUNK: u8 = 0xB1;
 const ZEROS: u8 = 0xB2;
 const END: u8 = 0xB3;
 const PACKED: u8 = 0xB4;
+const CHECK: u8 = 0xB5;
 const TAKEN: u8 = 0xBA;
 
 const CHUNK_NAME: &str = "chunk";
 const ZEROS_NAME: &str = "zeros";
 const END_NAME: &str = "end";
 const PACKED_NAME: &str = "packed chunk";
+const CHECK_NAME: &str = "check";
 const TAKEN_NAME: &str = "taken";
 
 /// The longest payload of a packed chunk: every page as it is, and room for what each entry of its table may take.
-pub const PACKED_LIMIT: usize = CHUNK_PAGES as usize * (PAGE_SIZE + 64);
+pub const PACKED_LIMIT: usize = u64::BITS as usize * (PAGE_SIZE + 64);
 
 /// What holds for a frame besides its content.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -91,6 +94,8 @@ pub enum BulkFrame {
         /// Bytes that follow, at most [`PACKED_LIMIT`].
         payload: u32,
     },
+    /// Nothing: asks for a receipt where no more pages are to be sent for now.
+    Check,
     /// The source has pushed everything that this lane will carry.
     End {
         /// Data pages sent on this lane, to be compared with those received; never used as a size.
@@ -108,7 +113,7 @@ impl BulkFrame {
         match self {
             Self::Chunk { data, .. } => data.count_ones() as usize * PAGE_SIZE,
             Self::Packed { payload, .. } => *payload as usize,
-            Self::Zeros { .. } | Self::End { .. } => 0,
+            Self::Zeros { .. } | Self::Check | Self::End { .. } => 0,
         }
     }
 
@@ -119,6 +124,7 @@ impl BulkFrame {
             Self::Chunk { first, data, zero } => (CHUNK, 0, [first.0, data, zero]),
             Self::Zeros { first, count } => (ZEROS, 0, [first.0, count.0, 0]),
             Self::End { pages } => (END, 0, [pages, 0, 0]),
+            Self::Check => (CHECK, 0, [0; 3]),
             Self::Packed { first, data, zero, payload } => (PACKED, payload, [first.0, data, zero]),
         };
         let mut bytes = [0; Self::LEN];
@@ -142,8 +148,9 @@ impl BulkFrame {
             ZEROS => ZEROS_NAME,
             END => END_NAME,
             PACKED => PACKED_NAME,
+            CHECK => CHECK_NAME,
             kind => {
-                return Err(FrameError::new("bulk", "kind", &format_args!("{kind:#04x}"), "0xb1 to 0xb4"));
+                return Err(FrameError::new("bulk", "kind", &format_args!("{kind:#04x}"), "0xb1 to 0xb5"));
             }
         };
         check_mark(name, bytes[1])?;
@@ -168,6 +175,10 @@ impl BulkFrame {
                     return Err(FrameError::new(name, "payload length", &length, allowed));
                 }
                 Ok(Self::Packed { first, data, zero, payload: length })
+            }
+            CHECK => {
+                check_zero(name, "reserved", &bytes[8..])?;
+                Ok(Self::Check)
             }
             ZEROS => {
                 check_zero(name, "reserved", &bytes[24..])?;
@@ -279,7 +290,13 @@ mod tests {
             (0..15_u64, 1..u64::MAX, any::<u64>(), 64..PACKED_LIMIT as u32).prop_map(|(index, data, zero, payload)| {
                 BulkFrame::Packed { first: PageIndex(index * CHUNK_PAGES), data, zero: zero & !data, payload }
             });
-        prop_oneof![chunk, zeros, packed, any::<u64>().prop_map(|pages| BulkFrame::End { pages })]
+        prop_oneof![
+            chunk,
+            zeros,
+            packed,
+            Just(BulkFrame::Check),
+            any::<u64>().prop_map(|pages| BulkFrame::End { pages })
+        ]
     }
 
     fn flags() -> impl Strategy<Value = FrameFlags> {
@@ -313,7 +330,7 @@ mod tests {
 
         #[test]
         fn whatever_decodes_is_within_ram(
-            kind in CHUNK..=PACKED,
+            kind in CHUNK..=CHECK,
             length in prop_oneof![Just(0_u32), 0..300_000_u32, any::<u32>()],
             numbers in prop::array::uniform3(prop_oneof![0..1100_u64, any::<u64>(), Just(0), Just(u64::MAX)]),
             ram in prop_oneof![0..1100_u64, any::<u64>()],
@@ -336,7 +353,7 @@ mod tests {
                     prop_assert!(count.0 > 0);
                     prop_assert!(u128::from(first.0) + u128::from(count.0) <= u128::from(ram));
                 }
-                Ok(BulkFrame::End { .. }) | Err(_) => {}
+                Ok(BulkFrame::Check | BulkFrame::End { .. }) | Err(_) => {}
             }
         }
 
@@ -371,11 +388,14 @@ mod tests {
         let mut end = BulkFrame::End { pages: 5 }.encode(plain);
         end[20] = 1;
         assert_eq!(BulkFrame::decode(&end, RAM).unwrap_err().field, "reserved");
+        let mut check = BulkFrame::Check.encode(plain);
+        check[31] = 1;
+        assert_eq!(BulkFrame::decode(&check, RAM).unwrap_err().field, "reserved");
         let mut run = zeros(0, 1).encode(plain);
         run[31] = 1;
         assert_eq!(BulkFrame::decode(&run, RAM).unwrap_err().field, "reserved");
         let mut other = chunk(0, 1, 0).encode(plain);
-        other[0] = 0xB5;
+        other[0] = 0xB6;
         assert_eq!(BulkFrame::decode(&other, RAM).unwrap_err().field, "kind");
         let mut flagged = chunk(0, 1, 0).encode(plain);
         flagged[2] = 4;
