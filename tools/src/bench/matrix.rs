@@ -1,6 +1,7 @@
 //! The modes side by side: what each costs in each cell, and whether the hybrid is as good as the better of the others.
 
 use serde::{Deserialize, Serialize};
+use switchover_hybrid::monitor::Choice;
 
 use super::bandwidth::Bandwidth;
 use super::figures::Figures;
@@ -10,6 +11,9 @@ use super::schema::ModeReport;
 pub const MOST_COST_RATIO: f64 = 1.15;
 /// The longest gap that the hybrid's guest sees may be this many times post-copy's.
 pub const MOST_GAP_RATIO: f64 = 1.5;
+
+/// A prediction of a blackout that is no further off is good, however short the blackout.
+const CLOSE_NS: u64 = 2_000_000;
 
 const PURE: [&str; 2] = ["precopy", "postcopy"];
 const HYBRID: &str = "hybrid";
@@ -24,6 +28,17 @@ pub struct Matrix {
     pub most_gap_ratio: f64,
     /// In the order in which they were measured.
     pub cells: Vec<MatrixCell>,
+    /// How well stop and copy was predicted, over the runs of all cells; absent where none ended so.
+    pub predicted: Option<Predicted>,
+}
+
+/// How well blackouts were predicted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Predicted {
+    /// Runs whose predicted blackout was within 2 ms or 20 % of the measured one, whichever is more.
+    pub within: u32,
+    /// Runs that ended by stop and copy and have both.
+    pub runs: u32,
 }
 
 /// One guest at one bandwidth.
@@ -85,7 +100,12 @@ impl Matrix {
             return None;
         }
         let cells = cells.into_iter().map(|(first, modes)| MatrixCell::of(first, &modes)).collect();
-        Some(Self { most_cost_ratio: MOST_COST_RATIO, most_gap_ratio: MOST_GAP_RATIO, cells })
+        Some(Self {
+            most_cost_ratio: MOST_COST_RATIO,
+            most_gap_ratio: MOST_GAP_RATIO,
+            cells,
+            predicted: Predicted::of(modes),
+        })
     }
 
     /// The judgements that `which` finds: how many are met, and how many there are.
@@ -93,6 +113,23 @@ impl Matrix {
     pub fn met(&self, which: fn(&MatrixCell) -> Option<&Judgement>) -> (usize, usize) {
         let judged = || self.cells.iter().filter_map(which);
         (judged().filter(|judgement| judgement.met).count(), judged().count())
+    }
+}
+
+impl Predicted {
+    fn of(modes: &[ModeReport]) -> Option<Self> {
+        let mut found = Self { within: 0, runs: 0 };
+        for figures in modes.iter().flat_map(|mode| &mode.runs).map(|run| &run.figures) {
+            let both = figures.predicted_blackout_ns.zip(figures.blackout_ns);
+            let Some((predicted, measured)) = both.filter(|_| figures.ended_by == Some(Choice::StopAndCopy)) else {
+                continue;
+            };
+            found.runs += 1;
+            if predicted.abs_diff(measured) <= (measured / 5).max(CLOSE_NS) {
+                found.within += 1;
+            }
+        }
+        (found.runs > 0).then_some(found)
     }
 }
 
@@ -235,6 +272,22 @@ mod tests {
         postcopy.runs.push(RunReport { run: 2, doubts: vec!["it failed".to_owned()], ..RunReport::default() });
         let found = cell(&[postcopy, mode("hybrid", &[Some(2.0)], 10)]);
         assert_eq!((found.modes[0].runs, found.modes[0].cost_s), (1, Some(2.0)));
+    }
+
+    #[test]
+    fn a_prediction_is_good_within_2_ms_or_20_percent() {
+        let mut hybrid = mode("hybrid", &[Some(1.0); 4], 10);
+        for (run, (predicted, measured)) in hybrid.runs.iter_mut().zip([(3, 5), (2, 5), (81, 100), (70, 100)]) {
+            run.figures.predicted_blackout_ns = Some(predicted * 1_000_000);
+            run.figures.blackout_ns = Some(measured * 1_000_000);
+            run.figures.ended_by = Some(Choice::StopAndCopy);
+        }
+        let mut modes = [mode("postcopy", &[Some(2.0)], 10), hybrid];
+        assert_eq!(Matrix::of(&modes).unwrap().predicted, Some(Predicted { within: 2, runs: 4 }));
+        for run in &mut modes[1].runs {
+            run.figures.ended_by = Some(Choice::Postcopy);
+        }
+        assert_eq!(Matrix::of(&modes).unwrap().predicted, None);
     }
 
     #[test]

@@ -81,14 +81,7 @@ pub fn main(args: &BenchArgs) -> Result<(), Failure> {
     let (report, aggregates) = measure::measure(&plan, &Switchover { executable }, &ends)?;
     write(&report, &aggregates, &plan.out)?;
     if let Some(path) = &plan.trace {
-        let traced = aggregates.iter().rev().find_map(|aggregate| {
-            aggregate
-                .report
-                .carried_out()
-                .next()
-                .filter(|run| run.source.as_ref().is_some_and(|source| source.precopy.is_some()))
-        });
-        match traced {
+        match traced(&aggregates) {
             Some(run) if trace::write_trace(run, path).map_err(Failure::failed)? => {}
             _ => say(format_args!("no run tells of its pre-copy: {} is not written", path.display())),
         }
@@ -97,6 +90,16 @@ pub fn main(args: &BenchArgs) -> Result<(), Failure> {
     // A closed stdout is no reason to fail: the report is written.
     let _ = std::io::stdout().lock().write_all(shown.as_bytes());
     judge(&report)
+}
+
+/// The run whose pre-copy is written down: the hybrid's first where there is one, else pre-copy's.
+fn traced(aggregates: &[Aggregate]) -> Option<&RunReport> {
+    let told = |run: &&RunReport| run.source.as_ref().is_some_and(|source| source.precopy.is_some());
+    let first = |hybrid: bool| {
+        let mut modes = aggregates.iter().filter(move |aggregate| (aggregate.report.mode == "hybrid") == hybrid);
+        modes.find_map(|aggregate| aggregate.report.carried_out().find(told))
+    };
+    first(true).or_else(|| first(false))
 }
 
 fn write(report: &Report, aggregates: &[Aggregate], directory: &Path) -> Result<(), Failure> {
@@ -168,6 +171,28 @@ mod tests {
         let failure = judge(&synthetic::report(vec![bad])).unwrap_err();
         assert_eq!(failure.status, 1);
         assert!(failure.sentence.contains("postcopy run 2: corrupt visits: 3"), "{}", failure.sentence);
+    }
+
+    #[test]
+    fn the_hybrids_first_run_is_traced_wherever_it_stands() {
+        let (_, mut aggregates) = synthetic::three_modes(2);
+        let session =
+            |aggregates: &[Aggregate]| traced(aggregates)?.source.as_ref().map(|source| source.session.clone());
+        let hybrid = aggregates[2].report.runs[0].source.as_ref().map(|source| source.session.clone());
+        assert!(hybrid.is_some());
+        assert_eq!(session(&aggregates), hybrid);
+        aggregates.reverse();
+        assert_eq!(session(&aggregates), hybrid);
+        assert!(session(&aggregates[1..]).is_some_and(|precopy| Some(precopy) != hybrid));
+        assert_eq!(session(&aggregates[1..2]), None);
+    }
+
+    #[test]
+    fn an_interrupted_bench_says_so() {
+        let mut report = synthetic::three_modes(1).0;
+        assert_eq!(judge(&report), Ok(()));
+        report.interrupted = true;
+        assert!(judge(&report).unwrap_err().sentence.contains("interrupted"));
     }
 
     #[test]

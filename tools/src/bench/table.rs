@@ -123,7 +123,7 @@ fn matrix_table(text: &mut String, matrix: &Matrix) {
     text.push_str("that the guest saw in ms; medians\n\n");
     let _ = write!(text, "  {:<10} {:<9}", "guest", "link");
     for name in &names {
-        let _ = write!(text, " {name:>9}/gap   ");
+        let _ = write!(text, " {:>16}", format!("{name} s / ms"));
     }
     let _ = writeln!(text, " {:>10} {:>10}", "cost ratio", "gap ratio");
     for cell in &matrix.cells {
@@ -142,6 +142,13 @@ fn matrix_table(text: &mut String, matrix: &Matrix) {
         if all > 0 {
             let _ = writeln!(text, "  hybrid's {what} {most} × {against}: {met} of {all} cells");
         }
+    }
+    if let Some(predicted) = matrix.predicted {
+        let _ = writeln!(
+            text,
+            "  blackout of stop and copy predicted within 2 ms or 20 %: {} of {} runs",
+            predicted.within, predicted.runs
+        );
     }
     text.push('\n');
 }

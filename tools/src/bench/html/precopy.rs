@@ -36,21 +36,23 @@ pub fn endings(html: &mut String, mode: &ModeReport) {
 pub fn tables(html: &mut String, run: &RunReport) {
     let Some(precopy) = run.source.as_ref().and_then(|source| source.precopy.as_ref()) else { return };
     if !precopy.rounds.is_empty() {
-        rounds(html, run.run, precopy);
+        rounds(html, run, precopy);
     }
     if !precopy.decisions.is_empty() {
         decisions(html, run, precopy);
     }
 }
 
-fn rounds(html: &mut String, run: u32, precopy: &PrecopyReport) {
+fn rounds(html: &mut String, run: &RunReport, precopy: &PrecopyReport) {
     let whole = |value: u64| count(ns_as(value, 1.0));
     let _ = writeln!(
         html,
-        "<h2>Rounds of pre-copy</h2>\n<p class=\"note\">Run {run}. {} pages were left at the handoff{}.{}</p>\n\
+        "<h2>Rounds of pre-copy</h2>\n<p class=\"note\">Run {}. {} pages were left {}{}.{}</p>\n\
          <div class=\"scroll\"><table>\n<thead><tr><th>round</th><th>pages</th><th>with bytes</th><th>zero</th>\
          <th>put off</th><th>dirtied meanwhile</th><th>bytes</th><th>time, ms</th><th>Gbit/s</th></tr></thead>\n<tbody>",
+        run.run,
         whole(precopy.handoff_pages),
+        if run.not_converged.is_some() { "when it ended" } else { "at the handoff" },
         match precopy.throttle_percent {
             0 => String::new(),
             percent => format!("; vCPUs were throttled by up to {percent} %"),
