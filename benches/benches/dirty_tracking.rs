@@ -127,7 +127,7 @@ fn go_round(vm: &Arc<Vm>, span: usize, sum: &mut Rounds) -> Result<(), Failure> 
     for page in noted.iter() {
         words[usize::try_from(page.0 / 64)?] |= 1 << (page.0 % 64);
     }
-    let mut buffer = vec![0_u8; PAGE_SIZE];
+    let (mut buffer, mut sent) = (vec![0_u8; PAGE_SIZE], 0);
     for (first, words) in (0_u64..).step_by(span).zip(words.chunks(span / 64)) {
         if words.iter().all(|word| *word == 0) {
             continue;
@@ -145,8 +145,12 @@ fn go_round(vm: &Arc<Vm>, span: usize, sum: &mut Rounds) -> Result<(), Failure> 
             }
         }
         sum.rearming += rearmed - begin;
-        let count: u32 = words.iter().map(|word| word.count_ones()).sum();
-        sleep((PAGE_TIME * count).saturating_sub(rearmed.elapsed()));
+        // Against the round's beginning: many short sleeps would each be too long.
+        sent += words.iter().map(|word| word.count_ones()).sum::<u32>();
+        let ahead = (PAGE_TIME * sent).saturating_sub(round.elapsed());
+        if ahead > Duration::from_millis(1) {
+            sleep(ahead);
+        }
     }
     sleep(LEAST_ROUND.saturating_sub(round.elapsed()));
     sum.lasting += round.elapsed();

@@ -22,6 +22,9 @@
 //!   under one lock ([`control`]); which combinations mean "run" is decided in one pure place ([`run_state`]).
 //! - **A paused guest is at rest.** Every vCPU is out of KVM_RUN, and every instruction that had left it half done is completed:
 //!   no port is read twice or not at all because the guest moved. Nothing writes its memory.
+//! - **Every write is noted** once the dirty log is started ([`dirty`]): the guest's, KVM's, and the machine's own. Where that
+//!   cannot be kept, the log says so and gives no answers.
+//! - **Slowing the guest down costs no blackout.** A vCPU that is kept out for a while is parked, and a pause finds it so.
 //! - **Nobody waits for a vCPU that waits for a page**, save a source's [`pause`](switchover_hybrid::machine::Machine::pause),
 //!   and that for two seconds at most.
 //! - **Everything that a guest can see travels** ([`state`]), in sections that are checked down to the last byte before any of it
