@@ -8,8 +8,10 @@
 //!   source                                            destination
 //!   Setup      lanes, handshake ───────────────────▶  descriptions compared
 //!              ◀───────────────────────── Prepared    RAM reserved, watched, served
-//!   Active     (guest runs; waits for the wish)
-//!   Handoff    pause, serve pages, State ──────────▶  load it
+//!   Active     rounds of pre-copy ─────────────────▶  versions of pages, mapped ahead where they stay cold
+//!              (the guest runs; until the monitor, or the controller, says stop)
+//!   Handoff    pause, Missing ─────────────────────▶  forget what must come again
+//!              serve pages, State ─────────────────▶  load it (stop-and-copy: and wait for all pages)
 //!              ◀───────────────────────── Restored
 //!   Committed  give up the right to run, Commit ───▶  take the right to run, run
 //!              ◀────────────────────────── Running
@@ -19,7 +21,8 @@
 //! ```
 //!
 //! What may happen when is decided by two pure state machines in [`session`]; [`outgoing`] and [`incoming`] carry out
-//! their actions on threads and sockets.
+//! their actions on threads and sockets. When to stop pre-copying is decided by the equally pure [`monitor`], which is shown
+//! samples of the rounds.
 //!
 //! # What it promises
 //! - *One runner.* The source gives up the right to run before the commit is submitted to its socket, and a destination
