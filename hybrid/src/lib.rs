@@ -72,4 +72,5 @@ pub mod report;
 pub mod session;
 pub mod settings;
 pub mod status;
+pub mod trace;
 mod watchdog;
