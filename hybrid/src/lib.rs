@@ -77,4 +77,5 @@ mod rounds;
 pub mod session;
 pub mod settings;
 pub mod status;
+pub mod trace;
 mod watchdog;

@@ -2,10 +2,22 @@
 //!
 //! Pure: samples in, verdicts out. No clock, no socket, no thread.
 
+pub mod costs;
+mod curve;
+mod outlook;
+mod reason;
+
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+use self::costs::{Link, RAW_PAGE};
+use self::curve::Curve;
+use self::outlook::{Ends, Outlook};
 
 /// How a migration may end its pre-copy.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -70,11 +82,20 @@ pub struct Sample {
     /// Pages of `dirty_pages` or `left_pages` that the round before had sent too: the guest comes back to them. At the end
     /// of a round only; 0 within it.
     pub rewritten_pages: u64,
+    /// Pages sent since the sample before, or since the round began. 0 where that is not kept.
+    #[serde(default)]
+    pub fresh_pages: u64,
+    /// Those of `fresh_pages` that were written again already: what the guest rewrites within milliseconds.
+    #[serde(default)]
+    pub fresh_dirty_pages: u64,
     /// Bytes that all bulk lanes together carry a second, as measured over the last stretch; the limit, where one is set and
     /// reached. 0 where nothing was measured yet.
     pub bytes_per_second: u64,
     /// Wire bytes of a page, on average over the round (zero pages and encodings counted).
     pub bytes_per_page: f64,
+    /// The same of the pages that were not zero, which is what written pages will take. 0 where none was sent yet.
+    #[serde(default)]
+    pub bytes_per_data_page: f64,
     /// What a handoff costs besides pages: pause, state, its loading, a round trip and a half. An estimate from this
     /// session's own round trips.
     pub handoff_ns: u64,
@@ -97,10 +118,13 @@ pub enum Choice {
 /// What the monitor expects.
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct Prediction {
-    /// Distinct pages of the next round, if there is one.
+    /// Distinct pages of the next round, if there is one: at the end of a round those that are dirty.
     pub next_round_pages: u64,
     /// How long it will take.
     pub next_round_ns: u64,
+    /// Distinct pages that are dirty when it ends.
+    #[serde(default)]
+    pub next_dirty_pages: u64,
     /// The blackout, if the guest were stopped now and the rest copied first.
     pub stop_blackout_ns: u64,
     /// The blackout of a post-copy handoff now.
@@ -120,17 +144,25 @@ pub struct Verdict {
     pub prediction: Prediction,
 }
 
-/// The monitor.
+/// The monitor of one migration.
 #[derive(Clone, Debug)]
 pub struct Monitor {
     limits: Limits,
+    curve: Curve,
+    bytes_per_second: u64,
+    bytes_per_data_page: Option<f64>,
 }
+
+/// How much dearer going on must be than an end that cannot be taken back. Tuned on the tuning seeds.
+const RELUCTANCE: f64 = 1.02;
+/// A page and what it can grow by in its frame: more than this is no measurement.
+const LARGEST_PAGE: f64 = 2.0 * RAW_PAGE;
 
 impl Monitor {
     /// A monitor that has seen nothing.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
-        Self { limits }
+        Self { limits, curve: Curve::default(), bytes_per_second: 0, bytes_per_data_page: None }
     }
 
     /// The limits have changed.
@@ -140,35 +172,131 @@ impl Monitor {
 
     /// What follows from `sample`. Within a round, [`Choice::AnotherRound`] means to go on with it.
     pub fn observe(&mut self, sample: &Sample) -> Verdict {
-        let rest = sample.left_pages + sample.dirty_pages + sample.unacknowledged_pages;
-        let bytes = rest as f64 * sample.bytes_per_page;
-        let copy_ns = bytes / sample.bytes_per_second.max(1) as f64 * 1e9;
-        let prediction = Prediction {
-            next_round_pages: sample.dirty_pages,
-            next_round_ns: copy_ns as u64,
-            stop_blackout_ns: sample.handoff_ns + copy_ns as u64,
-            postcopy_blackout_ns: sample.handoff_ns,
-            drain_ns: copy_ns as u64,
-        };
-        let limit = match self.limits.mode {
-            Mode::Precopy | Mode::Postcopy => self.limits.downtime_limit,
-            Mode::Hybrid => self.limits.blackout_target,
-        };
-        let spent =
-            sample.round > self.limits.round_budget || sample.at_ns as u128 > self.limits.time_budget.as_nanos();
-        let (choice, reason) = if sample.round_over && u128::from(prediction.stop_blackout_ns) <= limit.as_nanos() {
-            (Choice::StopAndCopy, "the rest fits into the limit")
-        } else if sample.round_over && self.limits.mode == Mode::Hybrid && sample.round >= 2 {
-            (Choice::Postcopy, "another round gains less than it costs")
-        } else if spent && self.limits.mode == Mode::Hybrid {
-            (Choice::Postcopy, "the budget is spent")
-        } else if spent {
-            (Choice::GiveUp, "the budget is spent")
-        } else {
-            (Choice::AnotherRound, "another round pays")
-        };
-        Verdict { choice, reason: reason.to_owned(), prediction }
+        self.curve.observe(sample);
+        let link = self.link(sample);
+        let written = sample.dirty_pages as f64 + sample.unacknowledged_pages as f64;
+        let left = sample.left_pages as f64;
+        let outlook = outlook::look(written, left, &link, &self.curve, &self.ends(sample));
+        let spent = self.spent(sample);
+        let choice = self.choose(sample, &outlook, spent.is_some());
+        let seen = reason::Seen { limits: &self.limits, sample, spent, measured: self.bytes_per_second > 0 };
+        Verdict {
+            choice,
+            reason: reason::sentence(choice, &outlook, &seen),
+            prediction: Prediction {
+                next_round_pages: whole(outlook.round_end),
+                next_round_ns: whole(outlook.round_end * link.data_page * 1e9),
+                next_dirty_pages: whole(outlook.next_end),
+                stop_blackout_ns: whole(outlook.stop_blackout * 1e9),
+                postcopy_blackout_ns: sample.handoff_ns,
+                drain_ns: whole((written * link.data_page + left * link.left_page) * 1e9),
+            },
+        }
     }
+
+    fn choose(&self, sample: &Sample, outlook: &Outlook, spent: bool) -> Choice {
+        let hybrid = self.limits.mode == Mode::Hybrid;
+        let rest = sample.left_pages != 0 || sample.dirty_pages != 0 || sample.unacknowledged_pages != 0;
+        let measured = self.bytes_per_second > 0;
+        let fits = (measured || !rest) && outlook.stop_blackout <= self.limits.stop_limit().as_secs_f64();
+        if self.limits.mode == Mode::Postcopy {
+            return Choice::Postcopy;
+        }
+        if spent {
+            return match (fits, hybrid) {
+                (true, _) => Choice::StopAndCopy,
+                (false, true) => Choice::Postcopy,
+                (false, false) => Choice::GiveUp,
+            };
+        }
+        if !measured && rest {
+            return Choice::AnotherRound;
+        }
+        let stop = fits.then_some((outlook.stop, Choice::StopAndCopy));
+        let known = hybrid && self.curve.is_evident();
+        let postcopy = known.then_some((outlook.postcopy, Choice::Postcopy));
+        let cheaper = |one: (f64, Choice), other: (f64, Choice)| if other.0 < one.0 { other } else { one };
+        let end = match (stop, postcopy) {
+            (Some(stop), Some(postcopy)) if rest => cheaper(stop, postcopy),
+            (Some(stop), Some(_)) => stop,
+            (Some(only), None) | (None, Some(only)) => only,
+            (None, None) => return Choice::AnotherRound,
+        };
+        match outlook.on {
+            Some(on) if on.cost < end.0 * RELUCTANCE && rest && !idles(sample) => Choice::AnotherRound,
+            _ => end.1,
+        }
+    }
+
+    /// What the link takes for a page, by what was measured.
+    fn link(&mut self, sample: &Sample) -> Link {
+        if sample.bytes_per_second > 0 {
+            self.bytes_per_second = sample.bytes_per_second;
+        }
+        let sane = |bytes: f64| (bytes.is_finite() && bytes > 0.0).then(|| bytes.min(LARGEST_PAGE));
+        let sent = sample.left_pages < sample.round_pages;
+        if let Some(bytes) = sane(sample.bytes_per_data_page) {
+            self.bytes_per_data_page = Some(bytes);
+        }
+        let later = (sample.round > 1 && sent).then(|| sane(sample.bytes_per_page)).flatten();
+        let data_bytes = self.bytes_per_data_page.or(later).unwrap_or(RAW_PAGE);
+        // What was sent first may have been zero pages by chance.
+        let average = if sample.bytes_per_page.is_finite() { sample.bytes_per_page.clamp(0.0, LARGEST_PAGE) } else { data_bytes };
+        let left_bytes = self.curve.guessed(average, data_bytes);
+        let rate = self.bytes_per_second.max(1) as f64;
+        Link { data_page: data_bytes / rate, left_page: left_bytes / rate, handoff: sample.handoff_ns as f64 / 1e9 }
+    }
+
+    fn ends(&self, sample: &Sample) -> Ends {
+        Ends {
+            stop_limit: self.limits.stop_limit().as_secs_f64(),
+            postcopy: self.limits.mode == Mode::Hybrid,
+            rounds: self.limits.round_budget.saturating_sub(sample.round),
+            seconds: self.limits.time_budget.as_secs_f64() - sample.at_ns as f64 / 1e9,
+        }
+    }
+
+    fn spent(&self, sample: &Sample) -> Option<Spent> {
+        let rounds = self.limits.round_budget;
+        if u128::from(sample.at_ns) > self.limits.time_budget.as_nanos() {
+            Some(Spent::Time)
+        } else if sample.round > rounds || (sample.round_over && sample.round >= rounds) {
+            Some(Spent::Rounds)
+        } else {
+            None
+        }
+    }
+}
+
+/// This round left as much as it began with: what rests fits, or does not, and another one would not change it.
+fn idles(sample: &Sample) -> bool {
+    sample.round_over
+        && sample.round > 1
+        && sample.dirty_pages.saturating_mul(10) >= sample.round_pages.saturating_mul(9)
+}
+
+/// Which budget is spent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Spent {
+    Time,
+    Rounds,
+}
+
+impl Limits {
+    /// The longest blackout that a stop may cause in this mode.
+    #[must_use]
+    pub const fn stop_limit(&self) -> Duration {
+        match self.mode {
+            Mode::Precopy | Mode::Postcopy => self.downtime_limit,
+            Mode::Hybrid => self.blackout_target,
+        }
+    }
+}
+
+/// `value` without its fraction: 0 where it is none or negative, the largest number where it is past that.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+fn whole(value: f64) -> u64 {
+    value.round() as u64
 }
 
 impl fmt::Display for Choice {

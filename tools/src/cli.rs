@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::failure::Failure;
-use crate::{bench, check, floor, migrate, run};
+use crate::{bench, check, floor, migrate, run, simulate};
 
 /// The environment variable that says what is logged.
 const LOG_VARIABLE: &str = "SWITCHOVER_LOG";
@@ -45,6 +45,8 @@ enum Command {
     Migrate(migrate::MigrateArgs),
     /// Move real guests on this host, prove that no byte was lost, and write a report of what it cost
     Bench(bench::BenchArgs),
+    /// Play recorded or made-up guests through the convergence monitor, and compare it with the best that could be done
+    Simulate(simulate::SimulateArgs),
     /// Say what this host can do at best, to read a report against
     Floor(floor::FloorArgs),
     /// Say whether this host can do it: kvm, userfaultfd, io_uring, limits; and what to change where not
@@ -59,6 +61,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::main(args),
         Command::Migrate(args) => migrate::main(&args),
         Command::Bench(args) => bench::main(&args),
+        Command::Simulate(args) => simulate::main(&args),
         Command::Floor(args) => floor::main(&args),
         Command::Check => check::main(),
     });
@@ -100,6 +103,9 @@ mod tests {
             &["switchover", "run", "--vcpus", "0"],
             &["switchover", "run", "--serial", "nowhere"],
             &["switchover", "run", "--incoming", "later"],
+            &["switchover", "simulate"],
+            &["switchover", "simulate", "t", "--bandwidth", "1"],
+            &["switchover", "simulate", "t", "--seeds", "1"],
         ] {
             let error = Cli::try_parse_from(arguments).expect_err(&arguments.join(" "));
             assert_eq!(error.exit_code(), 2, "{arguments:?}");

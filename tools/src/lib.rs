@@ -4,6 +4,7 @@
 //!  switchover run      a machine, its QMP socket, and a migration into it or out of it     (switchover-runtime)
 //!  switchover migrate  a QMP client that moves the guest of a running machine
 //!  switchover bench    moves real guests, checks them, and writes a report
+//!  switchover simulate plays traces through the convergence monitor, beside an oracle
 //!  switchover floor    what this host can do at best
 //!  switchover check    what this host lacks
 //! ```
@@ -22,4 +23,5 @@ pub mod migrate;
 pub mod qmp_client;
 pub mod run;
 pub mod signals;
+pub mod simulate;
 pub mod size;
