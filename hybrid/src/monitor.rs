@@ -241,7 +241,8 @@ impl Monitor {
         let later = (sample.round > 1 && sent).then(|| sane(sample.bytes_per_page)).flatten();
         let data_bytes = self.bytes_per_data_page.or(later).unwrap_or(RAW_PAGE);
         // What was sent first may have been zero pages by chance.
-        let average = if sample.bytes_per_page.is_finite() { sample.bytes_per_page.clamp(0.0, LARGEST_PAGE) } else { data_bytes };
+        let average =
+            if sample.bytes_per_page.is_finite() { sample.bytes_per_page.clamp(0.0, LARGEST_PAGE) } else { data_bytes };
         let left_bytes = self.curve.guessed(average, data_bytes);
         let rate = self.bytes_per_second.max(1) as f64;
         Link { data_page: data_bytes / rate, left_page: left_bytes / rate, handoff: sample.handoff_ns as f64 / 1e9 }

@@ -258,6 +258,8 @@ struct Meter {
 /// A round under way.
 struct Round {
     number: u32,
+    /// What no lane had taken of it at the last look.
+    left: PageBitmap,
     began: Nanos,
     pages: PageBitmap,
     count: u64,
@@ -304,9 +306,9 @@ impl<'a> Conductor<'a> {
         let mut noted = PageBitmap::new(self.pages);
         self.precopy.log.peek(&mut noted)?;
         loop {
-            let round = self.begin(noted);
+            let mut round = self.begin(noted);
             begun(round.number);
-            let (verdict, now_noted) = self.watch(&round)?;
+            let (verdict, now_noted) = self.watch(&mut round)?;
             self.close(&round, &now_noted);
             match verdict.choice {
                 Choice::AnotherRound if self.precopy.ended.load(Ordering::Acquire) => return Ok(RoundsEnd::Ended),
@@ -328,11 +330,11 @@ impl<'a> Conductor<'a> {
         let report =
             RoundReport { round: number, start_ns: began.0, end_ns: began.0, pages: count, ..RoundReport::default() };
         book.report.rounds.push(report);
-        Round { number, began, pages, count, sent_before }
+        Round { number, left: pages.clone(), began, pages, count, sent_before }
     }
 
     /// Looks at the round until it is over, or the monitor wants none of its rest. Returns the last verdict, and what is noted.
-    fn watch(&mut self, round: &Round) -> Result<(Verdict, PageBitmap), DirtyLogError> {
+    fn watch(&mut self, round: &mut Round) -> Result<(Verdict, PageBitmap), DirtyLogError> {
         loop {
             let over = self.precopy.rounds.wait(self.look_every);
             self.meter.measure(Nanos::now(), self.precopy.rounds.sent().taken_bytes);
@@ -358,7 +360,7 @@ impl<'a> Conductor<'a> {
         self.precopy.rounds.set_rate(tunables.bandwidth.precopy);
     }
 
-    fn look(&mut self, round: &Round, over: bool) -> Result<(Sample, PageBitmap), DirtyLogError> {
+    fn look(&mut self, round: &mut Round, over: bool) -> Result<(Sample, PageBitmap), DirtyLogError> {
         let rounds = &self.precopy.rounds;
         let left = rounds.left();
         let under_way = rounds.under_way();
@@ -369,6 +371,9 @@ impl<'a> Conductor<'a> {
         rounds.set_measured(self.meter.bytes_per_second());
         let count = |set: &PageBitmap| set.count().0;
         let noted_count = count(&noted);
+        // What the lanes took since the last look.
+        let mut fresh = std::mem::replace(&mut round.left, left.clone());
+        fresh.subtract(&left);
         let sample = Sample {
             at_ns: now.since(self.start),
             round: round.number,
@@ -380,9 +385,11 @@ impl<'a> Conductor<'a> {
             dirty_pages: noted_count.saturating_sub(left.intersect_count(&noted).0),
             rewritten_pages: if over { round.pages.intersect_count(&noted).0 } else { 0 },
             bytes_per_second: self.meter.bytes_per_second(),
+            fresh_pages: count(&fresh),
+            fresh_dirty_pages: fresh.intersect_count(&noted).0,
             bytes_per_page: bytes_per_page(&sent, &round.sent_before),
+            bytes_per_data_page: bytes_per_data_page(&sent, &round.sent_before),
             handoff_ns: nanos(HANDOFF_BASE + self.precopy.round_trip * 5 / 2),
-            ..Sample::default()
         };
         Ok((sample, noted))
     }
@@ -490,6 +497,14 @@ fn bytes_per_page(sent: &SentSoFar, before: &SentSoFar) -> f64 {
         return PAGE_SIZE_U64 as f64;
     }
     (sent.wire_bytes - before.wire_bytes) as f64 / pages as f64
+}
+
+/// Frames of zero pages are a few bytes long, and not counted apart.
+fn bytes_per_data_page(sent: &SentSoFar, before: &SentSoFar) -> f64 {
+    match sent.data_pages - before.data_pages {
+        0 => 0.0,
+        pages => (sent.wire_bytes - before.wire_bytes) as f64 / pages as f64,
+    }
 }
 
 fn per_second(count: u64, span_ns: u64) -> u64 {

@@ -103,7 +103,8 @@ pub(super) fn postcopy(rest: &Rest, link: &Link, curve: &Curve) -> f64 {
     let touched = curve.distinct(drain).min(needed) + needed_left;
     let one_by_one = touched * (REMOTE_FAULT + 2.0 * link.data_page);
     let waits = until_there.min(one_by_one);
-    let lost = link.handoff + waits + DRAIN_BROWNOUT * (drain - waits).max(0.0) + LOCAL_FAULT * (rest.written + needed_left);
+    let lost =
+        link.handoff + waits + DRAIN_BROWNOUT * (drain - waits).max(0.0) + LOCAL_FAULT * (rest.written + needed_left);
     lost + TOTAL_WEIGHT * (link.handoff + drain)
 }
 
