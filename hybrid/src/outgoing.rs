@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, Sender, bounded};
 use switchover_pager::cpu::CpuMeter;
 use switchover_pager::lane::{Notify, PageLane, PagerEvent};
-use switchover_pager::source::{SourcePager, SourceProgress};
+use switchover_pager::source::{Rest, SourcePager, SourceProgress};
 use switchover_precopy::bitmap::PageBitmap;
 use switchover_precopy::rounds::{Rounds, RoundsSettings};
 use switchover_wire::address::Address;
@@ -538,9 +538,13 @@ impl Shared {
     fn serve_pages(&self, session: &Session, ending: Ending) -> Result<(), String> {
         let pages = self.machine.ram().pages();
         let precopy = self.precopy().clone();
-        let (missing, under_way) = match &precopy {
+        let (missing, rest) = match &precopy {
             Some(precopy) => precopy.missing(pages).map_err(|error| error.to_string())?,
-            None => (PageBitmap::full(pages), Vec::new()),
+            None => {
+                let all = PageBitmap::full(pages);
+                let rest = Rest { missing: all.words().to_vec(), ..Rest::default() };
+                (all, rest)
+            }
         };
         // Stretches of whole words, so that each is a slice of them.
         let stretches = missing.words().chunks(MISSING_WORDS);
@@ -555,8 +559,10 @@ impl Shared {
         }
         let first = self.machine.first_pages();
         if let Some(pager) = self.pager().as_mut() {
-            pager.start_serving(&first, missing.words(), under_way);
+            pager.start_serving(&first, rest);
             if ending == Ending::StopAndCopy {
+                // The guest does not run yet: the bound for the time before the handoff still holds.
+                pager.set_max_bandwidth(self.tunables().bandwidth.precopy);
                 pager.start_sweep();
             }
         }

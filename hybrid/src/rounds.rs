@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use switchover_pager::source::UnderWay;
+use switchover_pager::source::Rest;
 use switchover_precopy::bitmap::PageBitmap;
 use switchover_precopy::dirty::{DirtyLog, DirtyLogError};
 use switchover_precopy::heat::Heat;
@@ -200,22 +200,32 @@ impl Precopy {
         self.rounds.cpu()
     }
 
-    /// With the guest paused and the rounds ended: what the destination lacks, and what of it is still in the lanes' streams.
+    /// With the guest paused and the rounds ended: what the destination lacks, and how it may be sent.
     ///
     /// # Errors
     /// When the machine cannot tell.
-    pub fn missing(&self, pages: PageCount) -> Result<(PageBitmap, Vec<UnderWay>), DirtyLogError> {
+    pub fn missing(&self, pages: PageCount) -> Result<(PageBitmap, Rest), DirtyLogError> {
+        let rest = |missing: &PageBitmap| Rest { missing: missing.words().to_vec(), ..Rest::default() };
         if !self.noting.load(Ordering::Acquire) {
             // The controller was faster than the first round.
-            return Ok((PageBitmap::full(pages), Vec::new()));
+            let all = PageBitmap::full(pages);
+            let rest = rest(&all);
+            return Ok((all, rest));
         }
         let mut missing = PageBitmap::new(pages);
         self.log.peek(&mut missing)?;
-        missing.unite(&self.rounds.under_way());
-        let streams = self.rounds.in_streams();
+        let under_way = self.rounds.under_way();
+        missing.unite(&under_way);
+        // Of a page that is under way, or was packed and then not sent, nobody knows which version the destination holds.
+        let rest = Rest {
+            as_they_are: under_way.words().to_vec(),
+            under_way: self.rounds.in_streams(),
+            encoders: self.rounds.take_encoders(),
+            ..rest(&missing)
+        };
         self.book().report.handoff_pages = missing.count().0;
         *self.missing.lock().unwrap_or_else(PoisonError::into_inner) = Some(missing.clone());
-        Ok((missing, streams))
+        Ok((missing, rest))
     }
 
     /// The hottest of the pages that the destination lacked at the handoff, the hottest first.

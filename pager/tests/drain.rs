@@ -11,7 +11,7 @@ use common::{events, guest_read, guest_write, lane_pair, userfaultfd_or_skip};
 use switchover_pager::destination::DestinationPager;
 use switchover_pager::lane::PagerEvent;
 use switchover_pager::ram::Ram;
-use switchover_pager::source::SourcePager;
+use switchover_pager::source::{Rest, SourcePager};
 use switchover_wire::types::{LaneRole, PageCount, PageIndex};
 
 const PAGES: u64 = 5003;
@@ -44,7 +44,8 @@ fn move_memory(test: &str, bulk_lanes: u8, lazy: bool, bandwidth: u64) {
     let mut destination = DestinationPager::start(to.clone(), destination_lanes, lazy, &notify).unwrap();
     let all = vec![u64::MAX; usize::try_from(PAGES.div_ceil(64)).unwrap()];
     destination.hand_over(&all).unwrap();
-    source.start_serving(&[PageIndex(4000), PageIndex(1), PageIndex(4000)], &all, Vec::new());
+    let rest = Rest { missing: all, ..Rest::default() };
+    source.start_serving(&[PageIndex(4000), PageIndex(1), PageIndex(4000)], rest);
     source.start_sweep();
 
     // A guest that reads every page, in an order that the sweep does not have, and writes each: nothing that arrives

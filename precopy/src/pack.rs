@@ -22,6 +22,7 @@
 mod chooser;
 mod cost;
 mod delta_cache;
+mod last_round;
 mod link;
 mod packer;
 mod same;
@@ -32,6 +33,7 @@ mod tests;
 
 use std::ops::AddAssign;
 
+pub use last_round::LastRound;
 pub use packer::Packer;
 use switchover_wire::encoding::Encoding;
 use switchover_wire::types::{PAGE_SIZE_U64, PageIndex};
@@ -87,19 +89,6 @@ pub struct PackCounts {
     pub bytes_in: u64,
     /// And after it, with the tables that say how they are encoded.
     pub bytes_out: u64,
-}
-
-impl PackCounts {
-    /// Adds another lane's.
-    pub fn add(&mut self, other: &Self) {
-        self.raw += other.raw;
-        self.lz4 += other.lz4;
-        self.zstd += other.zstd;
-        self.delta += other.delta;
-        self.same += other.same;
-        self.bytes_in += other.bytes_in;
-        self.bytes_out += other.bytes_out;
-    }
 }
 
 /// A packed chunk, ready to be sent in one piece.

@@ -30,8 +30,8 @@ use switchover_pager::cpu::{CpuMeter, CpuTime};
 use switchover_pager::lane::{Notify, PageLane, PagerEvent};
 use switchover_pager::pace::Pacer;
 use switchover_pager::ram::Ram;
-use switchover_pager::source::UnderWay;
-use switchover_wire::types::PageCount;
+use switchover_pager::source::{ChunkEncoder, UnderWay};
+use switchover_wire::types::{LaneId, PageCount};
 use thiserror::Error;
 
 use self::books::Books;
@@ -39,7 +39,7 @@ use self::lane::LaneSender;
 use self::receipts::Receipts;
 use crate::bitmap::{AtomicPageBitmap, PageBitmap};
 use crate::dirty::DirtyLog;
-use crate::pack::{PackCounts, PackSettings, SentVersions};
+use crate::pack::{LastRound, PackCounts, PackSettings, Packer, SentVersions};
 
 /// How many chunks of 64 pages a lane takes at a time: 4 MiB. Each span costs one rearming, which at 1024 pages costs a quarter of
 /// what it costs at 64, and little more than at 16384 (`benches/dirty_tracking`). What a lane holds when the handoff comes has to be sent again.
@@ -83,6 +83,8 @@ struct Shared {
     changed: Condvar,
     halted: AtomicBool,
     totals: Totals,
+    /// Those of the lanes that have ended.
+    packers: Mutex<Vec<(LaneId, Packer)>>,
 }
 
 /// What threads wait for.
@@ -104,6 +106,7 @@ struct Totals {
     zero: AtomicU64,
     deferred: AtomicU64,
     wire: AtomicU64,
+    /// Of the packers that were given away.
     packs: Mutex<PackCounts>,
 }
 
@@ -158,6 +161,7 @@ impl Rounds {
             changed: Condvar::new(),
             halted: AtomicBool::new(false),
             totals: Totals::default(),
+            packers: Mutex::default(),
         });
         let cpu = Arc::new(CpuMeter::default());
         let receipts = Receipts::start(&shared, lanes, &cpu, notify)?;
@@ -278,10 +282,26 @@ impl Rounds {
         }
     }
 
-    /// How pages were encoded, by the lanes that have ended.
+    /// How pages were encoded in the rounds, by the lanes that have ended.
     #[must_use]
     pub fn pack_counts(&self) -> PackCounts {
-        *self.shared.totals.packs.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut counts = *self.shared.totals.packs.lock().unwrap_or_else(PoisonError::into_inner);
+        self.packers().iter().for_each(|(_, packer)| counts += packer.counts());
+        counts
+    }
+
+    /// The ended lanes' packers, with what they have learned, for those who send the rest.
+    #[must_use]
+    pub fn take_encoders(&self) -> Vec<(LaneId, Box<dyn ChunkEncoder>)> {
+        let counts = self.pack_counts();
+        *self.shared.totals.packs.lock().unwrap_or_else(PoisonError::into_inner) = counts;
+        let mut packers = std::mem::take(&mut *self.packers());
+        let round = self.shared.gate().round.saturating_add(1);
+        packers.drain(..).map(|(lane, packer)| (lane, Box::new(LastRound::new(packer, round)) as _)).collect()
+    }
+
+    fn packers(&self) -> MutexGuard<'_, Vec<(LaneId, Packer)>> {
+        self.shared.packers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// CPU time of the threads that have ended.

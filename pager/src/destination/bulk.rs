@@ -45,9 +45,9 @@ pub enum BulkError {
     /// A difference whose other version never came.
     #[error("the source sends {0} as a difference to a version that never came")]
     DifferenceToNothing(PageIndex),
-    /// Something that only pre-copy may send.
-    #[error("the source sends packed pages after the handoff")]
-    Packed,
+    /// A reference to another page after the handoff: the guest may have written that.
+    #[error("the source sends {0} as a reference to another page after the handoff")]
+    LateReference(PageIndex),
     /// The pager ends.
     #[error("the lane was stopped")]
     Stopped,
@@ -147,11 +147,14 @@ impl BulkReceiver {
                 BulkFrame::Packed { first, data, zero, payload } if flags.precopy => {
                     self.take_version(first, data, zero, Some(payload))?;
                 }
-                BulkFrame::Packed { .. } => return Err(BulkError::Packed),
                 BulkFrame::Check => {}
                 BulkFrame::Chunk { first, data, zero } => {
                     self.take_zeros(first, zero)?;
-                    self.take_data(first, data)?;
+                    self.take_data(first, data, None)?;
+                }
+                BulkFrame::Packed { first, data, zero, payload } => {
+                    self.take_zeros(first, zero)?;
+                    self.take_data(first, data, Some((zero, payload)))?;
                 }
                 BulkFrame::Zeros { first, count } => {
                     let end = first.0 + count.0;
@@ -189,7 +192,7 @@ impl BulkReceiver {
         let received = match payload {
             None if data == 0 => Ok(()),
             None => self.receive_pages(first, data, data & won),
-            Some(payload) => self.receive_packed(first, data, zero, won & data, resident, payload as usize),
+            Some(payload) => self.receive_packed(first, data, zero, won & data, resident, payload as usize, true),
         };
         if received.is_ok() {
             // Where nothing has landed, memory is zero already, or not even there.
@@ -254,6 +257,7 @@ impl BulkReceiver {
     }
 
     /// Receives a packed chunk and decodes its pages, each into its place; or only receives it, where the pages are not `won`.
+    #[expect(clippy::too_many_arguments, reason = "a frame's fields, and what its pages' states say")]
     fn receive_packed(
         &mut self,
         first: PageIndex,
@@ -262,6 +266,7 @@ impl BulkReceiver {
         won: u64,
         resident: u64,
         length: usize,
+        precopy: bool,
     ) -> Result<(), BulkError> {
         let Unpacker { decoder, payload } = self.unpacker.get_or_insert_with(Box::default).as_mut();
         payload.resize(length, 0);
@@ -272,10 +277,14 @@ impl BulkReceiver {
             if entry.encoding() == Encoding::Delta && resident >> bit & 1 == 0 {
                 return Err(BulkError::DifferenceToNothing(entry.page()));
             }
-            let Some(alias) = ram.alias_of(entry.page()) else { return Err(BulkError::Packed) };
+            if entry.encoding() == Encoding::Same && !precopy {
+                return Err(BulkError::LateReference(entry.page()));
+            }
+            let Some(alias) = ram.alias_of(entry.page()) else { continue };
             // SAFETY: a whole page of the alias, which the watch keeps mapped. This lane has claimed it, so nobody else
             // writes it before `arrived` or `release`; nobody reads it through Rust but for `copy_page`, which is only called
-            // for pages that are resident, as claimed ones are not; and before the handoff no guest runs on it.
+            // for pages that are resident, as claimed ones are not; and no guest runs on it before the handoff, or has it
+            // mapped after.
             let page = unsafe { &mut *alias.cast::<Page>() };
             let mut held = |other, bytes: &mut Page| states.is_resident(other) && ram.copy_page(other, bytes);
             decoder.decode(&entry, page, &mut held)?;
@@ -283,8 +292,9 @@ impl BulkReceiver {
         Ok(())
     }
 
-    /// Receives the pages of `data`, each to its place if it is still wanted there, and maps them in runs.
-    fn take_data(&mut self, first: PageIndex, data: u64) -> Result<(), BulkError> {
+    /// Receives the pages of `data`, each to its place if it is still wanted there, and maps them in runs. `packed`: the frame's
+    /// zero mask and the length of its payload.
+    fn take_data(&mut self, first: PageIndex, data: u64, packed: Option<(u64, u32)>) -> Result<(), BulkError> {
         if data == 0 {
             return Ok(());
         }
@@ -298,7 +308,12 @@ impl BulkReceiver {
                 Claim::Lost => {}
             }
         }
-        if let Err(error) = self.receive_pages(first, data, won) {
+        let received = match packed {
+            None => self.receive_pages(first, data, won),
+            // A page that is claimed after the handoff holds what came of it before, and nobody has seen it.
+            Some((zero, payload)) => self.receive_packed(first, data, zero, won, u64::MAX, payload as usize, false),
+        };
+        if let Err(error) = received {
             for bit in bits(won) {
                 if self.shared.states.release(page_at(first, bit), self.tag) {
                     self.shared.ask_anew(page_at(first, bit));
@@ -308,7 +323,8 @@ impl BulkReceiver {
         }
         let pages = u64::from(data.count_ones());
         self.received += pages;
-        self.lane.socket.counters().add_received(pages * PAGE_SIZE_U64);
+        let bytes = packed.map_or(pages * PAGE_SIZE_U64, |(_, payload)| u64::from(payload));
+        self.lane.socket.counters().add_received(bytes);
 
         let mut present = 0_u64;
         for bit in bits(won) {

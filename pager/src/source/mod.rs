@@ -8,12 +8,13 @@ mod queue;
 mod serve;
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
-use switchover_wire::types::{LaneId, LaneRole, PageCount, PageIndex};
+use switchover_wire::types::{LaneId, LaneRole, PAGE_SIZE, PageCount, PageIndex};
 use thiserror::Error;
 
 use self::push::Pusher;
@@ -44,6 +45,8 @@ struct Shared {
     sent: SentPages,
     queue: PushQueue,
     pacer: Pacer,
+    encoders: Mutex<Vec<(LaneId, Box<dyn ChunkEncoder>)>>,
+    as_they_are: OnceLock<Vec<u64>>,
     /// Set while guest memory is paused, and may be read.
     serving: AtomicBool,
     stopping: AtomicBool,
@@ -68,6 +71,39 @@ pub struct SourceProgress {
     pub requests: u64,
     /// Pages that nobody has sent yet.
     pub remaining: PageCount,
+}
+
+/// Turns a lane's chunks into fewer bytes. What it learned of link and pages before the handoff it may use after it.
+///
+/// It may send differences to what the destination has acknowledged of these very pages, for no guest can have written
+/// those; never a reference to another page, which one may.
+pub trait ChunkEncoder: Send {
+    /// The whole frame of a chunk's `data` and `zero` pages (bit i: page `first + i`), each page read once with `read`; `None`
+    /// where the chunk should go as it is. A frame that is returned is sent.
+    fn encode(
+        &mut self,
+        first: PageIndex,
+        data: u64,
+        zero: u64,
+        read: &mut dyn FnMut(PageIndex, &mut [u8; PAGE_SIZE]),
+    ) -> Option<&[u8]>;
+
+    /// A frame of `bytes` took `elapsed` to be handed to the socket, waiting for a rate limit included.
+    fn sent(&mut self, bytes: u64, elapsed: Duration);
+}
+
+/// What the destination lacks, and how it may be sent.
+#[derive(Default)]
+pub struct Rest {
+    /// The pages that it lacks, a bit each, in words of 64.
+    pub missing: Vec<u64>,
+    /// Those of them of which it may hold another version than the encoders think: they go as they are.
+    pub as_they_are: Vec<u64>,
+    /// Those of them of which a lane's stream still holds an older version: only that lane sends them again, so that the old
+    /// version has been passed over when the new one comes.
+    pub under_way: Vec<UnderWay>,
+    /// The lanes' encoders. A lane without one sends pages as they are.
+    pub encoders: Vec<(LaneId, Box<dyn ChunkEncoder>)>,
 }
 
 /// What one bulk lane had sent before the handoff, and the destination had not acknowledged.
@@ -107,6 +143,8 @@ impl SourcePager {
             sent: SentPages::new(pages),
             queue: PushQueue::new(pages),
             pacer: Pacer::new(max_bandwidth),
+            encoders: Mutex::default(),
+            as_they_are: OnceLock::new(),
             serving: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             counts: Counts::default(),
@@ -165,17 +203,17 @@ impl SourcePager {
     }
 
     /// The guest is paused, and its memory will not change until this pager is stopped: serve requests, and push
-    /// `first`, the most urgent first.
-    ///
-    /// `missing` are the pages that the destination lacks, a bit each, in words of 64. `under_way` are those of them that
-    /// a bulk lane's stream still holds in an older version: only that lane sends them again, so that the old version
-    /// has been passed over when the new one comes.
-    pub fn start_serving(&mut self, first: &[PageIndex], missing: &[u64], under_way: Vec<UnderWay>) {
-        self.shared.sent.leave_only(missing);
+    /// `first`, the most urgent first. Of the rest, no more is pushed before [`start_sweep`](Self::start_sweep).
+    pub fn start_serving(&mut self, first: &[PageIndex], rest: Rest) {
+        let Rest { missing, as_they_are, under_way, encoders } = rest;
+        self.shared.sent.leave_only(&missing);
         for UnderWay { lane, chunks } in under_way {
             let chunks = chunks.into_iter().map(|(chunk, mask)| (chunk, self.shared.sent.claim(chunk, mask)));
             self.shared.queue.keep_for(lane, chunks.collect());
         }
+        *self.shared.encoders.lock().unwrap_or_else(PoisonError::into_inner) = encoders;
+        // Set once: the pager of a migration hands off once.
+        let _ = self.shared.as_they_are.set(as_they_are);
         self.shared.queue.put_first(first);
         self.shared.serving.store(true, Ordering::Release);
         self.start = None;

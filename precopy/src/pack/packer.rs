@@ -24,6 +24,7 @@ pub struct Packer {
     writer: PayloadWriter,
     clock: fn() -> Nanos,
     round: u32,
+    last_round: bool,
     /// What a page is read into. It changes places with a kept version.
     page: Box<Page>,
     /// What a page is encoded into to be compared with another encoding.
@@ -51,11 +52,17 @@ impl Packer {
             writer: PayloadWriter::default(),
             clock,
             round: 1,
+            last_round: false,
             page: Box::new([0; PAGE_SIZE]),
             other: Vec::with_capacity(PAGE_SIZE),
             pinned: Vec::new(),
             contents: Vec::new(),
         }
+    }
+
+    /// Each page is sent only once from now on: none is kept that was not kept before, and none refers to another.
+    pub(super) fn begin_last_round(&mut self) {
+        self.last_round = true;
     }
 
     /// Whether the next chunk, in round `round` (counted from 1), should be packed rather than sent as it is. To be asked
@@ -134,6 +141,14 @@ impl Packer {
     /// The kept versions of a chunk's pages, where what is sent now is to be kept too.
     fn take(&mut self, first: PageIndex, data: u64, zero: u64) -> Option<Taken> {
         let chunk = first.0 / CHUNK_PAGES;
+        if self.last_round {
+            let taken = self.versions.kept.take(first, data, zero, self.round)?;
+            if taken.pages.iter().all(Option::is_none) {
+                self.versions.kept.give_up(&taken);
+                return None;
+            }
+            return Some(taken);
+        }
         if self.chooser.captures(self.round, chunk) {
             self.versions.kept.take(first, data, zero, self.round)
         } else {
@@ -211,7 +226,7 @@ impl Packer {
     /// Appends a reference to a page with the same content, where there is one.
     fn same(&mut self, bit: usize) -> bool {
         let class = class(&self.page);
-        if !self.chooser.hashes(class) {
+        if self.last_round || !self.chooser.hashes(class) {
             return false;
         }
         let start = (self.clock)();

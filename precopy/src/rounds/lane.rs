@@ -1,8 +1,8 @@
 //! One bulk lane's sender.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use switchover_pager::lane::PageLane;
@@ -72,8 +72,8 @@ impl LaneSender {
     /// When the lane fails, or the machine cannot rearm pages.
     pub fn run(mut self) -> Result<(), LaneError> {
         let result = self.send_rounds();
-        let mut packs = self.shared.totals.packs.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        packs.add(&self.packer.counts());
+        let mut packers = self.shared.packers.lock().unwrap_or_else(PoisonError::into_inner);
+        packers.push((self.lane.id, self.packer));
         result
     }
 
