@@ -164,7 +164,11 @@ impl Incoming {
             });
             let stats = pager.fault_stats();
             report.instants.last_page_ns = pager.last_placed().map(|at| at.0);
-            report.rates = report.instants.commit_ns.map(|start| rate_series(&stats, pager, Nanos(start)));
+            // What came between the handoff and the commit belongs to it.
+            let handed_over = report.phases.iter().find(|phase| phase.name == "hand-over").map(|phase| phase.start_ns);
+            let start =
+                report.instants.commit_ns.map(|commit| handed_over.map_or(commit, |handoff| handoff.min(commit)));
+            report.rates = start.map(|start| rate_series(&stats, pager, Nanos(start)));
             report.faults = fault_report(&stats).ok();
         }
         report

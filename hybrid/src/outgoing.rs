@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
@@ -47,6 +47,10 @@ const HANDOFF_PATIENCE: Duration = Duration::from_secs(5);
 /// How long telling the destination to give up may take: the guest may be standing still meanwhile.
 const ABORT_PATIENCE: Duration = Duration::from_secs(1);
 
+/// How long the lanes may take for the frames that they are sending when the rounds end: some milliseconds each on any link that
+/// is alive.
+const ROUNDS_PATIENCE: Duration = Duration::from_secs(5);
+
 /// How often a wait for a lane's last frame looks whether the migration was cancelled.
 const LOOK_FOR_CANCEL: Duration = Duration::from_millis(10);
 
@@ -71,6 +75,8 @@ struct Shared {
     watchdog: Watchdog,
     pager: Mutex<Option<SourcePager>>,
     precopy: Mutex<Option<Arc<Precopy>>>,
+    /// The thread that conducts the rounds.
+    conductor: Mutex<Option<JoinHandle<()>>>,
     tunables: Mutex<Tunables>,
     cpu: CpuMeter,
 }
@@ -109,6 +115,7 @@ impl Outgoing {
             lanes,
             pager: Mutex::new(None),
             precopy: Mutex::new(None),
+            conductor: Mutex::new(None),
             tunables: Mutex::new(settings.tunables()),
             cpu: CpuMeter::default(),
         });
@@ -518,16 +525,19 @@ impl Shared {
         };
         let (shared, name) = (Arc::clone(self), "rounds".to_owned());
         let spawned = thread::Builder::new().name(name).spawn(move || shared.cpu.measure(conduct));
-        spawned.map(drop).map_err(|error| format!("cannot start the thread that conducts pre-copy: {error}"))
+        let conductor = spawned.map_err(|error| format!("cannot start the thread that conducts pre-copy: {error}"))?;
+        *self.conductor.lock().unwrap_or_else(PoisonError::into_inner) = Some(conductor);
+        Ok(())
     }
 
     /// Ends the rounds, and waits for the frames under way. The guest runs on meanwhile.
     fn end_rounds(&self) {
         let Some(precopy) = self.precopy().clone() else { return };
         precopy.end();
+        let deadline = Instant::now() + ROUNDS_PATIENCE;
         while !precopy.wait_ended(Instant::now() + LOOK_FOR_CANCEL) {
-            if self.cancelled.load(Ordering::Acquire) {
-                // A lane that is stuck must not keep a cancel waiting.
+            if self.cancelled.load(Ordering::Acquire) || Instant::now() >= deadline {
+                // A lane that is stuck keeps neither a cancel waiting nor the news of a lost link.
                 self.lanes.shut_down();
             }
         }
@@ -597,7 +607,14 @@ impl Shared {
 
     fn finish(&self, outcome: Outcome, left_paused: Option<MachineError>) {
         self.watchdog.end();
-        if let Some(precopy) = self.precopy().as_ref() {
+        if let Some(precopy) = self.precopy().clone() {
+            // The lanes are shut down, so nothing of it can block; and nothing of it may touch the machine from here on, least
+            // of all the next migration's book of written pages.
+            precopy.stop();
+            let conductor = self.conductor.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if conductor.is_some_and(|conductor| conductor.join().is_err()) {
+                tracing::error!("the thread that conducts pre-copy panicked");
+            }
             // Whether the guest goes on here or not: it is watched and slowed down no longer.
             self.machine.throttle(0);
             if let Err(error) = self.machine.limit_dirty_rate(None) {

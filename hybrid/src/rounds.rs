@@ -149,6 +149,12 @@ impl Precopy {
         self.rounds.halt();
     }
 
+    /// Ends everything. Whatever the lanes were blocked in must have been shut down.
+    pub fn stop(&self) {
+        self.end();
+        self.rounds.stop();
+    }
+
     /// Waits until no lane sends any more, but not past `deadline`; says whether that is so.
     pub fn wait_ended(&self, deadline: Instant) -> bool {
         self.rounds.wait_halted(deadline)
@@ -211,6 +217,9 @@ impl Precopy {
             let all = PageBitmap::full(pages);
             let rest = rest(&all);
             return Ok((all, rest));
+        }
+        if self.rounds.is_broken() {
+            return Err(DirtyLogError::new("go on with the rounds' lanes", "one of them has failed"));
         }
         let mut missing = PageBitmap::new(pages);
         self.log.peek(&mut missing)?;
@@ -319,9 +328,11 @@ impl<'a> Conductor<'a> {
             let mut round = self.begin(noted);
             begun(round.number);
             let (verdict, now_noted) = self.watch(&mut round)?;
+            if self.precopy.ended.load(Ordering::Acquire) {
+                return Ok(RoundsEnd::Ended);
+            }
             self.close(&round, &now_noted);
             match verdict.choice {
-                Choice::AnotherRound if self.precopy.ended.load(Ordering::Acquire) => return Ok(RoundsEnd::Ended),
                 Choice::AnotherRound => {}
                 Choice::StopAndCopy => return Ok(self.switch_over(Ending::StopAndCopy)),
                 Choice::Postcopy => return Ok(self.switch_over(Ending::Postcopy)),
@@ -355,13 +366,33 @@ impl<'a> Conductor<'a> {
             let looked = Instant::now();
             let (sample, noted) = self.look(round, over)?;
             self.look_every = LOOK_EVERY.max(looked.elapsed() * LOOK_SHARE);
-            let verdict = self.monitor.observe(&sample);
+            let mut verdict = self.monitor.observe(&sample);
+            if verdict.choice == Choice::Postcopy && self.may_differ(&sample) {
+                verdict.choice = Choice::AnotherRound;
+                verdict.reason = format!(
+                    "the versions of {} pages are kept, and what differences to them would save is not known yet; else: {}",
+                    self.precopy.rounds.kept_pages(),
+                    verdict.reason
+                );
+            }
             let ended = self.precopy.ended.load(Ordering::Acquire);
             self.note(round, sample, &verdict, !ended && (over || verdict.choice != Choice::AnotherRound));
             if over || ended || verdict.choice != Choice::AnotherRound {
                 return Ok((verdict, noted));
             }
         }
+    }
+
+    /// Whether the second round, so far, is to show what differences save: most of the rest has a version to differ from, and
+    /// finding out takes two looks.
+    fn may_differ(&self, sample: &Sample) -> bool {
+        let rest = sample.left_pages + sample.dirty_pages + sample.unacknowledged_pages;
+        let untried = match sample.round {
+            1 => sample.round_over,
+            2 => sample.round_ns < 2 * nanos(LOOK_EVERY) && !sample.round_over,
+            _ => false,
+        };
+        untried && sample.at_ns < nanos(self.settings.limits.time_budget) && self.precopy.rounds.kept_pages() > rest / 2
     }
 
     fn take_up_tunables(&mut self) {

@@ -230,6 +230,12 @@ impl PageStates {
         self.slot(page).load(Ordering::Acquire) == ABSENT
     }
 
+    /// Whether `page` is here with its bytes.
+    #[must_use]
+    pub fn is_present(&self, page: PageIndex) -> bool {
+        self.slot(page).load(Ordering::Acquire) == PRESENT
+    }
+
     /// Whether `page` needs nothing any more.
     #[must_use]
     pub fn is_resident(&self, page: PageIndex) -> bool {

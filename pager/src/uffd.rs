@@ -247,11 +247,12 @@ impl Watch {
     /// # Errors
     /// When the kernel refuses; the watch then goes on.
     pub fn unregister(&self) -> Result<(), WatchError> {
-        self.uffd
-            .unregister(self.ram.guest_base().cast::<c_void>(), self.ram.len_bytes())
-            .map_err(WatchError::Unregister)?;
+        // Told first: whoever is about to map a page of complete memory must know why the kernel refuses.
         self.registered.store(false, Ordering::Release);
-        Ok(())
+        self.uffd.unregister(self.ram.guest_base().cast::<c_void>(), self.ram.len_bytes()).map_err(|error| {
+            self.registered.store(true, Ordering::Release);
+            WatchError::Unregister(error)
+        })
     }
 
     fn place(
@@ -284,7 +285,11 @@ impl Watch {
                     tries = 0;
                 }
                 Answer::AlreadyMapped => {
-                    self.wake(page)?;
+                    if let Err(error) = self.wake(page)
+                        && self.is_registered()
+                    {
+                        return Err(error);
+                    }
                     rest.start += 1;
                     tries = 0;
                 }
@@ -295,6 +300,8 @@ impl Watch {
                     }
                     std::thread::yield_now();
                 }
+                // The watch has ended: memory is complete, and nobody can wait for a page of it.
+                Answer::Hole | Answer::Broken(_) if !self.is_registered() => return Ok(()),
                 Answer::Hole => return Err(broken(&rest, libc::EFAULT)),
                 Answer::Broken(errno) => return Err(broken(&rest, errno)),
             }
@@ -441,6 +448,15 @@ mod tests {
         watch.map(PageIndex(1), PageCount(1), true).unwrap();
         assert_eq!(reader.join().unwrap(), 8);
         watch.unregister().unwrap();
+    }
+
+    #[test]
+    fn a_page_that_is_mapped_when_the_watch_has_ended_is_no_failure() {
+        let Some(watch) = watch("a_page_that_is_mapped_when_the_watch_has_ended_is_no_failure", 2) else { return };
+        watch.ram().populate().unwrap();
+        watch.unregister().unwrap();
+        watch.map(PageIndex(0), PageCount(2), true).unwrap();
+        watch.map_zero(PageIndex(1), PageCount(1)).unwrap();
     }
 
     #[test]

@@ -36,7 +36,7 @@ use std::ops::AddAssign;
 pub use last_round::LastRound;
 pub use packer::Packer;
 use switchover_wire::encoding::Encoding;
-use switchover_wire::types::{PAGE_SIZE_U64, PageIndex};
+use switchover_wire::types::{PAGE_SIZE_U64, PageCount, PageIndex};
 pub use versions::SentVersions;
 
 /// Which encodings a migration may use.
@@ -66,9 +66,28 @@ pub struct PackSettings {
     pub same_as: bool,
 }
 
+impl PackSettings {
+    /// For `delta_cache_bytes`: half of the guest's RAM, and no more than 1 GiB. Memory is taken only as pages are kept, and
+    /// none are kept where the link is too fast for differences to pay.
+    pub const AS_RAM_ALLOWS: u64 = u64::MAX;
+
+    /// These with a size in place of [`AS_RAM_ALLOWS`](Self::AS_RAM_ALLOWS).
+    #[must_use]
+    pub fn for_ram(self, pages: PageCount) -> Self {
+        let allowed = (pages.bytes() / 2).min(1 << 30);
+        let sized = if self.delta_cache_bytes == Self::AS_RAM_ALLOWS { allowed } else { self.delta_cache_bytes };
+        Self { delta_cache_bytes: sized, ..self }
+    }
+}
+
 impl Default for PackSettings {
     fn default() -> Self {
-        Self { compression: Compression::Adaptive, zstd_level: 1, delta_cache_bytes: 64 << 20, same_as: true }
+        Self {
+            compression: Compression::Adaptive,
+            zstd_level: 1,
+            delta_cache_bytes: Self::AS_RAM_ALLOWS,
+            same_as: true,
+        }
     }
 }
 

@@ -82,6 +82,8 @@ struct Shared {
     gate: Mutex<Gate>,
     changed: Condvar,
     halted: AtomicBool,
+    /// A lane has failed: its stream may end within a frame.
+    broken: AtomicBool,
     totals: Totals,
     /// Those of the lanes that have ended.
     packers: Mutex<Vec<(LaneId, Packer)>>,
@@ -128,8 +130,8 @@ pub struct SentSoFar {
 /// The running rounds of a source.
 pub struct Rounds {
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
-    receipts: Receipts,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    receipts: Mutex<Receipts>,
     cpu: Arc<CpuMeter>,
 }
 
@@ -146,7 +148,8 @@ impl Rounds {
         notify: &Notify,
     ) -> Result<Self, RoundsError> {
         let pages = ram.pages();
-        let versions = SentVersions::new(settings.packing);
+        let packing = settings.packing.for_ram(pages);
+        let versions = SentVersions::new(packing);
         let shared = Arc::new(Shared {
             ram: ram.clone(),
             log,
@@ -154,18 +157,19 @@ impl Rounds {
             cursor: AtomicUsize::new(usize::MAX / 2),
             books: Books::new(pages, lanes, Arc::clone(&versions)),
             versions,
-            packing: settings.packing,
+            packing,
             pacer: Pacer::new(settings.bytes_per_second),
             bytes_per_second: AtomicU64::new(0),
             gate: Mutex::new(Gate { sending: lanes.len(), ..Gate::default() }),
             changed: Condvar::new(),
             halted: AtomicBool::new(false),
+            broken: AtomicBool::new(false),
             totals: Totals::default(),
             packers: Mutex::default(),
         });
         let cpu = Arc::new(CpuMeter::default());
         let receipts = Receipts::start(&shared, lanes, &cpu, notify)?;
-        let mut rounds = Self { shared, threads: Vec::new(), receipts, cpu };
+        let rounds = Self { shared, threads: Mutex::default(), receipts: Mutex::new(receipts), cpu };
         for (index, lane) in lanes.iter().enumerate() {
             if let Err(error) = rounds.spawn(index, lane.clone(), notify) {
                 rounds.shared.leave(lanes.len() - index);
@@ -175,12 +179,15 @@ impl Rounds {
         Ok(rounds)
     }
 
-    fn spawn(&mut self, index: usize, lane: PageLane, notify: &Notify) -> Result<(), RoundsError> {
+    fn spawn(&self, index: usize, lane: PageLane, notify: &Notify) -> Result<(), RoundsError> {
         let (shared, cpu, notify) = (Arc::clone(&self.shared), Arc::clone(&self.cpu), Arc::clone(notify));
         let body = move || {
             let id = lane.id;
             let result = cpu.measure(|| LaneSender::new(index, lane, &shared).and_then(LaneSender::run));
             let halted = shared.halted.load(Ordering::Acquire);
+            if result.is_err() {
+                shared.broken.store(true, Ordering::Release);
+            }
             shared.leave(1);
             if let Err(error) = result
                 && !halted
@@ -190,7 +197,7 @@ impl Rounds {
         };
         let thread =
             thread::Builder::new().name(format!("precopy {index}")).spawn(body).map_err(RoundsError::Thread)?;
-        self.threads.push(thread);
+        self.threads().push(thread);
         Ok(())
     }
 
@@ -208,7 +215,7 @@ impl Rounds {
     /// Waits until the round is over, but no longer than `span`; says whether it is. A halt ends the wait.
     #[must_use]
     pub fn wait(&self, span: Duration) -> bool {
-        let unfinished = |gate: &mut Gate| gate.over < gate.round && !gate.halted && gate.sending > 0;
+        let unfinished = |gate: &mut Gate| gate.over < gate.round && !gate.halted;
         let waited = self.shared.changed.wait_timeout_while(self.shared.gate(), span, unfinished);
         let gate = waited.unwrap_or_else(PoisonError::into_inner).0;
         gate.over >= gate.round
@@ -237,6 +244,35 @@ impl Rounds {
         let unfinished = |_: &mut Gate| !self.shared.books.all_taken();
         let waited = self.shared.changed.wait_timeout_while(self.shared.gate(), left, unfinished);
         !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
+
+    /// Pages of which the version that was sent is kept, so that a difference to it could be sent.
+    #[must_use]
+    pub fn kept_pages(&self) -> u64 {
+        self.shared.versions.kept_pages()
+    }
+
+    /// Whether a lane has failed, so that nothing can follow in its stream.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.shared.broken.load(Ordering::Acquire)
+    }
+
+    /// Ends all threads, and forgets what was kept of sent pages. A lane that is blocked in its socket ends when that is shut
+    /// down. Nothing touches the machine's book afterwards. Safe to repeat.
+    pub fn stop(&self) {
+        self.halt();
+        for thread in std::mem::take(&mut *self.threads()) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of pre-copy panicked");
+            }
+        }
+        self.receipts.lock().unwrap_or_else(PoisonError::into_inner).stop();
+        self.shared.versions.clear();
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The round's pages that no lane has taken.
@@ -312,15 +348,8 @@ impl Rounds {
 }
 
 impl Drop for Rounds {
-    /// Ends the threads. A lane that is blocked in its socket ends when that is shut down.
     fn drop(&mut self) {
-        self.halt();
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                tracing::error!("a thread of pre-copy panicked");
-            }
-        }
-        self.receipts.stop();
+        self.stop();
     }
 }
 

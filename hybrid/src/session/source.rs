@@ -350,6 +350,8 @@ impl Committed {
             SourceEvent::StateSent
             | SourceEvent::Cancel
             | SourceEvent::StartPostcopy
+            | SourceEvent::SwitchOver(_)
+            | SourceEvent::GaveUp(_)
             | SourceEvent::Proceed
             | SourceEvent::HandoffTimedOut => (SourceSession::Committed(self), Vec::new()),
             // A destination refuses only where it has not acted on the commit, and never acts on one afterwards. So its
@@ -383,6 +385,8 @@ impl Postcopy {
             SourceEvent::StateSent
             | SourceEvent::Cancel
             | SourceEvent::StartPostcopy
+            | SourceEvent::SwitchOver(_)
+            | SourceEvent::GaveUp(_)
             | SourceEvent::Proceed
             | SourceEvent::HandoffTimedOut => (SourceSession::Postcopy(self), Vec::new()),
             SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => given_away(reason),

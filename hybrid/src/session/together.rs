@@ -417,6 +417,12 @@ fn nothing_else_after_the_commit_lets_the_source_run() {
         assert_eq!(session, SourceSession::Over);
         assert!(!actions.contains(&SourceAction::Resume) && !actions.contains(&SourceAction::TakeBackRightToRun));
     }
+    // A decision of the rounds that comes late changes nothing.
+    for late in [SourceEvent::SwitchOver(Ending::Postcopy), SourceEvent::GaveUp("late".into())] {
+        assert_eq!(committed().on(late.clone()), (committed(), Vec::new()));
+        let (running, _) = committed().on(SourceEvent::Running);
+        assert_eq!(running.clone().on(late), (running, Vec::new()));
+    }
     let (session, _) = committed().on(SourceEvent::Running);
     let (_, actions) = session.on(SourceEvent::Refused("after it said that it runs".into()));
     assert!(!actions.contains(&SourceAction::Resume));

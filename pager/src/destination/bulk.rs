@@ -48,6 +48,9 @@ pub enum BulkError {
     /// A reference to another page after the handoff: the guest may have written that.
     #[error("the source sends {0} as a reference to another page after the handoff")]
     LateReference(PageIndex),
+    /// The end of a lane that has the handoff before it.
+    #[error("the source ends the lane before the handoff")]
+    EarlyEnd,
     /// The pager ends.
     #[error("the lane was stopped")]
     Stopped,
@@ -171,6 +174,7 @@ impl BulkReceiver {
                         at += pages;
                     }
                 }
+                BulkFrame::End { .. } if flags.precopy => return Err(BulkError::EarlyEnd),
                 BulkFrame::End { pages } if pages == self.received => return Ok(()),
                 BulkFrame::End { pages } => return Err(BulkError::Count { said: pages, got: self.received }),
             }
@@ -187,7 +191,6 @@ impl BulkReceiver {
     /// are packed. After the handoff, into scratch: they count for nothing then.
     fn take_version(&mut self, first: PageIndex, data: u64, zero: u64, payload: Option<u32>) -> Result<(), BulkError> {
         let Claimed { won, resident, counts } = self.claim_version(first, data | zero)?;
-        self.shared.missing.fetch_add(u64::from((won & resident).count_ones()), Ordering::AcqRel);
         bits(data & won).for_each(|bit| self.shared.stains.add(page_at(first, bit)));
         let received = match payload {
             None if data == 0 => Ok(()),
@@ -249,10 +252,13 @@ impl BulkReceiver {
                     for bit in bits(won) {
                         self.shared.states.release(page_at(first, bit), self.tag);
                     }
+                    self.shared.missing.fetch_add(u64::from(resident.count_ones()), Ordering::AcqRel);
                     return Err(BulkError::TwoVersions(page));
                 }
             }
         }
+        // With the stage still held: the handoff counts what is missing.
+        self.shared.missing.fetch_add(u64::from(resident.count_ones()), Ordering::AcqRel);
         Ok(Claimed { won, resident, counts: true })
     }
 

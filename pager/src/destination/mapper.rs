@@ -132,7 +132,7 @@ fn map_cold(shared: &Shared, round: u32) -> Result<(), WatchError> {
             .fold(0, |mask, page| mask | 1 << (page - first));
         let cold = cold & !word.load(Ordering::Relaxed);
         for (bit, count) in runs(cold) {
-            shared.watch.map_zero(PageIndex(first + u64::from(bit)), PageCount(u64::from(count)))?;
+            shared.watch.map(PageIndex(first + u64::from(bit)), PageCount(u64::from(count)), true)?;
         }
         word.fetch_or(cold, Ordering::Relaxed);
     }
@@ -146,15 +146,20 @@ fn map_the_rest(shared: &Shared) -> Result<(), WatchError> {
         if shared.handoff.stage().stopping || !shared.watch.is_registered() {
             return Ok(());
         }
-        let left = shared.states.pages().0 - first;
-        let within = if left >= 64 { u64::MAX } else { (1 << left) - 1 };
-        for (bit, count) in runs(here.load(Ordering::Relaxed) & within & !mapped.load(Ordering::Relaxed)) {
-            match shared.watch.map_zero(PageIndex(first + u64::from(bit)), PageCount(u64::from(count))) {
-                // The last page came meanwhile, and memory needs no mapping any more.
-                Err(_) if !shared.watch.is_registered() => return Ok(()),
-                done => done?,
-            }
+        let left = (shared.states.pages().0 - first).min(64);
+        let here = here.load(Ordering::Relaxed) & !mapped.load(Ordering::Relaxed);
+        let pages = (0..left).filter(|bit| here >> bit & 1 == 1);
+        let here =
+            pages.filter(|bit| may_be_mapped(shared, PageIndex(first + bit))).fold(0, |mask, bit| mask | 1 << bit);
+        for (bit, count) in runs(here) {
+            shared.watch.map(PageIndex(first + u64::from(bit)), PageCount(u64::from(count)), true)?;
         }
     }
     Ok(())
+}
+
+/// Whether `page` is here, and has memory behind it: where that was not reserved, a zero page has none, and shall not get any
+/// before it is touched.
+fn may_be_mapped(shared: &Shared, page: PageIndex) -> bool {
+    if shared.populated { shared.states.is_resident(page) } else { shared.states.is_present(page) }
 }

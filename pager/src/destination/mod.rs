@@ -283,7 +283,8 @@ impl DestinationPager {
         let (shared, cpu) = (Arc::clone(&self.shared), Arc::clone(&self.cpu));
         let body = move || {
             if let Err(error) = cpu.measure(|| mapper::run(&shared)) {
-                (shared.notify)(PagerEvent::Broken { reason: error.to_string() });
+                // Only time is lost: who touches such a page faults.
+                tracing::warn!(%error, "pages are not mapped ahead any more");
             }
         };
         let thread = thread::Builder::new()

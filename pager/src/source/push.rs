@@ -82,8 +82,12 @@ impl Pusher {
             if span.is_empty() {
                 if std::mem::take(&mut self.sweep_closed) {
                     shared.queue.wait_for_sweep();
-                    for (chunk, claimed) in shared.queue.take_kept(self.lane.id) {
-                        self.push_claimed(chunk, claimed, &mut holes)?;
+                    for (chunk, mut claimed) in shared.queue.take_kept(self.lane.id) {
+                        while claimed != 0 {
+                            let part = lowest(claimed, shared.pacer.frame_pages());
+                            self.push_claimed(chunk, part, &mut holes)?;
+                            claimed &= !part;
+                        }
                     }
                     continue;
                 }

@@ -20,8 +20,13 @@ const WORTH_IT: f64 = 0.95;
 /// One chunk in so many is captured even where that does not pay, to see whether it would.
 const PROBE: u64 = 128;
 
-/// The first round whose pages are captured. What the first sends is mostly not sent again.
-const CAPTURE_FROM: u32 = 2;
+/// The first round whose pages are captured.
+const CAPTURE_FROM: u32 = 1;
+
+/// How many times what capturing costs a page must take as it is, for capturing to be tried. Most of what the first round sends
+/// is not sent again, so there it must be worth more.
+const MARGIN: f64 = 2.0;
+const FIRST_MARGIN: f64 = 4.0;
 
 /// Weight of a page in what capturing has gained, and in the share of duplicates. Both come in clusters.
 const CAPTURE_WEIGHT: f64 = 1.0 / 256.0;
@@ -164,7 +169,8 @@ impl Chooser {
     /// the first pages are captured on the chance that it does.
     fn may_capture(&self, round: u32) -> bool {
         let cost = self.cost(Method::Delta).ns() + 2.0 * self.copy_ns;
-        round >= CAPTURE_FROM && self.settings.delta_cache_bytes > 0 && self.adapts() && 2.0 * cost < self.best()
+        let margin = if round <= CAPTURE_FROM { FIRST_MARGIN } else { MARGIN };
+        round >= CAPTURE_FROM && self.settings.delta_cache_bytes > 0 && self.adapts() && margin * cost < self.best()
     }
 
     /// A page of a captured chunk was encoded: from its last version in so many nanoseconds and bytes, or that was not

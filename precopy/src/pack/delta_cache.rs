@@ -116,6 +116,19 @@ impl DeltaCache {
         self.room.fetch_add(taken.room, Ordering::Relaxed);
     }
 
+    /// Pages that are kept, or taken out to be packed.
+    pub fn len(&self) -> u64 {
+        self.most - self.room.load(Ordering::Relaxed).min(self.most)
+    }
+
+    /// Drops everything, for good: there is no room afterwards.
+    pub fn clear(&self) {
+        self.room.store(0, Ordering::Relaxed);
+        for shard in &self.shards {
+            shard.lock().unwrap_or_else(PoisonError::into_inner).chunks.clear();
+        }
+    }
+
     /// Drops what was taken.
     pub fn give_up(&self, taken: &Taken) {
         self.room.fetch_add(taken.room, Ordering::Relaxed);

@@ -153,10 +153,8 @@ fn a_few_changed_words_a_page_cost_a_few_bytes_a_page() {
         }
     };
     let shares = rounds(PackSettings::default(), GIGABIT, 8, change);
-    // The first round's pages are not kept, so the second's cannot be differences.
-    assert!(shares[..2].iter().all(|share| *share > 0.99), "{shares:?}");
-    assert!(shares[2..].iter().all(|share| *share < 0.05), "{shares:?}");
-    assert!(shares.iter().skip(1).sum::<f64>() / 5.0 < 0.3, "of all re-sent pages, 70 % must be saved: {shares:?}");
+    assert!(shares[0] > 0.99, "there is nothing to differ from: {shares:?}");
+    assert!(shares[1..].iter().all(|share| *share < 0.05), "of re-sent pages, 70 % must be saved: {shares:?}");
 }
 
 #[test]
@@ -205,9 +203,9 @@ fn pages_that_change_all_over_are_soon_not_kept_any_more() {
             }
         }
     }
-    assert_eq!(reads[2], 200 * 64, "on the chance that it pays");
-    assert!(reads[3] < 60 * 64 && reads[5..].iter().all(|reads| *reads < 8 * 64), "{reads:?}");
-    assert!(reads[5..].iter().all(|reads| *reads >= 64), "now and then a chunk is still kept: {reads:?}");
+    assert!(reads[1] > 190 * 64, "on the chance that it pays: {reads:?}");
+    assert!(reads[2] < 60 * 64 && reads[4..].iter().all(|reads| *reads < 8 * 64), "{reads:?}");
+    assert!(reads[4..].iter().all(|reads| *reads >= 64), "now and then a chunk is still kept: {reads:?}");
 }
 
 #[test]

@@ -25,6 +25,17 @@ impl SentVersions {
         Arc::new(Self { kept: DeltaCache::new(settings.delta_cache_bytes), same: SameIndex::new() })
     }
 
+    /// Pages that a difference could be sent to.
+    #[must_use]
+    pub fn kept_pages(&self) -> u64 {
+        self.kept.len()
+    }
+
+    /// Forgets all that is known, and gives its memory back. Nothing may be packed afterwards.
+    pub fn clear(&self) {
+        self.kept.clear();
+    }
+
     /// The destination has processed the frame with these pages, those that came as they are included: they may be
     /// referred to, and what that frame referred to (`pinned`) may be sent anew. To be called before any lane may send
     /// them again.

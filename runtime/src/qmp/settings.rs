@@ -64,14 +64,20 @@ fn packing(capabilities: &Capabilities, parameters: &Parameters) -> PackSettings
         Compression::Adaptive if by_multifd => Compression::Zstd,
         chosen => chosen,
     };
-    let deltas = capabilities.has("xbzrle") || compression == Compression::Adaptive;
+    let delta_cache_bytes = if capabilities.has("xbzrle") {
+        parameters.xbzrle_cache_size
+    } else if compression == Compression::Adaptive {
+        PackSettings::AS_RAM_ALLOWS
+    } else {
+        0
+    };
     PackSettings {
         compression,
         zstd_level: match parameters.multifd_zstd_level {
             0 => ZSTD_DEFAULT_LEVEL,
             level => level.into(),
         },
-        delta_cache_bytes: if deltas { parameters.xbzrle_cache_size } else { 0 },
+        delta_cache_bytes,
         same_as: parameters.same_as && compression != Compression::Off,
     }
 }
@@ -142,7 +148,7 @@ mod tests {
     #[test]
     fn differences_come_with_xbzrle_or_with_choosing_freely() {
         for (compression, on, cache, same_as) in [
-            (Compression::Adaptive, &[][..], 8192, true),
+            (Compression::Adaptive, &[][..], PackSettings::AS_RAM_ALLOWS, true),
             (Compression::Adaptive, &["xbzrle"], 8192, true),
             (Compression::Off, &[], 0, false),
             (Compression::Off, &["xbzrle"], 8192, false),

@@ -180,6 +180,7 @@ fn precopy(seed: u64, end: u64, choice: Choice) -> PrecopyReport {
                 reason: if last { "another round gains less than it costs" } else { "another round pays" }.to_owned(),
                 prediction: Prediction {
                     next_round_pages: dirtied * 9 / 10,
+                    next_dirty_pages: 0,
                     next_round_ns: length * MS / 2,
                     stop_blackout_ns: 21 * MS,
                     postcopy_blackout_ns: 4 * MS,
