@@ -1,6 +1,19 @@
 //! When to stop pre-copying: another round, stop and copy, or post-copy.
 //!
 //! Pure: samples in, verdicts out. No clock, no socket, no thread.
+//!
+//! ```text
+//!  Sample ─▶ curve: pages dirty after a time ─▶ outlook: the ways on ─▶ the cheapest of them
+//!                                                   ▲                      │
+//!                                     costs: what each costs the guest     └▶ reason: why, in a sentence
+//! ```
+//!
+//! The cost is guest-seconds lost and a tenth of the seconds in all. Going on is weighed as rounds to come with the better
+//! end behind them, so a round is begun, or finished, only if it pays.
+//!
+//! Against an oracle that knows the future and tries each end at each sample, on made-up guests whose seeds were not used for
+//! tuning, at 1, 5 and 20 Gbit/s: median regret 0.1 %, 3 of 168 above 25 %, worst 43 %. At 100 Mbit/s, where a round outlasts
+//! what the guest is doing: median 2.3 %, worst 157 %. The tables by pattern and link are in `docs/monitor.md`.
 
 pub mod costs;
 mod curve;
@@ -153,8 +166,9 @@ pub struct Monitor {
     bytes_per_data_page: Option<f64>,
 }
 
-/// How much dearer going on must be than an end that cannot be taken back. Tuned on the tuning seeds.
-const RELUCTANCE: f64 = 1.02;
+/// How much dearer going on must be than an end that cannot be taken back. On the tuning seeds 1.02 was no better, and 1.08
+/// worse.
+const RELUCTANCE: f64 = 1.0;
 /// A page and what it can grow by in its frame: more than this is no measurement.
 const LARGEST_PAGE: f64 = 2.0 * RAW_PAGE;
 
@@ -240,10 +254,14 @@ impl Monitor {
         }
         let later = (sample.round > 1 && sent).then(|| sane(sample.bytes_per_page)).flatten();
         let data_bytes = self.bytes_per_data_page.or(later).unwrap_or(RAW_PAGE);
-        // What was sent first may have been zero pages by chance.
         let average =
             if sample.bytes_per_page.is_finite() { sample.bytes_per_page.clamp(0.0, LARGEST_PAGE) } else { data_bytes };
-        let left_bytes = self.curve.guessed(average, data_bytes);
+        let left_bytes = match (sent, sample.round > 1) {
+            (true, true) => average,
+            (false, true) => data_bytes,
+            // What was sent first may have been zero pages by chance.
+            (_, false) => self.curve.guessed(average, data_bytes),
+        };
         let rate = self.bytes_per_second.max(1) as f64;
         Link { data_page: data_bytes / rate, left_page: left_bytes / rate, handoff: sample.handoff_ns as f64 / 1e9 }
     }

@@ -31,6 +31,8 @@ const LOOK_SHARE: u32 = 20;
 
 /// How long the lanes are measured before their rate is believed.
 const MEASURE_FOR: Duration = Duration::from_millis(20);
+/// What of a round is measured at its end, where it was shorter than that.
+const LEAST_MEASURED: Duration = Duration::from_millis(1);
 /// The weight of a new measurement of the rate against all before it.
 const NEW_RATE_WEIGHT: f64 = 0.4;
 
@@ -272,6 +274,9 @@ struct Meter {
     /// Bytes that the destination had taken at the last measurement.
     taken: u64,
     rate: f64,
+    /// Nothing was measured of this round yet. Rounds may differ in what bounds them, link or processor, as their encodings do:
+    /// what one measures counts nothing in the next.
+    fresh: bool,
 }
 
 /// A round under way.
@@ -302,7 +307,7 @@ impl<'a> Conductor<'a> {
             throttle,
             pages: machine.ram().pages(),
             start: now,
-            meter: Meter { since: now, busy_ns: 0, taken: 0, rate: 0.0 },
+            meter: Meter { since: now, busy_ns: 0, taken: 0, rate: 0.0, fresh: true },
             look_every: LOOK_EVERY,
         }
     }
@@ -346,7 +351,7 @@ impl<'a> Conductor<'a> {
         let (began, count) = (Nanos::now(), pages.count().0);
         let sent_before = self.precopy.rounds.sent();
         let number = self.precopy.rounds.begin(&pages);
-        self.meter.since = began;
+        self.meter.begin(began, sent_before.taken_bytes);
         let mut book = self.precopy.book();
         let report =
             RoundReport { round: number, start_ns: began.0, end_ns: began.0, pages: count, ..RoundReport::default() };
@@ -358,7 +363,9 @@ impl<'a> Conductor<'a> {
     fn watch(&mut self, round: &mut Round) -> Result<(Verdict, PageBitmap), DirtyLogError> {
         loop {
             let over = self.precopy.rounds.wait(self.look_every);
-            self.meter.measure(Nanos::now(), self.precopy.rounds.sent().taken_bytes);
+            let sent = self.precopy.rounds.sent();
+            let wire = sent.wire_bytes - round.sent_before.wire_bytes;
+            self.meter.measure(Nanos::now(), sent.taken_bytes, wire, over);
             if over && Nanos::now().since(round.began) < nanos(LEAST_ROUND) {
                 std::thread::sleep(LEAST_ROUND);
             }
@@ -511,19 +518,26 @@ impl<'a> Conductor<'a> {
 }
 
 impl Meter {
-    /// Within a round, or at its end: the time since the last call was spent sending. Short rounds are measured together.
-    fn measure(&mut self, now: Nanos, taken: u64) {
+    fn begin(&mut self, now: Nanos, taken: u64) {
+        (self.since, self.busy_ns, self.taken, self.fresh) = (now, 0, taken, true);
+    }
+
+    /// Within a round, or at its end: the time since the last call was spent sending. Of a round that was too short to be
+    /// acknowledged, what was `sent` counts.
+    fn measure(&mut self, now: Nanos, taken: u64, sent: u64, over: bool) {
         self.busy_ns += now.since(self.since);
         self.since = now;
-        let bytes = taken.saturating_sub(self.taken);
+        let bytes = if over && self.fresh { sent } else { taken.saturating_sub(self.taken) };
+        let due = self.busy_ns >= nanos(MEASURE_FOR) || (self.fresh && over && self.busy_ns >= nanos(LEAST_MEASURED));
         let first = self.rate == 0.0 && bytes > 0;
-        if self.busy_ns < nanos(MEASURE_FOR) && !first {
+        if !due && !first {
             return;
         }
         // Spans are milliseconds to seconds, and bytes below 2^52.
         let rate = bytes as f64 * 1e9 / self.busy_ns.max(1) as f64;
         (self.busy_ns, self.taken) = (0, taken);
-        self.rate = if self.rate == 0.0 { rate } else { self.rate + NEW_RATE_WEIGHT * (rate - self.rate) };
+        self.rate = if self.fresh { rate } else { self.rate + NEW_RATE_WEIGHT * (rate - self.rate) };
+        self.fresh = false;
     }
 
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate is positive and below 2^63")]

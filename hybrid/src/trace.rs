@@ -340,7 +340,8 @@ mod tests {
     #[test]
     fn what_cannot_be_played_is_refused() {
         let sound = Trace::from_precopy("run", 70, &report()).unwrap();
-        let broken: [(&str, fn(&mut Trace)); 7] = [
+        type Break = (&'static str, fn(&mut Trace));
+        let broken: [Break; 7] = [
             ("16 TiB", |trace| trace.ram_pages = u64::MAX),
             ("bitmap", |trace| trace.ram_pages = 500),
             ("zero pages", |trace| trace.zero_pages = 71),
@@ -371,13 +372,14 @@ mod tests {
     fn the_rate_of_writes_is_found_again() {
         let (end, rate) = (2.0_f64, 3.0_f64);
         let dirty = |time: f64| 1e6 * (time + (-rate * time).exp_m1() / rate) / end;
-        let sample = |time: f64| Sample {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        let sample = |step: u32| Sample {
             round: 1,
-            round_ns: (time * 1e9).round() as u64,
-            dirty_pages: dirty(time).round() as u64,
+            round_ns: u64::from(step) * 100_000_000,
+            dirty_pages: dirty(f64::from(step) / 10.0) as u64,
             ..Sample::default()
         };
-        let samples: Vec<_> = (1..=20).map(|step| sample(f64::from(step) / 10.0)).collect();
+        let samples: Vec<_> = (1..=20).map(sample).collect();
         let found = writes_per_second(1, 2_000_000_000, &samples);
         assert!((found - rate).abs() < 0.1, "{found}");
     }

@@ -47,10 +47,19 @@ pub struct Holes<'a> {
 }
 
 impl<'a> Holes<'a> {
-    /// Of a memfd with `pages` pages. Only good while nobody writes it.
+    /// Of a memfd with `pages` pages. What it says of holes is good only while nobody writes them: see
+    /// [`forget_holes`](Self::forget_holes).
     #[must_use]
     pub fn new(file: &'a File, pages: PageCount) -> Self {
         Self { file, pages, known: 0..0, known_is_hole: false }
+    }
+
+    /// What was a hole may have been written meanwhile. What was data still is, where nobody punches holes: it need not be
+    /// asked for again, which takes the kernel a look at every page up to the next hole.
+    pub fn forget_holes(&mut self) {
+        if self.known_is_hole {
+            self.known = 0..0;
+        }
     }
 
     /// How many pages from `first` on have no memory behind them; 0 where `first` itself has, or where the kernel
@@ -111,6 +120,17 @@ mod tests {
                 page[at] = 0;
             }
         }
+    }
+
+    #[test]
+    fn a_hole_that_was_written_is_none_once_holes_are_forgotten() {
+        let ram = Ram::new(PageCount(64)).unwrap();
+        let mut holes = Holes::new(ram.file(), ram.pages());
+        assert_eq!(holes.run_from(PageIndex(0)), PageCount(64));
+        // SAFETY: nobody else uses this memory.
+        unsafe { ram.alias_of(PageIndex(10)).unwrap().write(1) };
+        holes.forget_holes();
+        assert_eq!((holes.run_from(PageIndex(10)), holes.run_from(PageIndex(9))), (PageCount(0), PageCount(1)));
     }
 
     #[test]

@@ -29,15 +29,15 @@ pub const REMOTE_FAULT: f64 = 20e-6;
 pub const LOCAL_FAULT: f64 = 5e-6;
 
 /// Share of the guest that is lost while pages that it needs are missing, at most: it has some of them before the others.
-/// From simulated drains, hottest first.
+/// An assumption.
 pub const STALL: f64 = 0.9;
 
 /// How much longer the guest waits for a page that it needs among others never sent: which of them are hot is not known, so
-/// each is asked for behind one that is pushed in vain.
+/// each is asked for behind one that is pushed in vain. An assumption; with 1, the tuning seeds went to post-copy too early.
 pub const BLIND: f64 = 2.0;
 
 /// Share of the pages never sent that the guest is taken to need soon, where none of them was seen to be written: what is only
-/// read leaves no trace in a dirty log. Tuned on the tuning seeds.
+/// read leaves no trace in a dirty log. An assumption.
 pub const UNSEEN_NEED: f64 = 0.3;
 
 /// Seconds that a round takes beside its pages: a look at the dirty log and the lanes' start.

@@ -15,6 +15,8 @@ use super::Sample;
 const POINTS: usize = 32;
 /// Pages that must have been sent before a share of them means anything.
 const EVIDENCE: f64 = 256.0;
+/// Samples within a round that it takes to see a form.
+const LOOKS: usize = 3;
 /// Share of a round's dirty pages that it had sent itself, where no round has told yet. The first round sends all.
 const REWRITTEN_UNKNOWN: f64 = 0.7;
 /// How much the two points must lie apart for the curve between them to mean anything.
@@ -22,9 +24,9 @@ const APART: f64 = 1.5;
 /// The power where nothing tells it: between a working set and ever new pages.
 const POWER_UNKNOWN: f64 = 0.5;
 /// Share of a round after which its own points count, and not those of the round before.
-const YOUNG: f64 = 0.2;
+const YOUNG: f64 = 0.15;
 /// Share of a round's pages whose weight the guess has that is made before any of them was sent. Tuned.
-const GUESS_WEIGHT: f64 = 0.3;
+const GUESS_WEIGHT: f64 = 0.2;
 /// That guess: the share of pages sent that will be written again, in the first round, and in later ones, whose pages were
 /// written before. Tuned.
 const GUESS: [f64; 2] = [0.15, 0.5];
@@ -116,10 +118,11 @@ impl Curve {
         }
     }
 
-    /// Enough was sent in this round, or an earlier round was seen, to say anything.
+    /// Enough was sent in this round to leave it for what was seen in it.
     pub fn is_evident(&self) -> bool {
         let sent = self.points.last().map_or(0.0, |point| point.sent);
-        self.before.is_some() || sent >= EVIDENCE.min(self.round_pages)
+        let looks = self.points.len() > LOOKS;
+        sent >= self.round_pages || (looks && sent >= EVIDENCE.max(self.round_pages * YOUNG))
     }
 
     /// Share of the pages sent lately that adds to the dirty ones.

@@ -79,10 +79,11 @@ impl LaneSender {
 
     fn send_rounds(&mut self) -> Result<(), LaneError> {
         let shared = Arc::clone(&self.shared);
+        let mut holes = Holes::new(shared.ram.file(), shared.pages());
         while let Some(round) = shared.next_round(self.round) {
             self.round = round;
             while let Some(span) = shared.next_span() {
-                self.send_span(span)?;
+                self.send_span(span, &mut holes)?;
                 if shared.is_halted() {
                     return self.ask_for_receipt();
                 }
@@ -107,7 +108,7 @@ impl LaneSender {
     }
 
     /// Takes what there is to send of a span, rearms it, and sends it.
-    fn send_span(&mut self, span: Range<usize>) -> Result<(), LaneError> {
+    fn send_span(&mut self, span: Range<usize>, holes: &mut Holes<'_>) -> Result<(), LaneError> {
         let shared = Arc::clone(&self.shared);
         let mut taken = [0; SPAN_CHUNKS];
         let mut passed_over = 0;
@@ -122,12 +123,13 @@ impl LaneSender {
         let Some(last) = taken.iter().rposition(|mask| *mask != 0) else { return Ok(()) };
         // Before anything of it is read: a write from now on is noted.
         shared.log.rearm(ChunkIndex(span.start as u64).first(), &taken[..=last])?;
-        let mut holes = Holes::new(shared.ram.file(), shared.pages());
-        if let Some(untouched) = untouched(&shared, &span, &taken, &mut holes) {
+        // A hole that was written since it was asked for must not pass for one.
+        holes.forget_holes();
+        if let Some(untouched) = untouched(&shared, &span, &taken, holes) {
             return self.send_untouched(ChunkIndex(span.start as u64), untouched);
         }
         for (offset, (index, mask)) in span.zip(taken).enumerate().filter(|(_, (_, mask))| *mask != 0) {
-            self.send_chunk(ChunkIndex(index as u64), mask, offset == last, &mut holes)?;
+            self.send_chunk(ChunkIndex(index as u64), mask, offset == last, holes)?;
             if shared.is_halted() {
                 // The rest counts as under way, and so is sent after the handoff.
                 return Ok(());

@@ -5,10 +5,11 @@ use std::fmt;
 use super::bits::{Rng, whole};
 use super::guest::{Epoch, Guest};
 
-/// Seeds that the monitor's constants were tuned on.
-pub const TUNING_SEEDS: std::ops::Range<u64> = 1..9;
-/// Seeds that it is judged by. No constant was chosen by looking at them.
-pub const JUDGING_SEEDS: std::ops::Range<u64> = 101..109;
+/// Seeds that the monitor's constants were tuned on, or that were looked at while its rules were made.
+pub const TUNING_SEEDS: [std::ops::Range<u64>; 2] = [1..9, 101..109];
+/// Seeds that it is judged by. No constant and no rule was chosen by looking at them. Whoever changes the monitor because of
+/// one of them moves it above and takes a new one.
+pub const JUDGING_SEEDS: std::ops::Range<u64> = 201..209;
 
 /// The length of an epoch of a synthetic guest.
 const EPOCH_NS: u64 = 5_000_000;
@@ -221,7 +222,7 @@ mod tests {
 
     #[test]
     fn tuning_and_judging_share_no_seed() {
-        assert!(!TUNING_SEEDS.into_iter().any(|seed| JUDGING_SEEDS.contains(&seed)));
+        assert!(!TUNING_SEEDS.into_iter().flatten().any(|seed| JUDGING_SEEDS.contains(&seed)));
     }
 
     #[test]
