@@ -180,12 +180,12 @@ impl Pusher {
     /// Sends the pages in fewer bytes, where that is faster. `false` when nothing was sent.
     fn send_encoded(&mut self, first: PageIndex, data: u64, zero: u64) -> Result<bool, PushError> {
         let Some(encoder) = self.encoder.as_mut().filter(|_| data != 0) else { return Ok(false) };
-        let began = Instant::now();
         let ram = &self.shared.ram;
         let mut read = |page, bytes: &mut _| {
             ram.copy_page(page, bytes);
         };
         let Some(frame) = encoder.encode(first, data, zero, &mut read) else { return Ok(false) };
+        let began = Instant::now();
         let bytes = frame.len() as u64;
         if self.shared.pacer.stopped_before(bytes, |span| self.shared.queue.pause(span)) {
             return Err(PushError::Stopped);

@@ -180,7 +180,6 @@ impl LaneSender {
     /// Sends one frame; `false` when a halt came first.
     fn send_frame(&mut self, chunk: ChunkIndex, data: u64, zero: u64, last: bool) -> Result<bool, LaneError> {
         let shared = Arc::clone(&self.shared);
-        let began = Instant::now();
         let raw_bytes = BulkFrame::LEN as u64 + u64::from(data.count_ones()) * PAGE_SIZE_U64;
         let acknowledge = last || self.unreceipted + raw_bytes >= RECEIPT_EVERY;
         let flags = FrameFlags { precopy: true, acknowledge };
@@ -194,6 +193,8 @@ impl LaneSender {
         } else {
             None
         };
+        // From here on it is the link's time, a rate limit's included, and no longer the packer's.
+        let began = Instant::now();
         let bytes = if let Some(packed) = packed {
             let bytes = packed.bytes.len() as u64;
             if !pace(&shared, bytes) {
