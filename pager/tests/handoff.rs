@@ -5,18 +5,23 @@
 mod common;
 mod hand;
 
+use std::io::IoSliceMut;
+use std::os::fd::AsFd;
 use std::sync::mpsc::channel;
 use std::thread;
 
-use common::{guest_read, guest_write, userfaultfd_or_skip};
+use common::{events, guest_read, guest_write, lane_pair, userfaultfd_or_skip};
 use hand::{Hand, PATIENCE, alias_read, chunk, filled, is_mapped, precopy, until, zeros};
 use switchover_pager::destination::DestinationPagerError;
-use switchover_pager::lane::PagerEvent;
+use switchover_pager::lane::{PageLane, PagerEvent};
 use switchover_pager::ram::Ram;
+use switchover_pager::sent::ChunkIndex;
+use switchover_pager::source::{SourcePager, UnderWay};
 use switchover_wire::encoding::{Encoding, Page, PageEncoder, PayloadWriter};
 use switchover_wire::frame::bulk::{BulkFrame, FrameFlags};
 use switchover_wire::frame::fault::ReplyContent;
-use switchover_wire::types::{PAGE_SIZE, PageIndex};
+use switchover_wire::ring::Ring;
+use switchover_wire::types::{LaneRole, PAGE_SIZE, PageCount, PageIndex};
 
 const OLD: u64 = 0x1111_1111_1111_1111;
 const NEW: u64 = 0x2222_2222_2222_2222;
@@ -258,6 +263,26 @@ fn a_handoff_that_forgets_a_page_is_refused() {
     hand.end();
 }
 
+/// Version upon version comes while the handoff is made: whatever it interrupts, the books are right.
+#[test]
+fn the_books_are_right_at_any_moment_of_a_version() {
+    let flood = zeros(0, 64).encode(precopy(false)).repeat(400);
+    for moment in 0..150 {
+        let mut hand = hand!("the_books_are_right_at_any_moment_of_a_version", 64, 1, true);
+        hand.version(0, &zeros(0, 64), &[]);
+        let before = hand.received(0);
+        hand.send_bytes(0, &flood);
+        let frames = 1 + moment % 50;
+        until("some of them have come", || hand.received(0) >= before + frames * BulkFrame::LEN as u64);
+        // A little later each time.
+        (0..moment % 40).for_each(|_| std::hint::spin_loop());
+        let done = hand.pager().hand_over(&[u64::MAX]);
+        assert!(done.is_ok(), "at moment {moment}: {done:?}");
+        assert_eq!(hand.pager().progress().missing, 64);
+        hand.finish_with_zeros();
+    }
+}
+
 #[test]
 fn a_second_handoff_is_refused() {
     let mut hand = hand!("a_second_handoff_is_refused", 64, 1, false);
@@ -346,10 +371,9 @@ fn packed_pages_land_as_they_were() {
     hand.version(0, &frame, &[&payload]);
     hand.pager().hand_over(&[0; 3]).unwrap();
     hand.complete();
-    let read = |index: u64| -> Vec<u64> { (0..512).map(|word| guest_read(&hand.ram, PageIndex(index), word)).collect() };
-    let words = |page: &Page| -> Vec<u64> {
-        page.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect()
-    };
+    let read =
+        |index: u64| -> Vec<u64> { (0..512).map(|word| guest_read(&hand.ram, PageIndex(index), word)).collect() };
+    let words = |page: &Page| -> Vec<u64> { page.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect() };
     for (index, expected) in [
         (64, page(|_| 0)),
         (67, changed),
@@ -480,6 +504,67 @@ fn a_lane_that_dies_in_the_middle_of_a_version_leaves_its_pages_missing() {
     assert_eq!(hand.pager().progress().missing, 2, "what is half here is not here");
     assert!(hand.pager().hand_over(&[0]).is_err());
     hand.end();
+}
+
+/// A page may be in a lane's stream in an old version: its new one must follow it there, and come nowhere else.
+#[test]
+fn what_a_lane_still_carries_is_sent_again_by_that_lane_only() {
+    const PAGES: u64 = 1000;
+    let ram = Ram::new(PageCount(PAGES)).unwrap();
+    for page in (0..PAGES).filter(|page| page % 4 > 0) {
+        guest_write(&ram, PageIndex(page), 5, page);
+    }
+    let (fault, _far_fault) = lane_pair(LaneRole::Fault, 0);
+    let (near, far): (Vec<_>, Vec<_>) = (0..3).map(|index| lane_pair(LaneRole::Bulk, index)).unzip();
+    let (notify, said) = events();
+    let lanes = std::iter::once(fault).chain(near.iter().cloned()).collect();
+    let mut source = SourcePager::start(ram, lanes, 0, &notify).unwrap();
+    let readers: Vec<_> = far.into_iter().map(|lane| thread::spawn(move || pushed(&lane, PAGES))).collect();
+    // Lane 1 carries some of the first chunk, and lane 2 others of it and all of the last, which is a short one.
+    let carried = [(1, vec![(0, 0xff)]), (2, vec![(0, 0xff00), (15, u64::MAX), (3, 0)])];
+    let under_way = carried.iter().map(|(lane, chunks)| UnderWay {
+        lane: near[*lane].id,
+        chunks: chunks.iter().map(|(chunk, mask)| (ChunkIndex(*chunk), *mask)).collect(),
+    });
+    // Half of chunk 7 is not missing.
+    let mut missing = vec![u64::MAX; 16];
+    missing[7] = u64::MAX >> 32;
+    let first: Vec<_> = (0..20).chain(990..1000).map(PageIndex).collect();
+    source.start_serving(&first, &missing, under_way.collect());
+    source.push_first(&[PageIndex(3), PageIndex(970)]);
+    source.start_sweep();
+    assert_eq!(said.recv_timeout(PATIENCE), Ok(PagerEvent::AllPushed));
+    let came: Vec<Vec<u64>> = readers.into_iter().map(|reader| reader.join().unwrap()).collect();
+    source.stop();
+    let by = |page: u64| came.iter().position(|lane| lane.contains(&page));
+    assert!((0..8).all(|page| by(page) == Some(1)), "{came:?}");
+    assert!((8..16).chain(960..1000).all(|page| by(page) == Some(2)), "{came:?}");
+    let mut all: Vec<_> = came.concat();
+    all.sort_unstable();
+    let expected: Vec<_> = (0..PAGES).filter(|page| !(7 * 64 + 32..8 * 64).contains(page)).collect();
+    assert_eq!(all, expected, "each of them once, and no others");
+}
+
+/// The pages that a source pushes on a lane, up to its end.
+fn pushed(lane: &PageLane, ram: u64) -> Vec<u64> {
+    let mut ring = Ring::new(2).unwrap();
+    let mut pages = Vec::new();
+    loop {
+        let mut header = [0; BulkFrame::LEN];
+        ring.recv_exact(lane.socket.as_fd(), &mut [IoSliceMut::new(&mut header)]).unwrap();
+        let (frame, flags) = BulkFrame::decode(&header, PageCount(ram)).unwrap();
+        assert!(!flags.precopy);
+        let mut payload = vec![0; frame.payload()];
+        ring.recv_exact(lane.socket.as_fd(), &mut [IoSliceMut::new(&mut payload)]).unwrap();
+        match frame {
+            BulkFrame::Chunk { first, data, zero } => {
+                pages.extend((0..64).filter(|bit| (data | zero) >> bit & 1 == 1).map(|bit| first.0 + bit));
+            }
+            BulkFrame::Zeros { first, count } => pages.extend(first.0..first.0 + count.0),
+            BulkFrame::End { .. } => return pages,
+            other => panic!("{other:?} after the handoff"),
+        }
+    }
 }
 
 fn page(word: impl Fn(u64) -> u64) -> Page {

@@ -10,8 +10,8 @@ mod sync {
 mod state;
 
 use loom::cell::UnsafeCell;
-use loom::sync::{Arc, Mutex};
 use loom::sync::atomic::{AtomicU64, Ordering};
+use loom::sync::{Arc, Mutex};
 use loom::thread;
 use state::{Arrival, Claim, FaultVerdict, LaneTag, PageStates};
 use switchover_wire::types::{PageCount, PageIndex};
