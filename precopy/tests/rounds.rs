@@ -1,5 +1,5 @@
 //! The real rounds, over real sockets, against a destination that takes its time, while a guest (a thread here) writes.
-#![allow(missing_docs, clippy::unwrap_used)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 mod far;
 

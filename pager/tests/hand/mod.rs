@@ -1,5 +1,5 @@
 //! A source that is played by hand, against a real destination's pager.
-#![allow(dead_code, missing_docs, clippy::unwrap_used)]
+#![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
