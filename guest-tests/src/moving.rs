@@ -1,9 +1,10 @@
 //! Moving a guest by QMP, as a client written for QEMU does.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::lab::Lab;
 use crate::machine::{Machine, Spec};
+use crate::waiting::until;
 
 /// What lanes run over.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -12,6 +13,23 @@ pub enum Transport {
     Tcp,
     /// Unix sockets.
     Unix,
+}
+
+/// How a guest is moved.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Way {
+    /// `x-switchover-mode`.
+    pub mode: &'static str,
+    /// Bulk lanes.
+    pub channels: u8,
+}
+
+impl Way {
+    /// A mode, over this many bulk lanes.
+    #[must_use]
+    pub const fn new(mode: &'static str, channels: u8) -> Self {
+        Self { mode, channels }
+    }
 }
 
 /// A machine like `spec` that waits for a guest, and the address that a source is told.
@@ -62,4 +80,49 @@ pub fn finish(source: &mut Machine, destination: &mut Machine) {
 pub fn migrate(source: &mut Machine, destination: &mut Machine, to: &str) {
     begin(source, to);
     finish(source, destination);
+}
+
+/// Sets parameters of migrations.
+pub fn set(machine: &mut Machine, parameters: Value) {
+    machine.execute("migrate-set-parameters", parameters);
+}
+
+/// Switches a capability on or off.
+pub fn switch(machine: &mut Machine, capability: &str, state: bool) {
+    let capabilities = json!([{ "capability": capability, "state": state }]);
+    machine.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }));
+}
+
+/// Has the next migration of `source` go this way. A hybrid, and it alone, may end in post-copy.
+pub fn choose(source: &mut Machine, way: Way) {
+    set(source, json!({ "x-switchover-mode": way.mode, "multifd-channels": way.channels }));
+    switch(source, "multifd", way.channels > 1);
+    switch(source, "postcopy-ram", way.mode != "precopy");
+}
+
+/// Begins to move the guest of `source`, and waits until it has begun round `round`.
+///
+/// # Panics
+/// When that does not come.
+pub fn begin_rounds(source: &mut Machine, to: &str, round: u64) {
+    source.execute("migrate", json!({ "uri": to }));
+    until(&format!("round {round} has begun"), || {
+        let look = source.execute("query-migrate", json!({}));
+        let status = look["status"].as_str().unwrap_or_default();
+        assert!(matches!(status, "setup" | "active"), "it has ended before round {round}: {look:#}");
+        (look["ram"]["dirty-sync-count"].as_u64() >= Some(round)).then_some(())
+    });
+}
+
+/// Moves the guest of `source` from beginning to end, as [chosen](choose); where that is post-copy, hands off at once.
+pub fn migrate_as(source: &mut Machine, destination: &mut Machine, to: &str, way: Way) {
+    choose(source, way);
+    if way.mode == "postcopy" {
+        source.execute("migrate", json!({ "uri": to }));
+        source.wait_migration("active");
+        return finish(source, destination);
+    }
+    source.execute("migrate", json!({ "uri": to }));
+    source.wait_migration("completed");
+    destination.wait_migration("completed");
 }

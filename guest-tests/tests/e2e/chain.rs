@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use switchover_guest_tests::journey::Journey;
 use switchover_guest_tests::machine::{Holdings, Machine, Spec};
-use switchover_guest_tests::moving::{Transport, begin, destination, migrate};
+use switchover_guest_tests::moving::{Transport, Way, begin, destination, migrate_as, set};
 use switchover_guest_tests::waiting::PATIENCE;
 
 use crate::lab;
@@ -13,22 +13,49 @@ use crate::lab;
 /// Length of the chain, unless `SWITCHOVER_CHAIN` says otherwise.
 const MIGRATIONS: usize = 6;
 
+/// Post-copy, and nothing else.
+const POSTCOPY: [Way; 1] = [Way::new("postcopy", 1)];
+/// Every mode with every number of lanes, and every mode behind every other.
+const ALL_WAYS: [Way; 9] = [
+    Way::new("hybrid", 2),
+    Way::new("precopy", 1),
+    Way::new("postcopy", 2),
+    Way::new("hybrid", 3),
+    Way::new("postcopy", 1),
+    Way::new("precopy", 3),
+    Way::new("hybrid", 1),
+    Way::new("precopy", 2),
+    Way::new("postcopy", 3),
+];
+/// Bytes that the guest works in, where it is to be slow enough for pre-copy to converge.
+const CALM: &str = "ws=16M period=50 pace=100000";
+
 fn chain(test: &str, vcpus: u8, transport: Transport) {
+    chain_of(test, vcpus, transport, "ws=16M period=50", &POSTCOPY);
+}
+
+/// Each migration goes one of the `ways`, in turn.
+fn chain_of(test: &str, vcpus: u8, transport: Transport, append: &str, ways: &[Way]) {
     let Some(lab) = switchover_guest_tests::lab::Lab::open(test) else { return };
     let migrations = std::env::var("SWITCHOVER_CHAIN").map_or(MIGRATIONS, |text| text.parse().unwrap());
-    let spec = Spec { vcpus, ..lab.guest("random", &format!("ws=16M period=50 vcpus={vcpus}")) };
+    let spec = Spec { vcpus, ..lab.guest("random", &format!("{append} vcpus={vcpus}")) };
     let mut source = Machine::start(&lab, &spec);
     let mut journey = Journey::from(&source);
     journey.works_on(1);
     let mut first_generation = None;
-    for number in 1..=migrations {
+    for (number, way) in (1..=migrations).zip(ways.iter().cycle()) {
         let (mut there, to) = destination(&lab, &spec, transport);
-        migrate(&mut source, &mut there, &to);
+        // A busy host must not make pre-copy give up.
+        set(&mut source, serde_json::json!({ "downtime-limit": 10_000 }));
+        migrate_as(&mut source, &mut there, &to, *way);
         source.quit();
         journey.goes_to(&there);
         let periods = journey.works_on(1);
-        let now = settled(&there, first_generation);
-        first_generation.get_or_insert(now);
+        // The lanes' sockets stay for the report.
+        let lanes = usize::from(way.channels);
+        let limit = first_generation.map(|first: Holdings| Holdings { files: first.files + lanes, ..first });
+        let now = settled(&there, limit);
+        first_generation.get_or_insert(Holdings { files: now.files - lanes, ..now });
         if number.is_multiple_of(10) {
             println!("{number} migrations, {periods} periods, {now:?}");
         }
@@ -77,6 +104,24 @@ fn a_chain_with_two_vcpus_over_tcp() {
 #[test]
 fn a_chain_with_two_vcpus_over_unix_sockets() {
     chain("a_chain_with_two_vcpus_over_unix_sockets", 2, Transport::Unix);
+}
+
+#[test]
+fn a_chain_of_all_modes_over_tcp() {
+    chain_of("a_chain_of_all_modes_over_tcp", 1, Transport::Tcp, CALM, &ALL_WAYS);
+}
+
+#[test]
+fn a_chain_of_all_modes_with_two_vcpus_over_unix_sockets() {
+    // From the other end, so that a short chain begins with the other half.
+    let ways: Vec<_> = ALL_WAYS.into_iter().rev().collect();
+    chain_of("a_chain_of_all_modes_with_two_vcpus_over_unix_sockets", 2, Transport::Unix, CALM, &ways);
+}
+
+#[test]
+fn a_chain_of_hybrids_of_a_guest_that_never_rests() {
+    let ways = [Way::new("hybrid", 1), Way::new("hybrid", 3), Way::new("hybrid", 2)];
+    chain_of("a_chain_of_hybrids_of_a_guest_that_never_rests", 1, Transport::Tcp, "ws=16M period=50", &ways);
 }
 
 /// One process, many migrations that come to nothing: neither files nor threads gather in it.

@@ -10,6 +10,7 @@ mod foreign;
 mod guests;
 mod impostors;
 mod moments;
+mod precopy;
 mod qmp;
 mod refusing;
 mod running;
