@@ -169,6 +169,8 @@ pub struct Monitor {
 /// How much dearer going on must be than an end that cannot be taken back. On the tuning seeds 1.02 was no better, and 1.08
 /// worse.
 const RELUCTANCE: f64 = 1.0;
+/// By how many guest-seconds post-copy must beat a stop that fits: within the target a stop is the surer end.
+const PREFERENCE: f64 = 2e-3;
 /// A page and what it can grow by in its frame: more than this is no measurement.
 const LARGEST_PAGE: f64 = 2.0 * RAW_PAGE;
 
@@ -229,7 +231,11 @@ impl Monitor {
         let stop = fits.then_some((outlook.stop, Choice::StopAndCopy));
         let known = hybrid && self.curve.is_evident();
         let postcopy = known.then_some((outlook.postcopy, Choice::Postcopy));
-        let cheaper = |one: (f64, Choice), other: (f64, Choice)| if other.0 < one.0 { other } else { one };
+        // What is stopped for is known to the page; what follows a post-copy is a guess.
+        let worth_it = |stop: f64, postcopy: f64| postcopy < stop - PREFERENCE;
+        let cheaper = |stop: (f64, Choice), postcopy: (f64, Choice)| {
+            if worth_it(stop.0, postcopy.0) { postcopy } else { stop }
+        };
         let end = match (stop, postcopy) {
             (Some(stop), Some(postcopy)) if rest => cheaper(stop, postcopy),
             (Some(stop), Some(_)) => stop,

@@ -33,6 +33,8 @@ const LOOK_SHARE: u32 = 20;
 const MEASURE_FOR: Duration = Duration::from_millis(20);
 /// What of a round is measured at its end, where it was shorter than that.
 const LEAST_MEASURED: Duration = Duration::from_millis(1);
+/// Data pages of a round from which on it is measured by itself. Of fewer, what was found is what it takes to begin.
+const LEAST_PAGES: u64 = 256;
 /// The weight of a new measurement of the rate against all before it.
 const NEW_RATE_WEIGHT: f64 = 0.4;
 
@@ -229,6 +231,8 @@ impl Precopy {
         missing.unite(&under_way);
         // Of a page that is under way, or was packed and then not sent, nobody knows which version the destination holds.
         let rest = Rest {
+            // The first round sent all of memory: what is missing after it was written since.
+            written: self.rounds.first_is_over(),
             as_they_are: under_way.words().to_vec(),
             under_way: self.rounds.in_streams(),
             encoders: self.rounds.take_encoders(),
@@ -277,6 +281,10 @@ struct Meter {
     /// Nothing was measured of this round yet. Rounds may differ in what bounds them, link or processor, as their encodings do:
     /// what one measures counts nothing in the next.
     fresh: bool,
+    /// Bytes and data pages handed to the lanes at the last measurement.
+    sent: (u64, u64),
+    /// Bytes of a data page over the last stretches; 0 before anything was measured.
+    page_bytes: f64,
 }
 
 /// A round under way.
@@ -307,7 +315,7 @@ impl<'a> Conductor<'a> {
             throttle,
             pages: machine.ram().pages(),
             start: now,
-            meter: Meter { since: now, busy_ns: 0, taken: 0, rate: 0.0, fresh: true },
+            meter: Meter { since: now, busy_ns: 0, taken: 0, rate: 0.0, fresh: true, sent: (0, 0), page_bytes: 0.0 },
             look_every: LOOK_EVERY,
         }
     }
@@ -351,7 +359,7 @@ impl<'a> Conductor<'a> {
         let (began, count) = (Nanos::now(), pages.count().0);
         let sent_before = self.precopy.rounds.sent();
         let number = self.precopy.rounds.begin(&pages);
-        self.meter.begin(began, sent_before.taken_bytes);
+        self.meter.begin(began, &sent_before);
         let mut book = self.precopy.book();
         let report =
             RoundReport { round: number, start_ns: began.0, end_ns: began.0, pages: count, ..RoundReport::default() };
@@ -364,8 +372,7 @@ impl<'a> Conductor<'a> {
         loop {
             let over = self.precopy.rounds.wait(self.look_every);
             let sent = self.precopy.rounds.sent();
-            let wire = sent.wire_bytes - round.sent_before.wire_bytes;
-            self.meter.measure(Nanos::now(), sent.taken_bytes, wire, over);
+            self.meter.measure(Nanos::now(), &sent, &round.sent_before, over);
             if over && Nanos::now().since(round.began) < nanos(LEAST_ROUND) {
                 std::thread::sleep(LEAST_ROUND);
             }
@@ -436,7 +443,7 @@ impl<'a> Conductor<'a> {
             fresh_pages: count(&fresh),
             fresh_dirty_pages: fresh.intersect_count(&noted).0,
             bytes_per_page: bytes_per_page(&sent, &round.sent_before),
-            bytes_per_data_page: bytes_per_data_page(&sent, &round.sent_before),
+            bytes_per_data_page: self.meter.page_bytes,
             handoff_ns: nanos(HANDOFF_BASE + self.precopy.round_trip * 5 / 2),
         };
         Ok((sample, noted))
@@ -518,13 +525,19 @@ impl<'a> Conductor<'a> {
 }
 
 impl Meter {
-    fn begin(&mut self, now: Nanos, taken: u64) {
-        (self.since, self.busy_ns, self.taken, self.fresh) = (now, 0, taken, true);
+    fn begin(&mut self, now: Nanos, sent: &SentSoFar) {
+        (self.since, self.busy_ns, self.taken, self.fresh) = (now, 0, sent.taken_bytes, true);
+        self.sent = (sent.wire_bytes, sent.data_pages);
     }
 
     /// Within a round, or at its end: the time since the last call was spent sending. Of a round that was too short to be
-    /// acknowledged, what was `sent` counts.
-    fn measure(&mut self, now: Nanos, taken: u64, sent: u64, over: bool) {
+    /// acknowledged, what was sent counts. `round` is what had been sent when it began.
+    fn measure(&mut self, now: Nanos, so_far: &SentSoFar, round: &SentSoFar, over: bool) {
+        let taken = so_far.taken_bytes;
+        let (sent, pages) = (so_far.wire_bytes - round.wire_bytes, so_far.data_pages - round.data_pages);
+        if self.fresh && self.rate > 0.0 && pages < LEAST_PAGES {
+            return;
+        }
         self.busy_ns += now.since(self.since);
         self.since = now;
         let bytes = if over && self.fresh { sent } else { taken.saturating_sub(self.taken) };
@@ -537,6 +550,14 @@ impl Meter {
         let rate = bytes as f64 * 1e9 / self.busy_ns.max(1) as f64;
         (self.busy_ns, self.taken) = (0, taken);
         self.rate = if self.fresh { rate } else { self.rate + NEW_RATE_WEIGHT * (rate - self.rate) };
+        let (bytes, data_pages) = (so_far.wire_bytes - self.sent.0, so_far.data_pages - self.sent.1);
+        self.sent = (so_far.wire_bytes, so_far.data_pages);
+        // Frames of zero pages are a few bytes long, and not counted apart. Of a few pages nothing can be told.
+        if data_pages >= LEAST_PAGES {
+            let page = bytes as f64 / data_pages as f64;
+            let old = if self.fresh || self.page_bytes == 0.0 { page } else { self.page_bytes };
+            self.page_bytes = old + NEW_RATE_WEIGHT * (page - old);
+        }
         self.fresh = false;
     }
 
@@ -552,14 +573,6 @@ fn bytes_per_page(sent: &SentSoFar, before: &SentSoFar) -> f64 {
         return PAGE_SIZE_U64 as f64;
     }
     (sent.wire_bytes - before.wire_bytes) as f64 / pages as f64
-}
-
-/// Frames of zero pages are a few bytes long, and not counted apart.
-fn bytes_per_data_page(sent: &SentSoFar, before: &SentSoFar) -> f64 {
-    match sent.data_pages - before.data_pages {
-        0 => 0.0,
-        pages => (sent.wire_bytes - before.wire_bytes) as f64 / pages as f64,
-    }
 }
 
 fn per_second(count: u64, span_ns: u64) -> u64 {

@@ -54,6 +54,13 @@ impl<'a> Holes<'a> {
         Self { file, pages, known: 0..0, known_is_hole: false }
     }
 
+    /// Of a memfd of which only pages are asked about that were written: nothing is a hole. The kernel is never asked, which
+    /// for a page in the midst of others takes it a look at every page up to the next hole.
+    #[must_use]
+    pub fn none(file: &'a File, pages: PageCount) -> Self {
+        Self { file, pages, known: 0..pages.0, known_is_hole: false }
+    }
+
     /// What was a hole may have been written meanwhile. What was data still is, where nobody punches holes: it need not be
     /// asked for again, which takes the kernel a look at every page up to the next hole.
     pub fn forget_holes(&mut self) {

@@ -252,6 +252,12 @@ impl Rounds {
         self.shared.versions.kept_pages()
     }
 
+    /// Whether all of the first round was given out to the lanes.
+    #[must_use]
+    pub fn first_is_over(&self) -> bool {
+        self.shared.gate().over > 0
+    }
+
     /// Whether a lane has failed, so that nothing can follow in its stream.
     #[must_use]
     pub fn is_broken(&self) -> bool {

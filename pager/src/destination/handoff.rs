@@ -7,7 +7,7 @@
 //! A lane looks at the phase under the lock when it claims a frame's pages, and again when they have landed: a frame of
 //! pre-copy that is still landing at the handoff makes nothing present. The fault thread never takes this lock.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use switchover_wire::types::{PageCount, PageIndex};
@@ -43,6 +43,8 @@ pub struct Stage {
 pub struct Handoff {
     stage: Mutex<Stage>,
     changed: Condvar,
+    /// The handoff has begun: whoever works ahead of it stops at once.
+    begun: AtomicBool,
 }
 
 impl Handoff {
@@ -55,6 +57,11 @@ impl Handoff {
     pub fn wait_until(&self, done: impl Fn(&Stage) -> bool) -> Stage {
         let stage = self.changed.wait_while(self.stage(), |stage| !stage.stopping && !done(stage));
         *stage.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the handoff has begun.
+    pub fn has_begun(&self) -> bool {
+        self.begun.load(Ordering::Acquire)
     }
 
     /// Whether the handoff was made.
@@ -83,6 +90,8 @@ impl Handoff {
 /// See [`super::DestinationPager::hand_over`]. Costs the bitmap's walk and something for each page that must come again;
 /// nothing for those that need not.
 pub fn hand_over(shared: &Shared, missing: &[u64]) -> Result<(), DestinationPagerError> {
+    // The guest stands still: the mapper must neither take the lock again, nor a processor.
+    shared.handoff.begun.store(true, Ordering::Release);
     // First this one: the mapper must not map what is about to be forgotten.
     let mapped = shared.ahead.hold();
     let mut stage = shared.handoff.stage();

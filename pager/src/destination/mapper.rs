@@ -11,6 +11,7 @@ use switchover_wire::types::{PageCount, PageIndex};
 
 use super::Shared;
 use super::handoff::Phase;
+use crate::cpu;
 use crate::runs::runs;
 use crate::uffd::WatchError;
 
@@ -89,6 +90,8 @@ impl Held<'_> {
 /// # Errors
 /// When a page cannot be mapped.
 pub fn run(shared: &Shared) -> Result<(), WatchError> {
+    // What it does is worth something only where nobody needs the processor more, least of all a vCPU.
+    cpu::yield_to_others();
     let mut seen = 0;
     loop {
         let stage = shared
@@ -116,6 +119,9 @@ fn map_cold(shared: &Shared, round: u32) -> Result<(), WatchError> {
         if word.load(Ordering::Relaxed) == u64::MAX {
             continue;
         }
+        if shared.handoff.has_begun() {
+            return Ok(());
+        }
         let _held = shared.ahead.hold();
         {
             let stage = shared.handoff.stage();
@@ -124,8 +130,7 @@ fn map_cold(shared: &Shared, round: u32) -> Result<(), WatchError> {
             }
         }
         let is_cold = |page: u64| {
-            shared.ahead.round_of(page).saturating_add(COLD_ROUNDS) < round
-                && shared.states.is_resident(PageIndex(page))
+            shared.ahead.round_of(page).saturating_add(COLD_ROUNDS) < round && may_be_mapped(shared, PageIndex(page))
         };
         let cold = (first..pages.min(first + 64))
             .filter(|page| is_cold(*page))

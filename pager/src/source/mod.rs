@@ -46,6 +46,7 @@ struct Shared {
     queue: PushQueue,
     pacer: Pacer,
     encoders: Mutex<Vec<(LaneId, Box<dyn ChunkEncoder>)>>,
+    written: AtomicBool,
     as_they_are: OnceLock<Vec<u64>>,
     /// Set while guest memory is paused, and may be read.
     serving: AtomicBool,
@@ -97,6 +98,8 @@ pub trait ChunkEncoder: Send {
 pub struct Rest {
     /// The pages that it lacks, a bit each, in words of 64.
     pub missing: Vec<u64>,
+    /// All of them were written once: there is no need to look for holes among them.
+    pub written: bool,
     /// Those of them of which it may hold another version than the encoders think: they go as they are.
     pub as_they_are: Vec<u64>,
     /// Those of them of which a lane's stream still holds an older version: only that lane sends them again, so that the old
@@ -144,6 +147,7 @@ impl SourcePager {
             queue: PushQueue::new(pages),
             pacer: Pacer::new(max_bandwidth),
             encoders: Mutex::default(),
+            written: AtomicBool::new(false),
             as_they_are: OnceLock::new(),
             serving: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
@@ -174,12 +178,14 @@ impl SourcePager {
             let id = lane.id;
             let result = cpu.measure(|| match id.role {
                 LaneRole::Bulk => {
+                    // Made before it is needed: then the guest stands still.
+                    let pusher = Pusher::new(lane, &shared).map_err(|error| error.to_string())?;
                     // The channel never carries anything: it ends when serving starts, or with the pager.
                     let _ = started.recv();
                     if !shared.serving.load(Ordering::Acquire) {
                         return Ok(());
                     }
-                    Pusher::new(lane, &shared).and_then(Pusher::run).map_err(|error| error.to_string())
+                    pusher.run().map_err(|error| error.to_string())
                 }
                 _ => FaultServer::new(lane, &shared).and_then(FaultServer::run).map_err(|error| error.to_string()),
             });
@@ -205,7 +211,8 @@ impl SourcePager {
     /// The guest is paused, and its memory will not change until this pager is stopped: serve requests, and push
     /// `first`, the most urgent first. Of the rest, no more is pushed before [`start_sweep`](Self::start_sweep).
     pub fn start_serving(&mut self, first: &[PageIndex], rest: Rest) {
-        let Rest { missing, as_they_are, under_way, encoders } = rest;
+        let Rest { missing, written, as_they_are, under_way, encoders } = rest;
+        self.shared.written.store(written, Ordering::Release);
         self.shared.sent.leave_only(&missing);
         for UnderWay { lane, chunks } in under_way {
             let chunks = chunks.into_iter().map(|(chunk, mask)| (chunk, self.shared.sent.claim(chunk, mask)));

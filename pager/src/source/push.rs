@@ -44,16 +44,13 @@ pub struct Pusher {
 }
 
 impl Pusher {
-    /// A pusher for `lane`, with the encoder that it was given.
+    /// A pusher for `lane`.
     ///
     /// # Errors
     /// When there is no ring for it.
     pub(super) fn new(lane: PageLane, shared: &Arc<Shared>) -> Result<Self, PushError> {
-        let mut encoders = shared.encoders.lock().unwrap_or_else(PoisonError::into_inner);
-        let own = encoders.iter().position(|(id, _)| *id == lane.id);
-        let encoder = own.map(|index| encoders.swap_remove(index).1);
         let ring = Ring::new(RING_ENTRIES)?;
-        Ok(Self { lane, shared: Arc::clone(shared), ring, encoder, pushed: 0, sweep_closed: true })
+        Ok(Self { lane, shared: Arc::clone(shared), ring, encoder: None, pushed: 0, sweep_closed: true })
     }
 
     /// Pushes until nothing is left, and says so on the lane.
@@ -62,7 +59,10 @@ impl Pusher {
     /// When the lane fails or the pager is stopped.
     pub fn run(mut self) -> Result<(), PushError> {
         let shared = Arc::clone(&self.shared);
-        let mut holes = Holes::new(shared.ram.file(), shared.ram.pages());
+        self.take_encoder();
+        let (file, pages) = (shared.ram.file(), shared.ram.pages());
+        let written = shared.written.load(Ordering::Acquire);
+        let mut holes = if written { Holes::none(file, pages) } else { Holes::new(file, pages) };
         let mut span = 0..0;
         loop {
             if shared.stopping.load(Ordering::Acquire) {
@@ -108,6 +108,13 @@ impl Pusher {
             }
         }
         self.send(&BulkFrame::End { pages: self.pushed })
+    }
+
+    /// The encoder that this lane was given, if any.
+    fn take_encoder(&mut self) {
+        let mut encoders = self.shared.encoders.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = encoders.iter().position(|(id, _)| *id == self.lane.id);
+        self.encoder = own.map(|index| encoders.swap_remove(index).1);
     }
 
     /// Where whole chunks from `chunk` on were never touched, and never sent, says so in one frame. Returns how
