@@ -415,9 +415,13 @@ impl Shared {
         let mut waiting = VecDeque::new();
         let mut left_paused = None;
         loop {
-            let event = waiting.pop_front().unwrap_or_else(|| {
+            let mut event = waiting.pop_front().unwrap_or_else(|| {
                 next_event(events, &mut session.patience, rank, &mut waiting).unwrap_or(SourceEvent::HandoffTimedOut)
             });
+            // The commit must not go out over lanes that are being shut down: then nobody would have the guest.
+            if event == SourceEvent::Restored && self.session().may_commit() && !self.watchdog.disarm() {
+                event = SourceEvent::HandoffTimedOut;
+            }
             let actions = {
                 let mut phase = self.session();
                 let (next, actions) = std::mem::replace(&mut *phase, SourceSession::Over).on(event);
@@ -468,7 +472,6 @@ impl Shared {
             }
             SourceAction::SendCommit => {
                 session.patience = Patience::endless();
-                self.watchdog.disarm();
                 self.recorder.write(|record| record.instants.commit_ns = Some(Nanos::now().0));
                 if let Err(error) = session.send(&ControlMessage::Commit) {
                     return Some(SourceEvent::Lost(error.to_string()));
@@ -493,7 +496,7 @@ impl Shared {
                 if let Some(pager) = self.pager().as_mut() {
                     pager.stop();
                 }
-                self.watchdog.disarm();
+                let _ = self.watchdog.disarm();
                 self.lanes.shut_down();
             }
             // The caller's: they decide how it ends.

@@ -397,16 +397,16 @@ impl<'a> Conductor<'a> {
         }
     }
 
-    /// Whether the second round, so far, is to show what differences save: most of the rest has a version to differ from, and
-    /// finding out takes two looks.
+    /// Whether the second round is still to show what differences save, which takes two looks: versions are kept of most of
+    /// what was sent, so that whatever is sent again may be far smaller than it was.
     fn may_differ(&self, sample: &Sample) -> bool {
-        let rest = sample.left_pages + sample.dirty_pages + sample.unacknowledged_pages;
+        let sent = self.precopy.rounds.sent().data_pages;
         let untried = match sample.round {
-            1 => sample.round_over,
+            1 => true,
             2 => sample.round_ns < 2 * nanos(LOOK_EVERY) && !sample.round_over,
             _ => false,
         };
-        untried && sample.at_ns < nanos(self.settings.limits.time_budget) && self.precopy.rounds.kept_pages() > rest / 2
+        untried && sample.at_ns < nanos(self.settings.limits.time_budget) && self.precopy.rounds.kept_pages() > sent / 2
     }
 
     fn take_up_tunables(&mut self) {

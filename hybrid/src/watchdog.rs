@@ -4,7 +4,7 @@
 //! that must not be: the watchdog shuts all lanes down when its deadline passes, and whoever was sending gets an error.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
 
@@ -16,6 +16,8 @@ use crate::lanes::Lanes;
 #[derive(Debug)]
 pub struct Watchdog {
     orders: Sender<Order>,
+    /// When it will shut the lanes down. Taken by whoever is first: it, or whoever calls it off.
+    armed: Arc<Mutex<Option<Instant>>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -32,18 +34,27 @@ impl Watchdog {
     /// When no thread can be started.
     pub fn start(lanes: Arc<Lanes>) -> io::Result<Self> {
         let (orders, receiver) = unbounded();
-        thread::Builder::new().name("watchdog".to_owned()).spawn(move || watch(&receiver, &lanes))?;
-        Ok(Self { orders })
+        let armed = Arc::new(Mutex::new(None));
+        let watched = Arc::clone(&armed);
+        thread::Builder::new().name("watchdog".to_owned()).spawn(move || watch(&receiver, &lanes, &watched))?;
+        Ok(Self { orders, armed })
     }
 
     /// Shuts the lanes down at `deadline`, in place of an earlier one.
     pub fn arm(&self, deadline: Instant) {
+        *self.armed() = Some(deadline);
         self.order(Order::ShutDownAt(deadline));
     }
 
-    /// Lets the lanes be.
-    pub fn disarm(&self) {
+    /// Lets the lanes be. `false` when it comes too late, and they are shut down, or will be in a moment.
+    pub fn disarm(&self) -> bool {
+        let in_time = self.armed().take().is_some();
         self.order(Order::LetBe);
+        in_time
+    }
+
+    fn armed(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.armed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The session is over.
@@ -57,7 +68,7 @@ impl Watchdog {
     }
 }
 
-fn watch(orders: &Receiver<Order>, lanes: &Lanes) {
+fn watch(orders: &Receiver<Order>, lanes: &Lanes, shared: &Mutex<Option<Instant>>) {
     let mut armed: Option<Instant> = None;
     loop {
         let next = match armed {
@@ -69,8 +80,11 @@ fn watch(orders: &Receiver<Order>, lanes: &Lanes) {
             Ok(Order::LetBe) => armed = None,
             Ok(Order::End) | Err(true) => return,
             Err(false) => {
-                tracing::warn!("the destination does not read: the lanes are shut down");
-                lanes.shut_down();
+                let due = |deadline: &mut Instant| *deadline <= Instant::now();
+                if shared.lock().unwrap_or_else(PoisonError::into_inner).take_if(due).is_some() {
+                    tracing::warn!("the destination does not read: the lanes are shut down");
+                    lanes.shut_down();
+                }
                 armed = None;
             }
         }
@@ -99,6 +113,7 @@ mod tests {
         watchdog.arm(Instant::now() + Duration::from_millis(20));
         let much = vec![0; 64 << 20];
         assert!(Ring::new(2).unwrap().send_all(ours.as_fd(), &[IoSlice::new(&much)]).is_err());
+        assert!(!watchdog.disarm(), "it is too late to call it off");
     }
 
     #[test]
@@ -109,7 +124,7 @@ mod tests {
         lanes.add(LaneId { role: LaneRole::Control, index: 0 }, Arc::clone(&ours));
         let watchdog = Watchdog::start(lanes).unwrap();
         watchdog.arm(Instant::now() + Duration::from_secs(3600));
-        watchdog.disarm();
+        assert!(watchdog.disarm());
         drop(watchdog);
         assert!(Ring::new(2).unwrap().send_all(ours.as_fd(), &[IoSlice::new(b"still open")]).is_ok());
         drop(theirs);

@@ -181,6 +181,12 @@ impl SourceSession {
         Self::Setup(Setup { plan, start_at_once: false })
     }
 
+    /// Whether the next [`SourceEvent::Restored`] leads to the commit.
+    #[must_use]
+    pub const fn may_commit(&self) -> bool {
+        matches!(self, Self::Handoff(Handoff::Paused { .. }))
+    }
+
     /// Whether it waits for [`SourceEvent::Proceed`].
     #[must_use]
     pub const fn is_held(&self) -> bool {

@@ -82,7 +82,7 @@ pub fn main(args: &BenchArgs) -> Result<(), Failure> {
     write(&report, &aggregates, &plan.out)?;
     if let Some(path) = &plan.trace {
         match traced(&aggregates) {
-            Some(run) if trace::write_trace(run, path).map_err(Failure::failed)? => {}
+            Some(run) if trace::write_trace(&report.settings.guest, run, path).map_err(Failure::failed)? => {}
             _ => say(format_args!("no run tells of its pre-copy: {} is not written", path.display())),
         }
     }
