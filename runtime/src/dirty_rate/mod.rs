@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Both need the machine's book of written pages to themselves ([`book`]); a migration needs it too, and goes first: it
-//! interrupts a measurement. Sampling ([`sampling`]) needs no book, and slows no guest down.
+//! interrupts a measurement. Sampling needs no book, and slows no guest down.
 
 pub mod book;
 pub mod limit;

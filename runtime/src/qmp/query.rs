@@ -125,7 +125,6 @@ mod tests {
             dirty_pages_per_second: 70,
             expected_downtime_ns: Some(8_900_000),
             throttle_percent: 30,
-            ..Progress::default()
         };
         MigrationView { progress, listening_at: None }
     }

@@ -286,10 +286,14 @@ mod tests {
             (1..=1000 - first)
                 .prop_map(move |count| BulkFrame::Zeros { first: PageIndex(first), count: PageCount(count) })
         });
-        let packed =
-            (0..15_u64, 1..u64::MAX, any::<u64>(), 64..PACKED_LIMIT as u32).prop_map(|(index, data, zero, payload)| {
-                BulkFrame::Packed { first: PageIndex(index * CHUNK_PAGES), data, zero: zero & !data, payload }
-            });
+        let packed = (0..15_u64, 1..u64::MAX, any::<u64>(), 64..u32::try_from(PACKED_LIMIT).unwrap()).prop_map(
+            |(index, data, zero, payload)| BulkFrame::Packed {
+                first: PageIndex(index * CHUNK_PAGES),
+                data,
+                zero: zero & !data,
+                payload,
+            },
+        );
         prop_oneof![
             chunk,
             zeros,
@@ -400,7 +404,7 @@ mod tests {
         let mut flagged = chunk(0, 1, 0).encode(plain);
         flagged[2] = 4;
         assert_eq!(BulkFrame::decode(&flagged, RAM).unwrap_err().field, "flags");
-        for (data, payload) in [(0, 1), (3, 1), (1, PACKED_LIMIT as u32 + 1)] {
+        for (data, payload) in [(0, 1), (3, 1), (1, u32::try_from(PACKED_LIMIT).unwrap() + 1)] {
             let packed = BulkFrame::Packed { first: PageIndex(0), data, zero: 4, payload }.encode(plain);
             assert_eq!(BulkFrame::decode(&packed, RAM).unwrap_err().field, "payload length");
         }
