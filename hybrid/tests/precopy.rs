@@ -99,7 +99,8 @@ fn a_quiet_guest_converges_and_runs_when_all_of_it_is_there() {
     if !userfaultfd_or_skip("a_quiet_guest_converges_and_runs_when_all_of_it_is_there") {
         return;
     }
-    for (mode, lanes) in [(Mode::Precopy, 1), (Mode::Precopy, 3), (Mode::Hybrid, 2)] {
+    // What the hybrid would choose depends on how fast this host is.
+    for (mode, lanes) in [(Mode::Precopy, 1), (Mode::Precopy, 3)] {
         let pair = pair();
         // A guest that writes nothing any more, and limits that even a busy host keeps to: what is tested is how it ends.
         pair.from.freeze();
