@@ -242,13 +242,15 @@ impl Watch {
     }
 
     /// Ends the watch: nobody can fault any more, and what is not mapped is simply what the file holds. Only for
-    /// RAM that is complete.
+    /// RAM that is complete. Safe to repeat.
     ///
     /// # Errors
     /// When the kernel refuses; the watch then goes on.
     pub fn unregister(&self) -> Result<(), WatchError> {
         // Told first: whoever is about to map a page of complete memory must know why the kernel refuses.
-        self.registered.store(false, Ordering::Release);
+        if !self.registered.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
         self.uffd.unregister(self.ram.guest_base().cast::<c_void>(), self.ram.len_bytes()).map_err(|error| {
             self.registered.store(true, Ordering::Release);
             WatchError::Unregister(error)
@@ -454,6 +456,7 @@ mod tests {
     fn a_page_that_is_mapped_when_the_watch_has_ended_is_no_failure() {
         let Some(watch) = watch("a_page_that_is_mapped_when_the_watch_has_ended_is_no_failure", 2) else { return };
         watch.ram().populate().unwrap();
+        watch.unregister().unwrap();
         watch.unregister().unwrap();
         watch.map(PageIndex(0), PageCount(2), true).unwrap();
         watch.map_zero(PageIndex(1), PageCount(1)).unwrap();

@@ -422,9 +422,7 @@ impl DestinationPager {
         if missing > 0 {
             return Err(DestinationPagerError::Incomplete { missing });
         }
-        if self.shared.watch.is_registered() {
-            self.shared.watch.unregister()?;
-        }
+        self.shared.watch.unregister()?;
         self.end_threads();
         Ok(())
     }
@@ -433,9 +431,7 @@ impl DestinationPager {
     pub fn abandon(mut self) {
         self.end_threads();
         // Nobody runs on this memory, so nobody can be fed zeros; without this the descriptor would stay for ever.
-        if self.shared.watch.is_registered()
-            && let Err(error) = self.shared.watch.unregister()
-        {
+        if let Err(error) = self.shared.watch.unregister() {
             tracing::warn!(%error, "userfaultfd stays registered");
         }
     }
