@@ -18,6 +18,11 @@ pub fn runs(mask: u64) -> impl Iterator<Item = (u32, u32)> {
     })
 }
 
+/// The ones in `mask`, lowest first.
+pub fn bits(mask: u64) -> impl Iterator<Item = u32> {
+    runs(mask).flat_map(|(first, count)| first..first + count)
+}
+
 /// The lowest ones of `mask`, `most` of them at most.
 pub fn lowest(mask: u64, most: u32) -> u64 {
     if mask.count_ones() <= most {

@@ -16,7 +16,7 @@ use thiserror::Error;
 use super::Shared;
 use super::handoff::Phase;
 use crate::lane::{PageLane, PagerEvent};
-use crate::runs::{CHUNK_LEN, runs};
+use crate::runs::{CHUNK_LEN, bits, runs};
 use crate::state::{Arrival, Claim, LaneTag};
 use crate::stats::RateSeries;
 use crate::uffd::WatchError;
@@ -419,10 +419,6 @@ fn check_nothing_forgotten(shared: &Shared, lane: LaneId) {
         let reason = format!("the source says that it has pushed everything, but {page} never came");
         (shared.notify)(PagerEvent::LaneFailed { lane, reason });
     }
-}
-
-fn bits(mask: u64) -> impl Iterator<Item = u32> {
-    runs(mask).flat_map(|(first, count)| first..first + count)
 }
 
 fn page_at(first: PageIndex, bit: u32) -> PageIndex {

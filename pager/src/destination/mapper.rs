@@ -12,7 +12,7 @@ use switchover_wire::types::{PageCount, PageIndex};
 use super::Shared;
 use super::handoff::Phase;
 use crate::cpu;
-use crate::runs::runs;
+use crate::runs::{bits, runs};
 use crate::uffd::WatchError;
 
 /// How many rounds a page must stay as it is to be mapped ahead. Unmapping one that was mapped too early costs the blackout
@@ -151,11 +151,12 @@ fn map_the_rest(shared: &Shared) -> Result<(), WatchError> {
         if shared.handoff.stage().stopping || !shared.watch.is_registered() {
             return Ok(());
         }
-        let left = (shared.states.pages().0 - first).min(64);
         let here = here.load(Ordering::Relaxed) & !mapped.load(Ordering::Relaxed);
-        let pages = (0..left).filter(|bit| here >> bit & 1 == 1);
-        let here =
-            pages.filter(|bit| may_be_mapped(shared, PageIndex(first + bit))).fold(0, |mask, bit| mask | 1 << bit);
+        let may_be = |bit: &u32| {
+            let page = first + u64::from(*bit);
+            page < shared.states.pages().0 && may_be_mapped(shared, PageIndex(page))
+        };
+        let here = bits(here).filter(may_be).fold(0, |mask, bit| mask | 1 << bit);
         for (bit, count) in runs(here) {
             shared.watch.map(PageIndex(first + u64::from(bit)), PageCount(u64::from(count)), true)?;
         }

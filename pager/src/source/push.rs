@@ -14,7 +14,7 @@ use thiserror::Error;
 use super::queue::Next;
 use super::{ChunkEncoder, Shared};
 use crate::lane::PageLane;
-use crate::runs::{CHUNK_LEN, lowest, runs};
+use crate::runs::{CHUNK_LEN, bits, lowest, runs};
 use crate::sent::ChunkIndex;
 use crate::zero::{Holes, is_zero};
 
@@ -163,12 +163,10 @@ impl Pusher {
             return Ok(());
         }
         let mut zero = 0;
-        for (first, count) in runs(claimed) {
-            for bit in first..first + count {
-                let page = PageIndex(chunk.first().0 + u64::from(bit));
-                if holes.run_from(page).0 > 0 || is_zero(bytes_of(&self.shared, page, 1)) {
-                    zero |= 1 << bit;
-                }
+        for bit in bits(claimed) {
+            let page = PageIndex(chunk.first().0 + u64::from(bit));
+            if holes.run_from(page).0 > 0 || is_zero(bytes_of(&self.shared, page, 1)) {
+                zero |= 1 << bit;
             }
         }
         let data = claimed & !zero;

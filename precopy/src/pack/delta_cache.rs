@@ -5,6 +5,7 @@ use std::ops::Bound::{Excluded, Unbounded};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use switchover_pager::runs;
 use switchover_wire::encoding::Page;
 use switchover_wire::frame::bulk::CHUNK_PAGES;
 use switchover_wire::types::{PAGE_SIZE_U64, PageIndex};
@@ -181,13 +182,9 @@ impl Shard {
     }
 }
 
-/// The places of a mask's bits.
-pub(super) fn bits(mut mask: u64) -> impl Iterator<Item = usize> {
-    std::iter::from_fn(move || {
-        let bit = mask.trailing_zeros();
-        mask &= mask.wrapping_sub(1);
-        (u64::from(bit) < CHUNK_PAGES).then_some(bit as usize)
-    })
+/// The places of a mask's bits, as indices.
+pub(super) fn bits(mask: u64) -> impl Iterator<Item = usize> {
+    runs::bits(mask).map(|bit| bit as usize)
 }
 
 #[cfg(test)]

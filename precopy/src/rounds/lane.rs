@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use switchover_pager::lane::PageLane;
-use switchover_pager::runs::{lowest, runs};
+use switchover_pager::runs::{bits, lowest};
 use switchover_pager::sent::ChunkIndex;
 use switchover_pager::zero::Holes;
 use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, FrameFlags};
@@ -157,12 +157,10 @@ impl LaneSender {
     /// Sends the pages of `mask`, in as many frames as their length calls for.
     fn send_chunk(&mut self, chunk: ChunkIndex, mask: u64, last: bool, holes: &mut Holes<'_>) -> Result<(), LaneError> {
         let mut zero = 0;
-        for (first, count) in runs(mask) {
-            for bit in first..first + count {
-                let page = PageIndex(chunk.first().0 + u64::from(bit));
-                if holes.run_from(page).0 > 0 || live::is_zero(&self.shared.ram, page) {
-                    zero |= 1 << bit;
-                }
+        for bit in bits(mask) {
+            let page = PageIndex(chunk.first().0 + u64::from(bit));
+            if holes.run_from(page).0 > 0 || live::is_zero(&self.shared.ram, page) {
+                zero |= 1 << bit;
             }
         }
         let mut data = mask & !zero;
