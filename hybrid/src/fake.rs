@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use switchover_pager::ram::{Ram, RamError};
-use switchover_precopy::bitmap::PageBitmap;
+use switchover_precopy::bitmap::{AtomicPageBitmap, PageBitmap};
 use switchover_precopy::dirty::{DirtyLog, DirtyLogError};
 use switchover_wire::clock::Nanos;
 use switchover_wire::description::{MachineDescription, RamRegion};
@@ -31,10 +31,10 @@ pub struct FakeMachine {
     dirty: Arc<FakeDirtyLog>,
 }
 
-/// A book of written pages that the "guest" itself keeps, before each write.
+/// A book of written pages that the "guest" itself keeps, after each write.
 #[derive(Debug)]
 pub struct FakeDirtyLog {
-    words: Vec<AtomicU64>,
+    noted: AtomicPageBitmap,
     kept: AtomicBool,
 }
 
@@ -42,37 +42,31 @@ impl FakeDirtyLog {
     /// A book for RAM of this size, closed.
     #[must_use]
     pub fn new(pages: PageCount) -> Self {
-        Self { words: (0..pages.0.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(), kept: AtomicBool::new(false) }
+        Self { noted: AtomicPageBitmap::new(pages), kept: AtomicBool::new(false) }
     }
 
     /// `page` has just been written. After the write: a reader that rearms between the two would otherwise miss it.
     pub fn note(&self, page: PageIndex) {
-        if self.kept.load(Ordering::SeqCst)
-            && let Some(word) = usize::try_from(page.0 / 64).ok().and_then(|index| self.words.get(index))
-        {
-            word.fetch_or(1 << (page.0 % 64), Ordering::SeqCst);
+        if self.kept.load(Ordering::SeqCst) {
+            self.noted.insert(page);
         }
     }
 }
 
 impl DirtyLog for FakeDirtyLog {
     fn start(&self) -> Result<(), DirtyLogError> {
-        self.words.iter().for_each(|word| word.store(u64::MAX, Ordering::SeqCst));
+        self.noted.unite(&PageBitmap::full(self.noted.pages()));
         self.kept.store(true, Ordering::SeqCst);
         Ok(())
     }
 
     fn peek(&self, noted: &mut PageBitmap) -> Result<(), DirtyLogError> {
-        let words: Vec<u64> = self.words.iter().map(|word| word.load(Ordering::SeqCst)).collect();
-        noted.unite(&PageBitmap::from_words(&words, noted.pages()));
+        noted.unite(&self.noted.snapshot());
         Ok(())
     }
 
     fn rearm(&self, first: PageIndex, words: &[u64]) -> Result<(), DirtyLogError> {
-        let start = usize::try_from(first.0 / 64).unwrap_or(usize::MAX);
-        for (own, cleared) in self.words.iter().skip(start).zip(words) {
-            own.fetch_and(!cleared, Ordering::SeqCst);
-        }
+        self.noted.remove_words(first, words);
         Ok(())
     }
 

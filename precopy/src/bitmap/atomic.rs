@@ -10,7 +10,7 @@ use super::{PageBitmap, bits_of};
 ///
 /// Each word changes in one step, so that a page put in once is taken out once, whoever asks. Whoever takes a page sees
 /// everything that was done before it was put in.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct AtomicPageBitmap {
     words: Box<[AtomicU64]>,
     pages: PageCount,
@@ -45,6 +45,20 @@ impl AtomicPageBitmap {
     /// Takes those pages of the word at `index` out that `bits` says. Returns which of them were in the set.
     pub fn remove_word(&self, index: usize, bits: u64) -> u64 {
         self.words.get(index).map_or(0, |word| bits & word.fetch_and(!bits, Ordering::AcqRel))
+    }
+
+    /// Adds a page, if RAM has it; says whether it is new to the set. Always in one step that also writes, so that whoever takes
+    /// the page sees what was done before, even where it was in the set already.
+    pub fn insert(&self, page: PageIndex) -> bool {
+        usize::try_from(page.0 / 64).is_ok_and(|index| self.insert_word(index, 1 << (page.0 % 64)) != 0)
+    }
+
+    /// Takes the pages with a bit in `words` out; the first bit is page `first`, a multiple of 64.
+    pub fn remove_words(&self, first: PageIndex, words: &[u64]) {
+        let Ok(start) = usize::try_from(first.0 / 64) else { return };
+        for (index, bits) in (start..).zip(words).filter(|(_, bits)| **bits != 0) {
+            self.remove_word(index, *bits);
+        }
     }
 
     /// Takes all pages of the word at `index` out, and returns them.
@@ -151,6 +165,17 @@ mod tests {
             prop_assert!((0..500).all(|page| set.contains(PageIndex(page)) == tree.contains(&page)));
             prop_assert_eq!(set.count().0, tree.len() as u64);
         }
+    }
+
+    #[test]
+    fn pages_go_in_one_by_one_and_out_by_words() {
+        let set = AtomicPageBitmap::new(PageCount(130));
+        assert!(set.insert(PageIndex(64)) && set.insert(PageIndex(129)) && set.insert(PageIndex(3)));
+        assert!(!set.insert(PageIndex(64)) && !set.insert(PageIndex(130)) && !set.insert(PageIndex(u64::MAX)));
+        set.remove_words(PageIndex(64), &[1, 0b101, u64::MAX]);
+        assert_eq!(set.snapshot().words(), [0b1000, 0, 0b10]);
+        set.remove_words(PageIndex(64), &[0, u64::MAX, 1]);
+        assert_eq!(set.count(), PageCount(1));
     }
 
     #[test]

@@ -1,9 +1,8 @@
 //! What this process itself writes to guest memory, one bit a page.
 
-use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
+use switchover_precopy::bitmap::{AtomicPageBitmap, PageBitmap};
 use switchover_wire::types::{PAGE_SIZE, PageCount, PageIndex};
 use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
 
@@ -12,57 +11,41 @@ use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
 /// A writer sets the bit *after* it has written, always with a read-modify-write: the reader either finds the bit, or has
 /// cleared it before and the bit stays for the next time. To look first whether the bit is set, and leave it so, would
 /// lose writes: the reader could clear it in between and read the page before the write can be seen.
-#[derive(Default)]
+#[derive(Default, Debug)]
 pub struct Book {
-    words: Box<[AtomicU64]>,
+    noted: AtomicPageBitmap,
 }
 
 impl Book {
     /// With no page noted.
     #[must_use]
     pub fn new(pages: PageCount) -> Self {
-        let words = usize::try_from(pages.0.div_ceil(64)).unwrap_or(usize::MAX);
-        Self { words: (0..words).map(|_| AtomicU64::new(0)).collect() }
+        Self { noted: AtomicPageBitmap::new(pages) }
     }
 
     /// Notes every page.
     pub fn note_all(&self) {
-        for word in &self.words {
-            word.store(u64::MAX, Ordering::Release);
-        }
+        self.noted.unite(&PageBitmap::full(self.noted.pages()));
     }
 
-    /// Notes pages one by one.
+    /// Notes a page.
     pub fn note(&self, page: PageIndex) {
-        let word = usize::try_from(page.0 / 64).ok().and_then(|word| self.words.get(word));
-        if let Some(word) = word {
-            word.fetch_or(1 << (page.0 % 64), Ordering::AcqRel);
-        }
+        self.noted.insert(page);
     }
 
-    /// Adds the noted pages to `words`, bit `i % 64` of word `i / 64` being page `i`.
-    pub fn add_to(&self, words: &mut [u64]) {
-        for (to, own) in words.iter_mut().zip(&self.words) {
-            *to |= own.load(Ordering::Acquire);
-        }
+    /// The noted pages.
+    #[must_use]
+    pub fn noted(&self) -> PageBitmap {
+        self.noted.snapshot()
     }
 
     /// Takes the pages with a bit in `words` out; the first bit is page `first`, a multiple of 64.
     pub fn clear(&self, first: PageIndex, words: &[u64]) {
-        let own = usize::try_from(first.0 / 64).ok().and_then(|first| self.words.get(first..)).unwrap_or_default();
-        for (own, clear) in own.iter().zip(words).filter(|(_, clear)| **clear != 0) {
-            own.fetch_and(!clear, Ordering::AcqRel);
-        }
+        self.noted.remove_words(first, words);
     }
 
     fn holds(&self, page: usize) -> bool {
-        self.words.get(page / 64).is_some_and(|word| word.load(Ordering::Acquire) >> (page % 64) & 1 == 1)
-    }
-}
-
-impl fmt::Debug for Book {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Book").field("words", &self.words.len()).finish()
+        self.noted.contains(PageIndex(page as u64))
     }
 }
 
@@ -117,9 +100,7 @@ mod tests {
     use super::*;
 
     fn noted(book: &Book) -> Vec<u64> {
-        let mut words = vec![0; book.words.len()];
-        book.add_to(&mut words);
-        words
+        book.noted().words().to_vec()
     }
 
     #[test]

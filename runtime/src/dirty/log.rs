@@ -70,8 +70,7 @@ impl DirtyLog for BitmapLog {
     fn peek(&self, noted: &mut PageBitmap) -> Result<(), DirtyLogError> {
         self.check_started("read the dirty log")?;
         let pages = self.memory.ram().pages();
-        let mut words = vec![0; usize::try_from(pages.0.div_ceil(64)).unwrap_or(usize::MAX)];
-        self.memory.book().add_to(&mut words);
+        let mut words = self.memory.book().noted().words().to_vec();
         for span in self.memory.spans() {
             let failed = |error| DirtyLogError::new(format!("read the dirty log of slot {}", span.slot), error);
             let bytes = usize::try_from(span.pages).unwrap_or(usize::MAX).saturating_mul(PAGE_SIZE);

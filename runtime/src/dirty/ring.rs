@@ -249,10 +249,7 @@ impl DirtyLog for RingLog {
         self.check_started("read the dirty rings")?;
         // A vCPU that has left the guest has pushed everything that it wrote.
         self.harvest(&mut lock(&self.rings))?;
-        let pages = self.memory.ram().pages();
-        let mut words = vec![0; usize::try_from(pages.0.div_ceil(64)).unwrap_or(usize::MAX)];
-        self.memory.book().add_to(&mut words);
-        noted.unite(&PageBitmap::from_words(&words, pages));
+        noted.unite(&self.memory.book().noted());
         Ok(())
     }
 
