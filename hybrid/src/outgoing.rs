@@ -10,7 +10,6 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use switchover_pager::cpu::CpuMeter;
 use switchover_pager::lane::{Notify, PageLane, PagerEvent};
 use switchover_pager::source::{Rest, SourcePager, SourceProgress};
-use switchover_precopy::bitmap::PageBitmap;
 use switchover_precopy::rounds::{Rounds, RoundsSettings};
 use switchover_wire::address::Address;
 use switchover_wire::clock::{HostClock, Nanos};
@@ -344,8 +343,7 @@ impl Shared {
             let log = self.machine.dirty_log();
             let rounds = Rounds::start(&self.machine.ram(), log, &bulk, rounds, &notify);
             let rounds = rounds.map_err(|error| error.to_string())?;
-            let precopy = Precopy::new(rounds, &*self.machine, &self.settings, round_trip);
-            precopy.set_tunables(*tunables);
+            let precopy = Precopy::new(rounds, &*self.machine, *tunables, round_trip);
             *self.precopy() = Some(Arc::new(precopy));
         }
         let pager = SourcePager::start(self.machine.ram(), page_lanes, tunables.bandwidth.postcopy, &notify)
@@ -464,7 +462,7 @@ impl Shared {
                     pager.start_sweep();
                 }
             }
-            SourceAction::SendState(_) => return Some(self.send_state(session)),
+            SourceAction::SendState => return Some(self.send_state(session)),
             SourceAction::SurrenderRightToRun => self.machine.surrender_right_to_run(),
             SourceAction::TakeBackRightToRun => {
                 tracing::warn!("the destination refused the guest for good: it goes on here");
@@ -550,19 +548,13 @@ impl Shared {
     /// Tells the destination what it lacks, and serves it.
     fn serve_pages(&self, session: &Session, ending: Ending) -> Result<(), String> {
         let pages = self.machine.ram().pages();
-        let precopy = self.precopy().clone();
-        let (missing, rest) = match &precopy {
+        let rest = match self.precopy().as_ref() {
             Some(precopy) => precopy.missing(pages).map_err(|error| error.to_string())?,
-            None => {
-                let all = PageBitmap::full(pages);
-                let rest = Rest { missing: all.words().to_vec(), ..Rest::default() };
-                (all, rest)
-            }
+            None => Rest::all(pages),
         };
         // Stretches of whole words, so that each is a slice of them.
-        let stretches = missing.words().chunks(MISSING_WORDS);
         let mut first = 0;
-        for words in stretches {
+        for words in rest.missing.chunks(MISSING_WORDS) {
             let stretch = PageCount(MISSING_PAGES.min(pages.0 - first));
             let set = switchover_wire::bitmap::encode(words);
             let complete_first = ending == Ending::StopAndCopy;

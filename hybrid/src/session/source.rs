@@ -71,13 +71,13 @@ pub enum SourceAction {
     EndRounds,
     /// Pause the machine; answer with `Paused` or `PauseFailed`.
     Pause,
-    /// Memory no longer changes: find out what the destination lacks, serve pages from now on, and push the few that the
+    /// Memory no longer changes: find out what the destination lacks and tell it, serve pages from now on, and push the few that the
     /// guest's first instructions will want; all of them, where the guest shall not run before. Failing is `Lost`.
     ServePages(Ending),
     /// Push all others. Not before the guest runs: until then the handoff needs the processors more.
     PushPages,
-    /// Tell the destination what it lacks, save the state and send it; answer with `StateSent`, `StateFailed` or `Lost`.
-    SendState(Ending),
+    /// Save the state and send it; answer with `StateSent`, `StateFailed` or `Lost`.
+    SendState,
     /// Give up the right to run.
     SurrenderRightToRun,
     /// Take the right to run again, because the destination has said, finally, that it never ran and never will.
@@ -318,7 +318,7 @@ impl Handoff {
     }
 
     fn go(ending: Ending) -> Step {
-        let actions = vec![SourceAction::ServePages(ending), SourceAction::SendState(ending)];
+        let actions = vec![SourceAction::ServePages(ending), SourceAction::SendState];
         (SourceSession::Handoff(Self::Paused { ending }), actions)
     }
 

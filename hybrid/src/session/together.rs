@@ -214,10 +214,10 @@ impl World {
                 }
             }
             SourceAction::PushPages => assert!(self.source_serves),
-            SourceAction::SendState(_) if std::mem::take(&mut self.machine_fails) => {
+            SourceAction::SendState if std::mem::take(&mut self.machine_fails) => {
                 self.to_source.push_back(SourceEvent::StateFailed("tired".into()));
             }
-            SourceAction::SendState(_) => {
+            SourceAction::SendState => {
                 self.to_source.push_back(SourceEvent::StateSent);
                 self.tell_destination(DestinationEvent::State);
             }

@@ -109,6 +109,18 @@ pub struct Rest {
     pub encoders: Vec<(LaneId, Box<dyn ChunkEncoder>)>,
 }
 
+impl Rest {
+    /// Everything, of which nothing was sent.
+    #[must_use]
+    pub fn all(pages: PageCount) -> Self {
+        let word = |first: u64| match pages.0 - first {
+            left @ ..64 => (1 << left) - 1,
+            _ => u64::MAX,
+        };
+        Self { missing: (0..pages.0).step_by(64).map(word).collect(), ..Self::default() }
+    }
+}
+
 /// What one bulk lane had sent before the handoff, and the destination had not acknowledged.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct UnderWay {
