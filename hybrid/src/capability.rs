@@ -3,5 +3,9 @@
 /// The source may hand off before its memory has arrived.
 pub const POSTCOPY: u64 = 1;
 
+/// The lanes are opened in place of those that were lost, of a session whose commit the source has sent. A destination that does
+/// not know the session says so, which is no refusal of the guest.
+pub const REJOIN: u64 = 2;
+
 /// All that this version understands. A destination refuses a source that asks for more.
-pub const KNOWN: u64 = POSTCOPY;
+pub const KNOWN: u64 = POSTCOPY | REJOIN;

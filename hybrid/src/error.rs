@@ -25,6 +25,12 @@ pub enum MigrationError {
     /// No thread.
     #[error("cannot start the migration's thread: {0}; is the number of threads limited (`ulimit -u`)?")]
     Thread(#[source] io::Error),
+    /// A wish that only a lost link can be met for.
+    #[error("cannot {wish} the migration: its link is not lost (it is in state `postcopy-paused` then)")]
+    NotLost {
+        /// "resume", "reclaim", "recover".
+        wish: &'static str,
+    },
     /// A wish that comes too late.
     #[error("cannot {wish}: {why}")]
     TooLate {

@@ -1,7 +1,7 @@
-//! Putting together what the source says that it will still send.
+//! Putting together which pages the other side says are missing.
 
 use switchover_wire::bitmap;
-use switchover_wire::message::MISSING_PAGES;
+use switchover_wire::message::{ControlMessage, MISSING_PAGES, MISSING_WORDS};
 use switchover_wire::types::{PageCount, PageIndex};
 
 /// The set of missing pages, stretch by stretch.
@@ -28,7 +28,7 @@ impl MissingPages {
         let whole = pages.0 == left || pages.0.is_multiple_of(64);
         if first.0 != self.next || pages.0 == 0 || pages.0 > left.min(MISSING_PAGES) || !whole {
             return Err(format!(
-                "the source told of {pages} missing or not from {first} on, where {left} pages from {:#x} on were left",
+                "the other side told which of {pages} from {first} on are missing, where {left} pages from {:#x} on were left to tell of",
                 self.next
             ));
         }
@@ -38,6 +38,19 @@ impl MissingPages {
         self.next += pages.0;
         Ok((self.next == self.pages.0).then(|| std::mem::take(&mut self.words)))
     }
+}
+
+/// The messages that tell of `missing`, a bit a page of all `pages` of RAM.
+pub fn tell_missing(missing: &[u64], pages: PageCount, complete_first: bool) -> impl Iterator<Item = ControlMessage> {
+    // Stretches of whole words, so that each is a slice of them.
+    (0..pages.0).step_by(MISSING_WORDS * 64).zip(missing.chunks(MISSING_WORDS)).map(move |(first, words)| {
+        ControlMessage::Missing {
+            first: PageIndex(first),
+            pages: PageCount(MISSING_PAGES.min(pages.0 - first)),
+            set: bitmap::encode(words),
+            complete_first,
+        }
+    })
 }
 
 #[cfg(test)]

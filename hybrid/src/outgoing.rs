@@ -1,57 +1,31 @@
 //! A source's migration: the threads that carry out what [`SourceSession`] decides.
 
-use std::collections::VecDeque;
+mod driver;
+mod opening;
+
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, Sender, bounded};
+use crossbeam::channel::bounded;
 use switchover_pager::cpu::CpuMeter;
-use switchover_pager::lane::{Notify, PageLane, PagerEvent};
-use switchover_pager::source::{Rest, SourcePager, SourceProgress};
-use switchover_precopy::rounds::{Rounds, RoundsSettings};
+use switchover_pager::source::{SourcePager, SourceProgress};
 use switchover_wire::address::Address;
-use switchover_wire::clock::{HostClock, Nanos};
-use switchover_wire::handshake::{Hello, LaneCounts, VERSION_MAX, VERSION_MIN, greet};
-use switchover_wire::message::{
-    ControlMessage, ControlReader, ControlWriter, MISSING_PAGES, MISSING_WORDS, MessageError,
-};
-use switchover_wire::socket::Socket;
-use switchover_wire::types::{LaneId, LaneRole, PageCount, PageIndex, SessionId};
+use switchover_wire::types::SessionId;
 
-use crate::capability;
 use crate::error::MigrationError;
-use crate::lanes::{BULK_LANES_LIMIT, Lanes};
-use crate::machine::{Machine, MachineError};
+use crate::lanes::Lanes;
+use crate::link::Teller;
+use crate::machine::Machine;
 use crate::monitor::{Choice, Limits, Mode};
-use crate::patience::{Patience, Rank, next_event};
 use crate::progress::Progress;
 use crate::recorder::Recorder;
 use crate::report::{CpuSeconds, Side, SideReport};
-use crate::rounds::{Conductor, Precopy, RoundsEnd};
-use crate::session::source::{Ending, Plan, SourceAction, SourceEvent, SourceSession, WishRefused};
-use crate::session::{Failure, GuestAfter, Outcome};
+use crate::rounds::Precopy;
+use crate::session::source::{Plan, SourceEvent, SourceSession, WishRefused};
 use crate::settings::{Observer, Settings, Tunables};
 use crate::status::MigrationStatus;
 use crate::watchdog::Watchdog;
-
-/// How long the destination's host may take to accept a connection.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
-
-/// How long the guest may stand still before the commit. Loading a state takes milliseconds; a destination that needs
-/// longer than this is not going to make it, and until the commit the guest can simply go on here.
-const HANDOFF_PATIENCE: Duration = Duration::from_secs(5);
-
-/// How long telling the destination to give up may take: the guest may be standing still meanwhile.
-const ABORT_PATIENCE: Duration = Duration::from_secs(1);
-
-/// How long the lanes may take for the frames that they are sending when the rounds end: some milliseconds each on any link that
-/// is alive.
-const ROUNDS_PATIENCE: Duration = Duration::from_secs(5);
-
-/// How often a wait for a lane's last frame looks whether the migration was cancelled.
-const LOOK_FOR_CANCEL: Duration = Duration::from_millis(10);
 
 /// Messages of the destination that may wait while the session is busy. A well-behaved one sends five in all.
 const EVENTS_ROOM: usize = 1024;
@@ -66,13 +40,21 @@ struct Shared {
     machine: Arc<dyn Machine>,
     settings: Settings,
     recorder: Recorder,
+    /// Its name, once it has one.
+    name: OnceLock<SessionId>,
     session: Mutex<SourceSession>,
-    events: Sender<SourceEvent>,
+    events: Teller<SourceEvent>,
     cancelled: AtomicBool,
+    /// Where and how a lost link is to be joined again.
+    rejoin: Mutex<Option<Rejoin>>,
+    /// What the destination has said over new lanes that it lacks.
+    lacking: Mutex<Option<Vec<u64>>>,
     lanes: Arc<Lanes>,
     /// Ends a send that would keep the guest paused.
     watchdog: Watchdog,
     pager: Mutex<Option<SourcePager>>,
+    /// What the pagers of lost links had done.
+    past: Mutex<SourceProgress>,
     precopy: Mutex<Option<Arc<Precopy>>>,
     /// The thread that conducts the rounds.
     conductor: Mutex<Option<JoinHandle<()>>>,
@@ -80,10 +62,11 @@ struct Shared {
     cpu: CpuMeter,
 }
 
-/// What a session's thread needs besides what it shares.
-struct Session {
-    control: Arc<Mutex<ControlWriter>>,
-    patience: Patience,
+/// Where and how a lost link is to be joined again.
+#[derive(Clone, Debug)]
+struct Rejoin {
+    to: Address,
+    settings: Settings,
 }
 
 impl Outgoing {
@@ -97,9 +80,7 @@ impl Outgoing {
         settings: Settings,
         observer: Observer,
     ) -> Result<Self, MigrationError> {
-        if !(1..=BULK_LANES_LIMIT).contains(&settings.bulk_lanes) {
-            return Err(MigrationError::BulkLanes { asked: settings.bulk_lanes, limit: BULK_LANES_LIMIT });
-        }
+        settings.check()?;
         let plan = Plan { rounds: settings.limits.mode != Mode::Postcopy, hold: settings.pause_before_switchover };
         let (events, receiver) = bounded(EVENTS_ROOM);
         let lanes = Arc::new(Lanes::default());
@@ -107,12 +88,16 @@ impl Outgoing {
             machine,
             settings,
             recorder: Recorder::new(observer),
+            name: OnceLock::new(),
             watchdog: Watchdog::start(Arc::clone(&lanes)).map_err(MigrationError::Thread)?,
             session: Mutex::new(SourceSession::new(plan)),
-            events,
+            events: Teller::new(events),
             cancelled: AtomicBool::new(false),
+            rejoin: Mutex::new(None),
+            lacking: Mutex::new(None),
             lanes,
             pager: Mutex::new(None),
+            past: Mutex::default(),
             precopy: Mutex::new(None),
             conductor: Mutex::new(None),
             tunables: Mutex::new(settings.tunables()),
@@ -139,7 +124,7 @@ impl Outgoing {
         if !self.shared.settings.postcopy {
             return Err(MigrationError::PostcopyNotAllowed);
         }
-        self.shared.events.send(SourceEvent::StartPostcopy).map_err(|_| too_late("the migration is over"))
+        self.shared.tell(SourceEvent::StartPostcopy).ok_or(too_late("the migration is over"))
     }
 
     /// Goes on with the handoff of a guest that was paused for it ([`Settings::pause_before_switchover`]).
@@ -151,7 +136,7 @@ impl Outgoing {
         if !self.shared.session().is_held() {
             return Err(too_late());
         }
-        self.shared.events.send(SourceEvent::Proceed).map_err(|_| too_late())
+        self.shared.tell(SourceEvent::Proceed).ok_or_else(too_late)
     }
 
     /// Changes what may be changed while it runs; the mode stays. Takes effect within some milliseconds.
@@ -179,16 +164,53 @@ impl Outgoing {
         self.shared.session().can_cancel().map_err(|refused| {
             too_late(match refused {
                 WishRefused::Committed => "the guest has been handed to the destination already",
-                WishRefused::Over => "the migration is over",
+                WishRefused::Over | WishRefused::NotLost => "the migration is over",
             })
         })?;
         self.shared.cancelled.store(true, Ordering::Release);
-        self.shared.events.send(SourceEvent::Cancel).map_err(|_| too_late("the migration is over"))?;
+        self.shared.tell(SourceEvent::Cancel).ok_or(too_late("the migration is over"))?;
         if self.shared.pager().is_none() {
             // The lanes are still being opened: whatever that waits for ends now.
             self.shared.lanes.shut_down();
         }
         Ok(())
+    }
+
+    /// Cuts the link of a post-copy, as if it had been lost: the guest runs on with what it has, until
+    /// [`resume`](Self::resume).
+    ///
+    /// # Errors
+    /// When the guest does not run on the destination, or is all there.
+    pub fn pause(&self) -> Result<(), MigrationError> {
+        if !self.shared.session().is_in_postcopy() {
+            return Err(MigrationError::TooLate { wish: "pause the migration", why: "it is not in post-copy" });
+        }
+        self.shared.events.of_link().tell(SourceEvent::Lost("its controller paused the migration".to_owned()));
+        Ok(())
+    }
+
+    /// Joins a lost link again: over lanes to `to`, where the destination may listen somewhere else by now. Of `settings`, the
+    /// lanes and what bounds them count. Returns at once; whether it succeeded is seen from the status: `postcopy-active`, or
+    /// `postcopy-paused` again, which can be tried again without end.
+    ///
+    /// # Errors
+    /// When the link is not lost, or the settings ask for what cannot be.
+    pub fn resume(&self, to: Address, settings: Settings) -> Result<(), MigrationError> {
+        settings.check()?;
+        self.shared.may_rejoin("resume")?;
+        *self.shared.rejoin.lock().unwrap_or_else(PoisonError::into_inner) = Some(Rejoin { to, settings });
+        self.shared.tell(SourceEvent::Rejoin).ok_or(MigrationError::NotLost { wish: "resume" })
+    }
+
+    /// Runs a guest again that was handed off, because the caller vouches that the destination does not run it and never will: its
+    /// host is fenced, or its process is known to be gone. Were that not so, the guest would run twice. What the guest did on the
+    /// destination is lost.
+    ///
+    /// # Errors
+    /// When the link is not lost.
+    pub fn reclaim(&self) -> Result<(), MigrationError> {
+        self.shared.may_rejoin("reclaim")?;
+        self.shared.tell(SourceEvent::Reclaim).ok_or(MigrationError::NotLost { wish: "reclaim" })
     }
 
     /// How far it has come.
@@ -207,6 +229,7 @@ impl Outgoing {
             (_, Some(pager)) => pager.remaining.bytes(),
             _ => ram_total,
         };
+        let past = *shared.past.lock().unwrap_or_else(PoisonError::into_inner);
         Progress {
             status: record.status,
             downtime_ns: record.downtime_ns(),
@@ -216,9 +239,9 @@ impl Outgoing {
             transferred: shared.lanes.transferred(),
             bulk_bytes: shared.lanes.bulk_bytes(),
             remaining,
-            zero_pages: pages(|pager| pager.zero) + rounds.sent.zero_pages,
-            normal_pages: pages(|pager| pager.data) + rounds.sent.data_pages,
-            postcopy_requests: pages(|pager| pager.requests),
+            zero_pages: pages(|pager| pager.zero) + past.zero + rounds.sent.zero_pages,
+            normal_pages: pages(|pager| pager.data) + past.data + rounds.sent.data_pages,
+            postcopy_requests: pages(|pager| pager.requests) + past.requests,
             precopy_bytes: rounds.sent.wire_bytes,
             rounds: rounds.rounds,
             dirty_pages_per_second: rounds.dirty_pages_per_second,
@@ -262,19 +285,19 @@ impl Outgoing {
 }
 
 impl Shared {
-    fn session(&self) -> std::sync::MutexGuard<'_, SourceSession> {
+    fn session(&self) -> MutexGuard<'_, SourceSession> {
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn pager(&self) -> std::sync::MutexGuard<'_, Option<SourcePager>> {
+    fn pager(&self) -> MutexGuard<'_, Option<SourcePager>> {
         self.pager.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn precopy(&self) -> std::sync::MutexGuard<'_, Option<Arc<Precopy>>> {
+    fn precopy(&self) -> MutexGuard<'_, Option<Arc<Precopy>>> {
         self.precopy.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn tunables(&self) -> std::sync::MutexGuard<'_, Tunables> {
+    fn tunables(&self) -> MutexGuard<'_, Tunables> {
         self.tunables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -282,374 +305,12 @@ impl Shared {
         self.pager().as_ref().map(SourcePager::progress)
     }
 
-    /// The migration's thread, from beginning to end.
-    fn migrate(self: &Arc<Self>, to: &Address, events: &Receiver<SourceEvent>) {
-        match self.open(to) {
-            Ok(control) => {
-                let control = Arc::new(Mutex::new(control));
-                self.drive(Session { control, patience: Patience::endless() }, events);
-            }
-            Err(reason) => {
-                self.lanes.shut_down();
-                // Ends its threads, if it was started.
-                drop(self.pager().take());
-                *self.session() = SourceSession::Over;
-                self.finish(Outcome::Failed(Failure { reason, guest: GuestAfter::OnSource }), None);
-            }
-        }
+    /// Tells the session; `None` when it is over.
+    fn tell(&self, event: SourceEvent) -> Option<()> {
+        self.events.tell(event).then_some(())
     }
 
-    /// Opens all lanes and starts what serves them.
-    fn open(self: &Arc<Self>, to: &Address) -> Result<ControlWriter, String> {
-        let session = SessionId::random().map_err(|error| format!("cannot name the session: {error}"))?;
-        self.recorder.write(|record| record.session = Some(session.to_string()));
-        let lanes = LaneCounts { fault: 1, bulk: self.settings.bulk_lanes };
-        let hello = |role, index| Hello {
-            version_min: VERSION_MIN,
-            version_max: VERSION_MAX,
-            session,
-            lane: LaneId { role, index },
-            lanes,
-            description: (role == LaneRole::Control).then(|| self.machine.describe()),
-            clock: HostClock::here(),
-            capabilities: capability::POSTCOPY,
-        };
-        let control = self.open_lane(to, &hello(LaneRole::Control, 0))?;
-        let mut page_lanes = Vec::new();
-        let bulk = (0..lanes.bulk).map(|index| (LaneRole::Bulk, index));
-        let mut round_trip = Duration::MAX;
-        for (role, index) in std::iter::once((LaneRole::Fault, 0)).chain(bulk) {
-            let began = Instant::now();
-            let socket = self.open_lane(to, &hello(role, index))?;
-            // Connecting and the handshake are a round trip each.
-            round_trip = round_trip.min(began.elapsed() / 2);
-            page_lanes.push(PageLane { id: LaneId { role, index }, socket });
-        }
-        let events = self.events.clone();
-        let notify: Notify = Arc::new(move |event| match event {
-            PagerEvent::AllPushed | PagerEvent::Complete => {}
-            PagerEvent::LaneFailed { lane, reason } => {
-                let _ = events.send(SourceEvent::LaneLost(format!("the {lane} failed: {reason}")));
-            }
-            PagerEvent::Broken { reason } => {
-                let _ = events.send(SourceEvent::Lost(reason));
-            }
-        });
-        let tunables = self.tunables();
-        if self.settings.limits.mode != Mode::Postcopy {
-            let bulk: Vec<_> = page_lanes.iter().filter(|lane| lane.id.role == LaneRole::Bulk).cloned().collect();
-            let rounds =
-                RoundsSettings { packing: self.settings.packing, bytes_per_second: tunables.bandwidth.precopy };
-            let log = self.machine.dirty_log();
-            let rounds = Rounds::start(&self.machine.ram(), log, &bulk, rounds, &notify);
-            let rounds = rounds.map_err(|error| error.to_string())?;
-            let precopy = Precopy::new(rounds, &*self.machine, *tunables, round_trip);
-            *self.precopy() = Some(Arc::new(precopy));
-        }
-        let pager = SourcePager::start(self.machine.ram(), page_lanes, tunables.bandwidth.postcopy, &notify)
-            .map_err(|error| error.to_string())?;
-        *self.pager() = Some(pager);
-        drop(tunables);
-
-        let reader = ControlReader::new(Arc::clone(&control)).map_err(|error| error.to_string())?;
-        let writer = ControlWriter::new(control).map_err(|error| error.to_string())?;
-        let listener = Arc::clone(self);
-        thread::Builder::new()
-            .name("control lane".to_owned())
-            .spawn(move || listener.cpu.measure(|| listener.listen(reader)))
-            .map_err(|error| format!("cannot start a thread for the control lane: {error}"))?;
-        Ok(writer)
-    }
-
-    fn open_lane(&self, to: &Address, hello: &Hello) -> Result<Arc<Socket>, String> {
-        if self.cancelled.load(Ordering::Acquire) {
-            return Err("cancelled".to_owned());
-        }
-        let socket = Arc::new(Socket::connect(to, CONNECT_PATIENCE).map_err(|error| error.to_string())?);
-        self.lanes.add(hello.lane, Arc::clone(&socket));
-        socket.tune(hello.lane.role).map_err(|error| error.to_string())?;
-        let welcome = greet(&socket, hello).map_err(|error| format!("cannot open the {}: {error}", hello.lane))?;
-        let same_clock = welcome.clock.same_host(&hello.clock);
-        self.recorder.write(|record| record.same_clock = same_clock);
-        Ok(socket)
-    }
-
-    /// The control lane's thread: turns what the destination says into events.
-    fn listen(&self, mut reader: ControlReader) {
-        loop {
-            let event = match reader.recv() {
-                Ok(ControlMessage::Prepared { .. }) => SourceEvent::Prepared,
-                Ok(ControlMessage::Restored) => SourceEvent::Restored,
-                Ok(ControlMessage::Refused { reason }) => SourceEvent::Refused(reason),
-                Ok(ControlMessage::Running { first_entry_ns }) => {
-                    let now = Nanos::now();
-                    self.recorder.write(|record| {
-                        record.running_heard = Some(now);
-                        record.instants.first_entry_ns = first_entry_ns;
-                    });
-                    SourceEvent::Running
-                }
-                Ok(ControlMessage::Drained { first_entry_ns, last_page_ns }) => {
-                    self.recorder.write(|record| {
-                        record.instants.first_entry_ns = first_entry_ns.or(record.instants.first_entry_ns);
-                        record.instants.last_page_ns = Some(last_page_ns);
-                    });
-                    SourceEvent::Drained
-                }
-                Ok(other) => {
-                    SourceEvent::Lost(format!("the destination sent {}, which only a source says", other.name()))
-                }
-                Err(error) => SourceEvent::Lost(error.to_string()),
-            };
-            let over = matches!(event, SourceEvent::Lost(_) | SourceEvent::Drained | SourceEvent::Refused(_));
-            if self.events.send(event).is_err() || over {
-                return;
-            }
-        }
-    }
-
-    /// Feeds events to the session and carries out its actions, until it is over.
-    fn drive(self: &Arc<Self>, mut session: Session, events: &Receiver<SourceEvent>) {
-        let mut waiting = VecDeque::new();
-        let mut left_paused = None;
-        loop {
-            let mut event = waiting.pop_front().unwrap_or_else(|| {
-                next_event(events, &mut session.patience, rank, &mut waiting).unwrap_or(SourceEvent::HandoffTimedOut)
-            });
-            // The commit must not go out over lanes that are being shut down: then nobody would have the guest.
-            if event == SourceEvent::Restored && self.session().may_commit() && !self.watchdog.disarm() {
-                event = SourceEvent::HandoffTimedOut;
-            }
-            let actions = {
-                let mut phase = self.session();
-                let (next, actions) = std::mem::replace(&mut *phase, SourceSession::Over).on(event);
-                *phase = next;
-                actions
-            };
-            for action in actions {
-                match action {
-                    SourceAction::Finish(outcome) => return self.finish(outcome, left_paused),
-                    SourceAction::Resume => left_paused = self.machine.resume().err(),
-                    // An answer is what the list was working towards, or why the rest of it must not be done.
-                    action => {
-                        if let Some(event) = self.perform(action, &mut session) {
-                            waiting.push_back(event);
-                            break;
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    fn perform(self: &Arc<Self>, action: SourceAction, session: &mut Session) -> Option<SourceEvent> {
-        match action {
-            SourceAction::Status(status) => self.recorder.set_status(status),
-            SourceAction::BeginRounds => return self.begin_rounds(session).err().map(SourceEvent::GaveUp),
-            SourceAction::EndRounds => self.end_rounds(),
-            SourceAction::Pause => return Some(self.pause()),
-            SourceAction::ServePages(ending) => {
-                let deadline = Instant::now() + HANDOFF_PATIENCE + self.tunables().limits.downtime_limit * 2;
-                session.patience = Patience::until(deadline);
-                self.watchdog.arm(deadline);
-                return self.serve_pages(session, ending).err().map(SourceEvent::StateFailed);
-            }
-            SourceAction::PushPages => {
-                // The guest runs already: finding out which pages are the hottest costs it nothing.
-                let hottest = self.precopy().as_ref().map(|precopy| precopy.hottest()).unwrap_or_default();
-                if let Some(pager) = self.pager().as_ref() {
-                    pager.push_first(&hottest);
-                    pager.start_sweep();
-                }
-            }
-            SourceAction::SendState => return Some(self.send_state(session)),
-            SourceAction::SurrenderRightToRun => self.machine.surrender_right_to_run(),
-            SourceAction::TakeBackRightToRun => {
-                tracing::warn!("the destination refused the guest for good: it goes on here");
-                self.machine.take_back_right_to_run();
-            }
-            SourceAction::SendCommit => {
-                session.patience = Patience::endless();
-                self.recorder.write(|record| record.instants.commit_ns = Some(Nanos::now().0));
-                if let Err(error) = session.send(&ControlMessage::Commit) {
-                    return Some(SourceEvent::Lost(error.to_string()));
-                }
-            }
-            SourceAction::AcknowledgeDrained => {
-                self.recorder.write(|record| record.instants.drained_ns = Some(Nanos::now().0));
-                if let Err(error) = session.send(&ControlMessage::DrainedAck) {
-                    tracing::warn!(%error, "the destination has everything, but could not be told that we know");
-                }
-            }
-            SourceAction::SendAbort(reason) => {
-                self.watchdog.arm(Instant::now() + ABORT_PATIENCE);
-                if let Err(error) = session.send(&ControlMessage::Abort { reason }) {
-                    tracing::debug!(%error, "the destination could not be told to give up");
-                }
-            }
-            SourceAction::CloseLanes => {
-                if let Some(precopy) = self.precopy().as_ref() {
-                    precopy.end();
-                }
-                if let Some(pager) = self.pager().as_mut() {
-                    pager.stop();
-                }
-                let _ = self.watchdog.disarm();
-                self.lanes.shut_down();
-            }
-            // The caller's: they decide how it ends.
-            SourceAction::Resume | SourceAction::Finish(_) => {}
-        }
-        None
-    }
-
-    /// Starts the machine's book of written pages, and the thread that conducts the rounds.
-    fn begin_rounds(self: &Arc<Self>, session: &Session) -> Result<(), String> {
-        let precopy = self.precopy().clone().ok_or("pre-copy was never set up")?;
-        precopy.start_noting().map_err(|error| error.to_string())?;
-        let (shared, control) = (Arc::clone(self), Arc::clone(&session.control));
-        let conduct = move || {
-            let tell = |round| {
-                shared.recorder.tell_round(round);
-                let mut control = control.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Err(error) = control.send(&ControlMessage::Round { number: round }) {
-                    tracing::debug!(%error, "the destination could not be told of a round");
-                }
-            };
-            let end = Conductor::new(&precopy, &*shared.machine, &shared.settings).conduct(tell);
-            let event = match end {
-                RoundsEnd::SwitchOver(ending) => SourceEvent::SwitchOver(ending),
-                RoundsEnd::GaveUp(reason) | RoundsEnd::Failed(reason) => SourceEvent::GaveUp(reason),
-                RoundsEnd::Ended => return,
-            };
-            let _ = shared.events.send(event);
-        };
-        let (shared, name) = (Arc::clone(self), "rounds".to_owned());
-        let spawned = thread::Builder::new().name(name).spawn(move || shared.cpu.measure(conduct));
-        let conductor = spawned.map_err(|error| format!("cannot start the thread that conducts pre-copy: {error}"))?;
-        *self.conductor.lock().unwrap_or_else(PoisonError::into_inner) = Some(conductor);
-        Ok(())
-    }
-
-    /// Ends the rounds, and waits for the frames under way. The guest runs on meanwhile.
-    fn end_rounds(&self) {
-        let Some(precopy) = self.precopy().clone() else { return };
-        precopy.end();
-        let deadline = Instant::now() + ROUNDS_PATIENCE;
-        while !precopy.wait_ended(Instant::now() + LOOK_FOR_CANCEL) {
-            if self.cancelled.load(Ordering::Acquire) || Instant::now() >= deadline {
-                // A lane that is stuck keeps neither a cancel waiting nor the news of a lost link.
-                self.lanes.shut_down();
-            }
-        }
-        precopy.settle();
-    }
-
-    /// Tells the destination what it lacks, and serves it.
-    fn serve_pages(&self, session: &Session, ending: Ending) -> Result<(), String> {
-        let pages = self.machine.ram().pages();
-        let rest = match self.precopy().as_ref() {
-            Some(precopy) => precopy.missing(pages).map_err(|error| error.to_string())?,
-            None => Rest::all(pages),
-        };
-        // Stretches of whole words, so that each is a slice of them.
-        let mut first = 0;
-        for words in rest.missing.chunks(MISSING_WORDS) {
-            let stretch = PageCount(MISSING_PAGES.min(pages.0 - first));
-            let set = switchover_wire::bitmap::encode(words);
-            let complete_first = ending == Ending::StopAndCopy;
-            let message = ControlMessage::Missing { first: PageIndex(first), pages: stretch, set, complete_first };
-            session.send(&message).map_err(|error| error.to_string())?;
-            first += stretch.0;
-        }
-        let first = self.machine.first_pages();
-        if let Some(pager) = self.pager().as_mut() {
-            pager.start_serving(&first, rest);
-            if ending == Ending::StopAndCopy {
-                // The guest does not run yet: the bound for the time before the handoff still holds.
-                pager.set_max_bandwidth(self.tunables().bandwidth.precopy);
-                pager.start_sweep();
-            }
-        }
-        Ok(())
-    }
-
-    fn pause(&self) -> SourceEvent {
-        match self.recorder.timed("pause", || self.machine.pause()) {
-            Ok(paused) => {
-                self.recorder.write(|record| {
-                    record.instants.last_exit_ns = Some(paused.last_exit.0);
-                    record.was_running = paused.was_running;
-                });
-                SourceEvent::Paused
-            }
-            Err(error) => SourceEvent::PauseFailed(error.to_string()),
-        }
-    }
-
-    fn send_state(&self, session: &Session) -> SourceEvent {
-        let state = match self.recorder.timed("save-state", || self.machine.save_state()) {
-            Ok(state) => state,
-            Err(error) => return SourceEvent::StateFailed(error.to_string()),
-        };
-        self.recorder.write(|record| record.state_bytes = state.len() as u64);
-        let was_running = self.recorder.read().was_running;
-        match self.recorder.timed("send-state", || session.send(&ControlMessage::State { state, was_running })) {
-            Ok(()) => SourceEvent::StateSent,
-            Err(error) => SourceEvent::Lost(error.to_string()),
-        }
-    }
-
-    fn finish(&self, outcome: Outcome, left_paused: Option<MachineError>) {
-        self.watchdog.end();
-        if let Some(precopy) = self.precopy().clone() {
-            // The lanes are shut down, so nothing of it can block; and nothing of it may touch the machine from here on, least
-            // of all the next migration's book of written pages.
-            precopy.stop();
-            let conductor = self.conductor.lock().unwrap_or_else(PoisonError::into_inner).take();
-            if conductor.is_some_and(|conductor| conductor.join().is_err()) {
-                tracing::error!("the thread that conducts pre-copy panicked");
-            }
-            // Whether the guest goes on here or not: it is watched and slowed down no longer.
-            self.machine.throttle(0);
-            if let Err(error) = self.machine.limit_dirty_rate(None) {
-                tracing::error!(%error, "the guest's dirty rate stays limited");
-            }
-            precopy.stop_noting();
-        }
-        match (outcome, left_paused) {
-            (Outcome::Completed, _) => self.recorder.set_status(MigrationStatus::Completed),
-            (Outcome::Cancelled, Some(error)) => {
-                self.recorder.fail(format!("cancelled, but the guest stays paused: {error}"));
-            }
-            (Outcome::Failed(failure), Some(error)) => {
-                self.recorder.fail(format!("{}; and the guest stays paused: {error}", failure.reason));
-            }
-            (Outcome::Cancelled, None) => self.recorder.set_status(MigrationStatus::Cancelled),
-            // What a cancellation tears down on its way is no failure of its own.
-            (Outcome::Failed(failure), None)
-                if failure.guest == GuestAfter::OnSource && self.cancelled.load(Ordering::Acquire) =>
-            {
-                self.recorder.set_status(MigrationStatus::Cancelled);
-            }
-            (Outcome::Failed(failure), None) => {
-                self.recorder.fail(format!("{}; {}", failure.reason, failure.guest.sentence()));
-            }
-        }
-    }
-}
-
-impl Session {
-    fn send(&self, message: &ControlMessage) -> Result<(), MessageError> {
-        self.control.lock().unwrap_or_else(PoisonError::into_inner).send(message)
-    }
-}
-
-/// What a source's event is to the loss of a page lane.
-fn rank(event: &SourceEvent) -> Rank {
-    match event {
-        SourceEvent::LaneLost(_) => Rank::LaneLost,
-        SourceEvent::Refused(_) | SourceEvent::Lost(_) | SourceEvent::Drained | SourceEvent::Cancel => Rank::Explains,
-        _ => Rank::Follows,
+    fn may_rejoin(&self, wish: &'static str) -> Result<(), MigrationError> {
+        self.session().is_lost().map_err(|_| MigrationError::NotLost { wish })
     }
 }

@@ -26,6 +26,8 @@ pub enum Reception<S> {
 pub struct Gathering<S> {
     session: SessionId,
     since: Instant,
+    /// The session was here before, and has lost its lanes.
+    again: bool,
     control: S,
     fault: Vec<Option<S>>,
     bulk: Vec<Option<S>>,
@@ -36,6 +38,8 @@ pub struct Gathering<S> {
 pub struct Lanes<S> {
     /// The session that they belong to.
     pub session: SessionId,
+    /// They take the place of lanes that were lost.
+    pub again: bool,
     /// The control lane.
     pub control: S,
     /// The lanes that carry pages.
@@ -57,7 +61,7 @@ impl<S> Reception<S> {
         is_open: impl Fn(&S) -> bool,
     ) -> Result<(), String> {
         match self {
-            Self::Taken(other) => {
+            Self::Taken(other) | Self::Gathering(Gathering { again: true, session: other, .. }) => {
                 return Err(format!("this destination already receives another guest (session {other})"));
             }
             Self::Gathering(other)
@@ -68,15 +72,37 @@ impl<S> Reception<S> {
             }
             Self::Gathering(_) | Self::Waiting => {}
         }
-        let room = |count: u8| (0..count).map(|_| None).collect();
-        *self = Self::Gathering(Gathering {
-            session,
-            since: now,
-            control: lane,
-            fault: room(lanes.fault),
-            bulk: room(lanes.bulk),
-        });
+        *self = Self::Gathering(Gathering::new(session, lanes, lane, now, false));
         Ok(())
+    }
+
+    /// The control lane of a source that joins again. An earlier attempt gives way: the source itself has given it up.
+    ///
+    /// # Errors
+    /// When the session is not the one that has this destination. This says nothing of what became of the guest.
+    pub fn control_again(
+        &mut self,
+        session: SessionId,
+        lanes: LaneCounts,
+        lane: S,
+        now: Instant,
+    ) -> Result<(), String> {
+        self.knows(session)?;
+        *self = Self::Gathering(Gathering::new(session, lanes, lane, now, true));
+        Ok(())
+    }
+
+    /// Whether this destination was taken by `session`.
+    ///
+    /// # Errors
+    /// Where it was not.
+    pub fn knows(&self, session: SessionId) -> Result<(), String> {
+        match self {
+            Self::Taken(own) | Self::Gathering(Gathering { again: true, session: own, .. }) if *own == session => {
+                Ok(())
+            }
+            _ => Err(format!("session {session} is unknown here, which says nothing of where its guest runs")),
+        }
     }
 
     /// A lane that carries pages.
@@ -107,8 +133,11 @@ impl<S> Reception<S> {
 
     /// Gives a session up whose source could not be answered.
     pub fn forget(&mut self, session: SessionId) {
-        if matches!(self, Self::Gathering(gathering) if gathering.session == session) {
-            *self = Self::Waiting;
+        match self {
+            Self::Gathering(gathering) if gathering.session == session => {
+                *self = if gathering.again { Self::Taken(session) } else { Self::Waiting };
+            }
+            _ => {}
         }
     }
 
@@ -125,7 +154,14 @@ impl<S> Reception<S> {
         };
         let pages =
             numbered(LaneRole::Fault, gathering.fault).chain(numbered(LaneRole::Bulk, gathering.bulk)).collect();
-        Some(Lanes { session, control: gathering.control, pages })
+        Some(Lanes { session, again: gathering.again, control: gathering.control, pages })
+    }
+}
+
+impl<S> Gathering<S> {
+    fn new(session: SessionId, lanes: LaneCounts, control: S, since: Instant, again: bool) -> Self {
+        let room = |count: u8| (0..count).map(|_| None).collect();
+        Self { session, since, again, control, fault: room(lanes.fault), bulk: room(lanes.bulk) }
     }
 }
 
@@ -169,6 +205,33 @@ mod tests {
         assert!(reception.page_lane(ONE, id(LaneRole::Bulk, 2), "b").unwrap_err().contains("not announced"));
         reception.page_lane(ONE, id(LaneRole::Fault, 0), "f").unwrap();
         assert!(reception.page_lane(ONE, id(LaneRole::Fault, 0), "f").unwrap_err().contains("open already"));
+    }
+
+    #[test]
+    fn only_the_session_that_was_here_joins_again() {
+        let mut reception = Reception::Waiting;
+        let lanes = LaneCounts { fault: 1, bulk: 1 };
+        let now = Instant::now();
+        assert!(reception.control_again(ONE, lanes, "c", now).unwrap_err().contains("unknown"));
+        reception.control(ONE, lanes, "c", now, |_| true).unwrap();
+        assert!(reception.control_again(ONE, lanes, "c", now).is_err(), "it has not been here yet");
+        let open = |reception: &mut Reception<&'static str>| {
+            reception.page_lane(ONE, id(LaneRole::Fault, 0), "f").unwrap();
+            reception.page_lane(ONE, id(LaneRole::Bulk, 0), "b").unwrap();
+            reception.complete().unwrap()
+        };
+        assert!(!open(&mut reception).again);
+        assert!(reception.control_again(TWO, lanes, "c", now).is_err());
+        // One attempt after another, each of which may end at any lane.
+        reception.control_again(ONE, lanes, "c", now).unwrap();
+        reception.page_lane(ONE, id(LaneRole::Fault, 0), "f").unwrap();
+        reception.control_again(ONE, lanes, "c", now).unwrap();
+        reception.forget(ONE);
+        assert!(reception.control(TWO, lanes, "late", now, |_| false).is_err());
+        reception.control_again(ONE, lanes, "c", now).unwrap();
+        assert!(reception.control(TWO, lanes, "late", now + GATHERING_PATIENCE, |_| false).is_err());
+        assert!(open(&mut reception).again);
+        assert!(reception.knows(ONE).is_ok() && reception.knows(TWO).is_err());
     }
 
     #[test]

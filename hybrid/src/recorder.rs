@@ -1,12 +1,13 @@
 //! The record that a migration keeps of itself: status, spans of time, instants, and why it failed.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use switchover_wire::clock::{HostClock, Nanos};
 use switchover_wire::types::PageCount;
 
 use crate::lanes::Lanes;
-use crate::report::{CpuSeconds, Instants, PhaseSpan, Side, SideReport};
+use crate::report::{CpuSeconds, Instants, Interruption, PhaseSpan, Side, SideReport};
 use crate::settings::{Notice, Observer};
 use crate::status::MigrationStatus;
 
@@ -22,7 +23,7 @@ pub struct Recorder {
 pub struct Record {
     /// Where the migration stands.
     pub status: MigrationStatus,
-    /// Why it failed.
+    /// Why it failed, or why its link is lost.
     pub error: Option<String>,
     /// The session's name, once there is one.
     pub session: Option<String>,
@@ -42,6 +43,10 @@ pub struct Record {
     pub same_clock: bool,
     /// Bytes of vCPU and device state.
     pub state_bytes: u64,
+    /// How often the link was lost after the commit.
+    pub interruptions: Vec<Interruption>,
+    /// Destination: the guest is complete, but the link was lost, for this reason, before its source could say that it knows.
+    pub unacknowledged: Option<String>,
     /// The open span of the current status.
     status_span: Option<usize>,
 }
@@ -62,6 +67,8 @@ impl Recorder {
             was_running: true,
             same_clock: false,
             state_bytes: 0,
+            interruptions: Vec::new(),
+            unacknowledged: None,
             status_span: None,
         };
         Self { record: Mutex::new(record), changed: Condvar::new(), observer }
@@ -105,6 +112,12 @@ impl Recorder {
                 return;
             }
             record.status = status;
+            if matches!(status, MigrationStatus::PostcopyActive | MigrationStatus::Completed) {
+                record.error = None;
+                if let Some(last) = record.interruptions.last_mut().filter(|last| last.joined_ns.is_none()) {
+                    last.joined_ns = Some(now.0);
+                }
+            }
             if let Some(span) = record.status_span.take()
                 && let Some(phase) = record.phases.get_mut(span)
             {
@@ -135,6 +148,26 @@ impl Recorder {
         result
     }
 
+    /// The link is lost after the commit.
+    pub fn interrupt(&self, reason: &str) {
+        self.write(|record| {
+            let lost_ns = Nanos::now().0;
+            // A rejoin that fails is no interruption of its own.
+            if record.interruptions.last().is_none_or(|last| last.joined_ns.is_some()) {
+                record.interruptions.push(Interruption {
+                    lost_ns,
+                    joined_ns: None,
+                    attempts: 0,
+                    reason: reason.to_owned(),
+                });
+            } else if let Some(last) = record.interruptions.last_mut() {
+                last.attempts += 1;
+            }
+            record.error = Some(reason.to_owned());
+        });
+        self.set_status(MigrationStatus::PostcopyPaused);
+    }
+
     /// Ends with a failure.
     pub fn fail(&self, reason: String) {
         self.write(|record| record.error = Some(reason));
@@ -149,6 +182,15 @@ impl Recorder {
             record = self.changed.wait(record).unwrap_or_else(PoisonError::into_inner);
         }
         record.status
+    }
+
+    /// Waits until `done`, but not past `deadline`.
+    pub fn wait_until(&self, deadline: Instant, done: impl Fn(&Record) -> bool) {
+        let mut record = self.lock();
+        while !done(&record) {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else { return };
+            record = self.changed.wait_timeout(record, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Record> {
@@ -176,6 +218,7 @@ impl Record {
             rates: None,
             cpu: CpuSeconds::default(),
             precopy: None,
+            interruptions: self.interruptions,
         }
     }
 

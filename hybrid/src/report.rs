@@ -294,6 +294,22 @@ pub struct SideReport {
     /// What pre-copy did, where it ran; the source's.
     #[serde(default)]
     pub precopy: Option<PrecopyReport>,
+    /// Where the link was lost after the commit, in order.
+    #[serde(default)]
+    pub interruptions: Vec<Interruption>,
+}
+
+/// A link that was lost after the commit.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Interruption {
+    /// When this side noticed.
+    pub lost_ns: u64,
+    /// When pages flowed again; `None` where they never did.
+    pub joined_ns: Option<u64>,
+    /// Attempts to join it again that failed.
+    pub attempts: u32,
+    /// Why it was lost.
+    pub reason: String,
 }
 
 /// The pager's books as a report shows them.

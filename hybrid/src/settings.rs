@@ -1,9 +1,12 @@
 //! What a migration can be told.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use switchover_precopy::pack::PackSettings;
 
+use crate::error::MigrationError;
+use crate::lanes::BULK_LANES_LIMIT;
 use crate::monitor::{Limits, Mode};
 use crate::status::MigrationStatus;
 
@@ -26,6 +29,8 @@ pub struct Settings {
     pub pause_before_switchover: bool,
     /// Record each round's bitmap in the report.
     pub record_bitmaps: bool,
+    /// How long the other side may be silent before its link is taken to be lost; a second at least.
+    pub silence: Duration,
     /// Destination: do not reserve memory before the handoff. The guest is lost if memory runs out after it.
     pub lazy_memory: bool,
 }
@@ -72,12 +77,25 @@ impl Default for Settings {
             throttling: Throttling::Off,
             pause_before_switchover: false,
             record_bitmaps: false,
+            silence: Duration::from_secs(5),
             lazy_memory: false,
         }
     }
 }
 
 impl Settings {
+    /// Whether they can be followed.
+    ///
+    /// # Errors
+    /// When there are no bulk lanes, or too many.
+    pub fn check(&self) -> Result<(), MigrationError> {
+        if (1..=BULK_LANES_LIMIT).contains(&self.bulk_lanes) {
+            Ok(())
+        } else {
+            Err(MigrationError::BulkLanes { asked: self.bulk_lanes, limit: BULK_LANES_LIMIT })
+        }
+    }
+
     /// What may change while a migration runs.
     #[must_use]
     pub const fn tunables(&self) -> Tunables {

@@ -23,7 +23,7 @@ pub enum MigrationStatus {
     PostcopyPaused,
     /// The two sides are joining again.
     PostcopyRecover,
-    /// All of the guest is on the destination, and both sides know it.
+    /// All of the guest is on the destination, and this side knows it. A source knows it only from the destination.
     Completed,
     /// It did not happen, or cannot be finished; the error says which.
     Failed,
@@ -57,6 +57,12 @@ impl MigrationStatus {
     #[must_use]
     pub const fn is_final(self) -> bool {
         matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+    }
+
+    /// Whether the commit was sent and the other side may still need what is here.
+    #[must_use]
+    pub const fn is_in_postcopy(self) -> bool {
+        matches!(self, Self::PostcopyActive | Self::PostcopyPaused | Self::PostcopyRecover)
     }
 
     /// Whether a migration is under way.

@@ -21,6 +21,13 @@ pub struct CpuTime {
 pub struct CpuMeter(Mutex<CpuTime>);
 
 impl CpuMeter {
+    /// Counts what another meter has counted.
+    pub fn add(&self, more: CpuTime) {
+        let mut sum = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        sum.user += more.user;
+        sum.system += more.system;
+    }
+
     /// Runs `work` on this thread and counts what it cost.
     pub fn measure<T>(&self, work: impl FnOnce() -> T) -> T {
         let before = this_thread();

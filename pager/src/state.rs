@@ -41,10 +41,19 @@ impl LaneTag {
     /// How many lanes can carry pages in one session.
     pub const LIMIT: u8 = TAG_MASK + 1;
 
+    /// The first of them.
+    pub const FIRST: Self = Self(0);
+
     /// The tag of lane `number`, or `None` where there are too many.
     #[must_use]
     pub const fn new(number: u8) -> Option<Self> {
         if number < Self::LIMIT { Some(Self(number)) } else { None }
+    }
+
+    /// Its number.
+    #[must_use]
+    pub const fn number(self) -> u8 {
+        self.0
     }
 }
 
@@ -228,6 +237,12 @@ impl PageStates {
     #[must_use]
     pub fn is_absent(&self, page: PageIndex) -> bool {
         self.slot(page).load(Ordering::Acquire) == ABSENT
+    }
+
+    /// Whether `page` was asked for, and nothing of it has come yet.
+    #[must_use]
+    pub fn is_requested(&self, page: PageIndex) -> bool {
+        self.slot(page).load(Ordering::Acquire) == REQUESTED
     }
 
     /// Whether `page` is here with its bytes.

@@ -119,7 +119,7 @@ impl Controller for VmController {
 
     fn may_quit(&self) -> Result<(), ControlError> {
         match self.migration().progress() {
-            Some((Direction::Outgoing, Progress { status: MigrationStatus::PostcopyActive, remaining, .. })) => {
+            Some((Direction::Outgoing, Progress { status, remaining, .. })) if status.is_in_postcopy() => {
                 Err(ControlError::StillNeeded { remaining })
             }
             _ => Ok(()),
@@ -187,6 +187,48 @@ impl Controller for VmController {
         }
     }
 
+    fn pause_migration(&self) -> Result<(), ControlError> {
+        let paused = match &*self.migration() {
+            Migration::None => return Err(ControlError::NothingToPause),
+            Migration::Outgoing(outgoing) => outgoing.pause(),
+            Migration::Incoming(incoming) => incoming.pause(),
+        };
+        paused.map_err(|_| ControlError::NothingToPause)
+    }
+
+    fn resume_migration(&self, to: Address, settings: Settings) -> Result<(), ControlError> {
+        match &*self.migration() {
+            Migration::Outgoing(outgoing) => outgoing.resume(to, settings).map_err(|error| match error {
+                MigrationError::NotLost { .. } => ControlError::NothingToResume,
+                other => other.into(),
+            }),
+            Migration::None | Migration::Incoming(_) => Err(ControlError::NothingToResume),
+        }
+    }
+
+    fn recover(&self, at: &Address) -> Result<(), ControlError> {
+        match &*self.migration() {
+            Migration::Incoming(incoming) => match incoming.recover(at) {
+                Ok(address) => {
+                    tracing::info!(%address, "listens for the source to join its lost link again");
+                    Ok(())
+                }
+                Err(MigrationError::NotLost { .. }) => Err(ControlError::NothingToRecover),
+                Err(other) => Err(other.into()),
+            },
+            Migration::None | Migration::Outgoing(_) => Err(ControlError::NothingToRecover),
+        }
+    }
+
+    fn reclaim(&self) -> Result<(), ControlError> {
+        match &*self.migration() {
+            Migration::Outgoing(outgoing) => outgoing.reclaim().map_err(|_| ControlError::NothingToReclaim)?,
+            Migration::None | Migration::Incoming(_) => return Err(ControlError::NothingToReclaim),
+        }
+        tracing::warn!("the guest is reclaimed: its controller vouches that it runs nowhere else");
+        Ok(())
+    }
+
     fn set_tunables(&self, tunables: Tunables) {
         if let Migration::Outgoing(outgoing) = &*self.migration() {
             outgoing.set_tunables(tunables);
@@ -213,7 +255,7 @@ impl Controller for VmController {
         let migration = self.migration();
         let (_, progress) = migration.progress()?;
         let listening_at = match &*migration {
-            Migration::Incoming(incoming) => Some(incoming.address()),
+            Migration::Incoming(incoming) => Some(incoming.recovery_address().unwrap_or_else(|| incoming.address())),
             Migration::Outgoing(_) | Migration::None => None,
         };
         Some(MigrationView { progress, listening_at })

@@ -72,7 +72,8 @@ pub enum ControlMessage {
     },
     /// Source: the guest is paused, and of this stretch of RAM these pages are still to be sent. What came of them before
     /// counts for nothing; all others are complete. Comes before [`ControlMessage::State`], and covers RAM from its first
-    /// page to its last, in several messages where it is large.
+    /// page to its last, in several messages where it is large. From a destination, after [`ControlMessage::Standing`]: these
+    /// are not here.
     Missing {
         /// The stretch's first page, a multiple of 64: where the one before ended.
         first: PageIndex,
@@ -82,6 +83,16 @@ pub enum ControlMessage {
         set: Vec<u8>,
         /// Confirm the state only when every page is here: the guest shall not run before.
         complete_first: bool,
+    },
+    /// Either side: it is there. Says nothing else, and is sent so often that its absence does.
+    Heartbeat,
+    /// Destination, over the lanes of a source that joins again: where it stands. Where it is not complete,
+    /// [`ControlMessage::Missing`] follows from its side, and then the source's [`ControlMessage::Commit`].
+    Standing {
+        /// It has the commit: the guest is its own.
+        committed: bool,
+        /// It has every page.
+        complete: bool,
     },
 }
 
@@ -107,6 +118,8 @@ impl ControlMessage {
             Self::Abort { .. } => "Abort",
             Self::Round { .. } => "Round",
             Self::Missing { .. } => "Missing",
+            Self::Heartbeat => "Heartbeat",
+            Self::Standing { .. } => "Standing",
         }
     }
 }
@@ -329,6 +342,9 @@ mod tests {
             Just(ControlMessage::DrainedAck),
             any::<String>().prop_map(|reason| ControlMessage::Abort { reason }),
             any::<u32>().prop_map(|number| ControlMessage::Round { number }),
+            Just(ControlMessage::Heartbeat),
+            (any::<bool>(), any::<bool>())
+                .prop_map(|(committed, complete)| ControlMessage::Standing { committed, complete }),
             (any::<u64>(), any::<u64>(), any::<Vec<u8>>(), any::<bool>()).prop_map(
                 |(first, pages, set, complete_first)| ControlMessage::Missing {
                     first: PageIndex(first),
@@ -405,6 +421,9 @@ mod tests {
             (ControlMessage::Drained { first_entry_ns: None, last_page_ns: 7 }, &[6, 0, 7]),
             (ControlMessage::DrainedAck, &[7]),
             (ControlMessage::Abort { reason }, &[8, 1, b'r']),
+            (ControlMessage::Round { number: 3 }, &[9, 3]),
+            (ControlMessage::Heartbeat, &[11]),
+            (ControlMessage::Standing { committed: true, complete: false }, &[12, 1, 0]),
         ] {
             assert_eq!(postcard::to_stdvec(&message).unwrap(), bytes, "{}", message.name());
         }

@@ -37,6 +37,8 @@ pub enum DestinationEvent {
     Lost(String),
     /// The pager cannot go on.
     PagerBroken(String),
+    /// The source has opened new lanes in place of those that were lost.
+    Rejoined,
 }
 
 /// What a destination does.
@@ -52,6 +54,15 @@ pub enum DestinationAction {
     SendRestored,
     /// Tell the source, finally, that we never ran and never will.
     SendRefused(String),
+    /// The link is lost, for this reason: close its lanes, serve what is here, and wait for the source.
+    AwaitRejoin(String),
+    /// Tell the source over its new lanes where we stand, what is missing included.
+    SendStanding {
+        /// We have the commit.
+        committed: bool,
+    },
+    /// Receive pages over the new lanes, and ask anew for what is waited for. Failing is `PagerBroken`.
+    AttachLanes,
     /// Take the right to run, and run the guest unless its user had paused it; a failure is `RunFailed`.
     Run,
     /// Tell the source that the guest runs.
@@ -84,6 +95,10 @@ pub enum DestinationSession {
     Loading(Loading),
     /// The guest runs here; its memory follows.
     Postcopy(Postcopy),
+    /// The link is lost after the source may have sent its commit.
+    Paused(Paused),
+    /// The source is here again, over new lanes.
+    Rejoining(Rejoining),
     /// Everything is here, and the source is being told.
     Drained(Drained),
     /// Over.
@@ -117,6 +132,23 @@ pub struct Loading {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Postcopy(());
 
+/// Phase data of [`DestinationSession::Paused`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Paused(Standing);
+
+/// Phase data of [`DestinationSession::Rejoining`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Rejoining(Standing);
+
+/// Where a destination stands while its link is lost.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Standing {
+    /// It has the commit, and the guest runs here. Where not, only the source knows whether it was sent.
+    committed: bool,
+    /// Every page is here.
+    complete: bool,
+}
+
 /// Phase data of [`DestinationSession::Drained`].
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Drained(());
@@ -139,6 +171,8 @@ impl DestinationSession {
             Self::Prepared(phase) => phase.on(event),
             Self::Loading(phase) => phase.on(event),
             Self::Postcopy(phase) => phase.on(event),
+            Self::Paused(phase) => phase.on(event),
+            Self::Rejoining(phase) => phase.on(event),
             Self::Drained(phase) => phase.on(event),
             Self::Over => (Self::Over, Vec::new()),
         }
@@ -189,16 +223,10 @@ impl Loading {
             DestinationEvent::Loaded if !self.loaded => Self { loaded: true, ..self }.confirm(),
             DestinationEvent::Complete if !self.complete => Self { complete: true, ..self }.confirm(),
             // The commit makes this side the one that may run, and the only one.
-            DestinationEvent::Commit if self.restored => {
-                let mut actions = vec![DestinationAction::Run, DestinationAction::SendRunning];
-                if self.complete {
-                    actions.push(DestinationAction::SendDrained);
-                    (DestinationSession::Drained(Drained(())), actions)
-                } else {
-                    actions.push(DestinationAction::Status(MigrationStatus::PostcopyActive));
-                    actions.push(DestinationAction::MapTheRest);
-                    (DestinationSession::Postcopy(Postcopy(())), actions)
-                }
+            DestinationEvent::Commit if self.restored => run(self.complete, Vec::new()),
+            // The commit may have been sent, and lost: neither running nor giving up is for this side to decide.
+            DestinationEvent::Lost(reason) if self.restored => {
+                lost(Standing { committed: false, complete: self.complete }, reason)
             }
             other => never_ran(other),
         }
@@ -220,16 +248,62 @@ impl Loading {
 
 impl Postcopy {
     fn on(self, event: DestinationEvent) -> Step {
+        let Self(()) = self;
         match event {
             DestinationEvent::Complete => {
                 (DestinationSession::Drained(Drained(())), vec![DestinationAction::SendDrained])
             }
-            DestinationEvent::RunFailed(reason)
-            | DestinationEvent::LaneLost(reason)
-            | DestinationEvent::Lost(reason)
-            | DestinationEvent::PagerBroken(reason)
-            | DestinationEvent::Aborted(reason) => stopped(reason),
-            other => stopped(breach(&other)),
+            DestinationEvent::RunFailed(reason) | DestinationEvent::PagerBroken(reason) => stopped(reason),
+            DestinationEvent::LaneLost(reason) | DestinationEvent::Lost(reason) | DestinationEvent::Aborted(reason) => {
+                lost(Standing { committed: true, complete: false }, reason)
+            }
+            other => lost(Standing { committed: true, complete: false }, breach(&other)),
+        }
+    }
+}
+
+impl Paused {
+    fn on(self, event: DestinationEvent) -> Step {
+        let Self(standing) = self;
+        match event {
+            DestinationEvent::Rejoined => (
+                DestinationSession::Rejoining(Rejoining(standing)),
+                vec![
+                    DestinationAction::Status(MigrationStatus::PostcopyRecover),
+                    DestinationAction::SendStanding { committed: standing.committed },
+                ],
+            ),
+            DestinationEvent::Complete if standing.committed => {
+                complete_alone("the link was lost when the last page had come".to_owned())
+            }
+            DestinationEvent::Complete => {
+                (DestinationSession::Paused(Self(Standing { complete: true, ..standing })), Vec::new())
+            }
+            DestinationEvent::RunFailed(reason) | DestinationEvent::PagerBroken(reason) => broken(standing, reason),
+            // There is no link, so nothing else can mean anything.
+            _ => (DestinationSession::Paused(self), Vec::new()),
+        }
+    }
+}
+
+impl Rejoining {
+    fn on(self, event: DestinationEvent) -> Step {
+        let Self(standing) = self;
+        match event {
+            DestinationEvent::Commit if standing.committed => {
+                let actions = vec![
+                    DestinationAction::AttachLanes,
+                    DestinationAction::SendRunning,
+                    DestinationAction::Status(MigrationStatus::PostcopyActive),
+                ];
+                (DestinationSession::Postcopy(Postcopy(())), actions)
+            }
+            DestinationEvent::Commit => run(standing.complete, vec![DestinationAction::AttachLanes]),
+            DestinationEvent::RunFailed(reason) | DestinationEvent::PagerBroken(reason) => broken(standing, reason),
+            DestinationEvent::Lost(reason) | DestinationEvent::LaneLost(reason) | DestinationEvent::Aborted(reason) => {
+                lost(standing, reason)
+            }
+            other => lost(standing, breach(&other)),
         }
     }
 }
@@ -244,21 +318,42 @@ impl Drained {
             DestinationEvent::RunFailed(reason) | DestinationEvent::PagerBroken(reason) => stopped(reason),
             // The source closes its page lanes behind its acknowledgement, and may be seen doing so first.
             DestinationEvent::LaneLost(_) => (DestinationSession::Drained(self), Vec::new()),
-            // The guest needs nothing from the source any more, so nothing is taken from it; but a closed connection
-            // is no acknowledgement either, and so no success.
-            DestinationEvent::Lost(reason) | DestinationEvent::Aborted(reason) => {
-                let failure = Failure {
-                    reason: format!("the source never acknowledged that everything arrived: {reason}"),
-                    guest: GuestAfter::OnDestination,
-                };
-                (
-                    DestinationSession::Over,
-                    vec![DestinationAction::FinishPager, DestinationAction::Finish(Outcome::Failed(failure))],
-                )
-            }
+            DestinationEvent::Lost(reason) | DestinationEvent::Aborted(reason) => complete_alone(reason),
             other => stopped(breach(&other)),
         }
     }
+}
+
+/// The commit is here: this side runs the guest.
+fn run(complete: bool, mut actions: Vec<DestinationAction>) -> Step {
+    actions.extend([DestinationAction::Run, DestinationAction::SendRunning]);
+    if complete {
+        actions.push(DestinationAction::SendDrained);
+        (DestinationSession::Drained(Drained(())), actions)
+    } else {
+        actions.push(DestinationAction::Status(MigrationStatus::PostcopyActive));
+        actions.push(DestinationAction::MapTheRest);
+        (DestinationSession::Postcopy(Postcopy(())), actions)
+    }
+}
+
+/// The link is lost, and what follows is not this side's to decide.
+fn lost(standing: Standing, reason: String) -> Step {
+    (DestinationSession::Paused(Paused(standing)), vec![DestinationAction::AwaitRejoin(reason)])
+}
+
+/// The guest is whole and runs, so it needs nothing from the source any more. That the source may not know is the source's
+/// trouble: it keeps its pages until it has asked.
+fn complete_alone(reason: String) -> Step {
+    (
+        DestinationSession::Over,
+        vec![DestinationAction::FinishPager, DestinationAction::Finish(Outcome::Unacknowledged(reason))],
+    )
+}
+
+/// The pager or the machine has failed for good.
+fn broken(standing: Standing, reason: String) -> Step {
+    if standing.committed { stopped(reason) } else { never_ran(DestinationEvent::PagerBroken(reason)) }
 }
 
 /// Ends a session without the commit: the guest never ran here, and this process never will run it.

@@ -6,8 +6,17 @@
 //!
 //! ```text
 //!  source:       Setup → Active → Handoff → Committed → Postcopy → done
-//!  destination:  Preparing → Prepared → Loading → Restored → Postcopy → Drained → done
+//!                                               ▲ ╲        ╱
+//!                                    Rejoining ─┘  ▶ Paused   (the link is lost after the commit)
+//!                                        ▲            │
+//!                                        └────────────┘
+//!  destination:  Preparing → Prepared → Loading ──▶ Postcopy → Drained → done
+//!                                              ╲      ╱ ▲
+//!                                               ▶ Paused ⇄ Rejoining
 //! ```
+//!
+//! When the two meet again the destination says where it stands, and the source commits once more: who has the commit goes on,
+//! who never got it runs now. Until then only the source knows whether it was sent, and only the destination whether it came.
 
 pub mod destination;
 pub mod source;
@@ -29,12 +38,8 @@ pub struct Failure {
 pub enum GuestAfter {
     /// It runs on the source (or stays paused there, if its user had paused it).
     OnSource,
-    /// The commit was sent, so the source must never run it again; the destination may or may not have it.
-    GivenAway,
     /// It is on the destination, stopped, because its memory cannot be completed.
     Stopped,
-    /// It is on the destination with all of its memory, and runs; only the source's acknowledgement is missing.
-    OnDestination,
 }
 
 impl GuestAfter {
@@ -43,12 +48,7 @@ impl GuestAfter {
     pub const fn sentence(self) -> &'static str {
         match self {
             Self::OnSource => "the guest is unharmed on the source",
-            Self::GivenAway => {
-                "the commit was already sent, so the guest belongs to the destination and stays paused here; its memory \
-                 is kept until `quit`"
-            }
             Self::Stopped => "the guest was stopped on the destination, because parts of its memory can no longer come",
-            Self::OnDestination => "the guest is complete on the destination and runs",
         }
     }
 }
@@ -58,6 +58,9 @@ impl GuestAfter {
 pub enum Outcome {
     /// All of the guest is on the destination, and both sides know it.
     Completed,
+    /// All of the guest is on the destination, where it runs; the link was lost, for this reason, before the source could say
+    /// that it knows. Only a destination ends like this.
+    Unacknowledged(String),
     /// Cancelled before the commit.
     Cancelled,
     /// It failed.

@@ -40,6 +40,19 @@ pub enum SourceEvent {
     LaneLost(String),
     /// The control lane or the destination is gone.
     Lost(String),
+    /// The controller wants a lost link to be joined again.
+    Rejoin,
+    /// [`SourceAction::OpenLanes`] failed. What the other side may have answered is no refusal: it may not know the session.
+    RejoinFailed(String),
+    /// New lanes are open, and the destination has said where it stands, what it lacks included.
+    Standing {
+        /// It has the commit.
+        committed: bool,
+        /// It has every page.
+        complete: bool,
+    },
+    /// The controller vouches that the destination is fenced: it does not run the guest, and never will.
+    Reclaim,
 }
 
 /// How pre-copy ends.
@@ -80,12 +93,19 @@ pub enum SourceAction {
     SendState,
     /// Give up the right to run.
     SurrenderRightToRun,
-    /// Take the right to run again, because the destination has said, finally, that it never ran and never will.
+    /// Take the right to run again, because the destination has said, finally, that it never ran and never will, or the
+    /// controller has vouched for that.
     TakeBackRightToRun,
     /// Submit the commit to the socket. A failure is `Lost`.
     SendCommit,
     /// Acknowledge that the destination has everything. A failure changes nothing here.
     AcknowledgeDrained,
+    /// The link is lost after the commit, for this reason: keep all pages, and wait for the controller.
+    AwaitRejoin(String),
+    /// Open new lanes to where the controller says; answer with `Standing`, `RejoinFailed` or `Lost`.
+    OpenLanes,
+    /// Serve what the destination has said that it lacks, over the new lanes. Failing is `Lost`.
+    ServeAgain,
     /// Tell the destination to give up, if it still listens.
     SendAbort(String),
     /// End the pager and close all lanes; no page is read afterwards.
@@ -101,6 +121,8 @@ pub enum SourceAction {
 pub enum WishRefused {
     /// A cancel after the commit.
     Committed,
+    /// A rejoin or a reclaim of a link that is not lost.
+    NotLost,
     /// Anything after the end.
     Over,
 }
@@ -118,6 +140,10 @@ pub enum SourceSession {
     Committed(Committed),
     /// The guest runs on the destination; its pages are served and pushed.
     Postcopy(Postcopy),
+    /// The commit counts as sent, and the link is lost. All pages are kept.
+    Paused(Paused),
+    /// New lanes are being opened.
+    Rejoining(Rejoining),
     /// Over.
     Over,
 }
@@ -171,6 +197,14 @@ pub struct Committed {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Postcopy(());
 
+/// Phase data of [`SourceSession::Paused`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Paused(());
+
+/// Phase data of [`SourceSession::Rejoining`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Rejoining(());
+
 /// A session's next phase, and what to do on the way there.
 pub type Step = (SourceSession, Vec<SourceAction>);
 
@@ -200,8 +234,28 @@ impl SourceSession {
     pub const fn can_cancel(&self) -> Result<(), WishRefused> {
         match self {
             Self::Setup(_) | Self::Active(_) | Self::Handoff(_) => Ok(()),
-            Self::Committed(_) | Self::Postcopy(_) => Err(WishRefused::Committed),
+            Self::Committed(_) | Self::Postcopy(_) | Self::Paused(_) | Self::Rejoining(_) => {
+                Err(WishRefused::Committed)
+            }
             Self::Over => Err(WishRefused::Over),
+        }
+    }
+
+    /// Whether the guest runs on the destination and its pages are served.
+    #[must_use]
+    pub const fn is_in_postcopy(&self) -> bool {
+        matches!(self, Self::Postcopy(_))
+    }
+
+    /// Whether a rejoin or a reclaim can be carried out.
+    ///
+    /// # Errors
+    /// When it cannot, and why.
+    pub const fn is_lost(&self) -> Result<(), WishRefused> {
+        match self {
+            Self::Paused(_) => Ok(()),
+            Self::Over => Err(WishRefused::Over),
+            _ => Err(WishRefused::NotLost),
         }
     }
 
@@ -214,6 +268,8 @@ impl SourceSession {
             Self::Handoff(phase) => phase.on(event),
             Self::Committed(phase) => phase.on(event),
             Self::Postcopy(phase) => phase.on(event),
+            Self::Paused(phase) => phase.on(event),
+            Self::Rejoining(phase) => phase.on(event),
             Self::Over => (Self::Over, Vec::new()),
         }
     }
@@ -349,30 +405,18 @@ impl Committed {
     fn on(self, event: SourceEvent) -> Step {
         match event {
             SourceEvent::Running => {
-                // Where the guest waited for all of it, all of it was pushed.
-                let push = self.ending == Ending::Postcopy;
-                (SourceSession::Postcopy(Postcopy(())), push.then_some(SourceAction::PushPages).into_iter().collect())
+                let mut actions = Vec::new();
+                if self.ending == Ending::Postcopy {
+                    actions.push(SourceAction::Status(MigrationStatus::PostcopyActive));
+                    // Where the guest waited for all of it, all of it was pushed.
+                    actions.push(SourceAction::PushPages);
+                }
+                (SourceSession::Postcopy(Postcopy(())), actions)
             }
-            SourceEvent::StateSent
-            | SourceEvent::Cancel
-            | SourceEvent::StartPostcopy
-            | SourceEvent::SwitchOver(_)
-            | SourceEvent::GaveUp(_)
-            | SourceEvent::Proceed
-            | SourceEvent::HandoffTimedOut => (SourceSession::Committed(self), Vec::new()),
-            // A destination refuses only where it has not acted on the commit, and never acts on one afterwards. So its
-            // word, which crossed our commit, brings the guest back. Silence or a lost link does not.
-            SourceEvent::Refused(reason) => (
-                SourceSession::Over,
-                vec![
-                    SourceAction::CloseLanes,
-                    SourceAction::TakeBackRightToRun,
-                    SourceAction::Resume,
-                    SourceAction::Finish(fail(refusal(&reason))),
-                ],
-            ),
-            SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => given_away(reason),
-            other => given_away(breach(&other)),
+            event if comes_late(&event) => (SourceSession::Committed(self), Vec::new()),
+            SourceEvent::Refused(reason) => taken_back(&reason),
+            SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => lost(reason),
+            other => lost(breach(&other)),
         }
     }
 }
@@ -380,25 +424,97 @@ impl Committed {
 impl Postcopy {
     fn on(self, event: SourceEvent) -> Step {
         match event {
-            SourceEvent::Drained => (
+            SourceEvent::Drained => drained(),
+            event if comes_late(&event) => (SourceSession::Postcopy(self), Vec::new()),
+            SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => lost(reason),
+            other => lost(breach(&other)),
+        }
+    }
+}
+
+impl Paused {
+    fn on(self, event: SourceEvent) -> Step {
+        match event {
+            SourceEvent::Rejoin => (
+                SourceSession::Rejoining(Rejoining(())),
+                vec![SourceAction::Status(MigrationStatus::PostcopyRecover), SourceAction::OpenLanes],
+            ),
+            SourceEvent::Reclaim => (
                 SourceSession::Over,
                 vec![
-                    SourceAction::AcknowledgeDrained,
-                    SourceAction::CloseLanes,
-                    SourceAction::Finish(Outcome::Completed),
+                    SourceAction::TakeBackRightToRun,
+                    SourceAction::Resume,
+                    SourceAction::Finish(fail("it was reclaimed on the source".to_owned())),
                 ],
             ),
-            SourceEvent::StateSent
+            // There is no link, so nothing else can mean anything.
+            _ => (SourceSession::Paused(self), Vec::new()),
+        }
+    }
+}
+
+impl Rejoining {
+    fn on(self, event: SourceEvent) -> Step {
+        match event {
+            SourceEvent::Standing { committed: true, complete: true } => drained(),
+            // The commit says once more whose the guest is, and that its pages are served. A destination that has it already
+            // only goes on.
+            SourceEvent::Standing { .. } => (
+                SourceSession::Committed(Committed { ending: Ending::Postcopy }),
+                vec![SourceAction::ServeAgain, SourceAction::SendCommit],
+            ),
+            SourceEvent::HandoffTimedOut => lost("the destination did not say in time where it stands".to_owned()),
+            event if comes_late(&event) => (SourceSession::Rejoining(self), Vec::new()),
+            SourceEvent::Refused(reason) => taken_back(&reason),
+            SourceEvent::RejoinFailed(reason) | SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => {
+                lost(reason)
+            }
+            other => lost(breach(&other)),
+        }
+    }
+}
+
+/// What means nothing any more after the commit: the controller's wishes, and answers that crossed it.
+const fn comes_late(event: &SourceEvent) -> bool {
+    matches!(
+        event,
+        SourceEvent::StateSent
             | SourceEvent::Cancel
             | SourceEvent::StartPostcopy
             | SourceEvent::SwitchOver(_)
             | SourceEvent::GaveUp(_)
             | SourceEvent::Proceed
-            | SourceEvent::HandoffTimedOut => (SourceSession::Postcopy(self), Vec::new()),
-            SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => given_away(reason),
-            other => given_away(breach(&other)),
-        }
-    }
+            | SourceEvent::HandoffTimedOut
+            | SourceEvent::Rejoin
+            | SourceEvent::Reclaim
+    )
+}
+
+/// The destination has everything, and knows that it may run.
+fn drained() -> Step {
+    (
+        SourceSession::Over,
+        vec![SourceAction::AcknowledgeDrained, SourceAction::CloseLanes, SourceAction::Finish(Outcome::Completed)],
+    )
+}
+
+/// The link is lost after the commit. The guest is the destination's, and what it still lacks is only here.
+fn lost(reason: String) -> Step {
+    (SourceSession::Paused(Paused(())), vec![SourceAction::CloseLanes, SourceAction::AwaitRejoin(reason)])
+}
+
+/// A destination refuses only where it has not acted on the commit, and never acts on one afterwards. So its word, which
+/// crossed our commit, brings the guest back. Silence or a lost link does not.
+fn taken_back(reason: &str) -> Step {
+    (
+        SourceSession::Over,
+        vec![
+            SourceAction::CloseLanes,
+            SourceAction::TakeBackRightToRun,
+            SourceAction::Resume,
+            SourceAction::Finish(fail(refusal(reason))),
+        ],
+    )
 }
 
 /// What every phase in which the guest still runs makes of an event that is not its own.
@@ -432,11 +548,6 @@ fn give_up(outcome: Outcome, paused: bool) -> Step {
     }
     actions.push(SourceAction::Finish(outcome));
     (SourceSession::Over, actions)
-}
-
-fn given_away(reason: String) -> Step {
-    let failure = Failure { reason, guest: GuestAfter::GivenAway };
-    (SourceSession::Over, vec![SourceAction::CloseLanes, SourceAction::Finish(Outcome::Failed(failure))])
 }
 
 fn fail(reason: String) -> Outcome {

@@ -1,4 +1,5 @@
-//! Whole migrations of the two state machines against each other, with a fault injected at every step.
+//! Whole migrations of the two state machines against each other, with a fault injected at every step. When nothing moves any
+//! more the controller joins what was lost, and it must come to an end then.
 //!
 //! The world is a pair of message queues and a handful of flags; what the invariants say about them is checked after
 //! every single action.
@@ -79,6 +80,9 @@ struct World {
     watch_registered: bool,
     source_outcome: Option<Outcome>,
     destination_outcome: Option<Outcome>,
+    /// Each side waits for the other to join again.
+    source_waits: bool,
+    destination_waits: bool,
 }
 
 impl World {
@@ -105,7 +109,17 @@ impl World {
             watch_registered: true,
             source_outcome: None,
             destination_outcome: None,
+            source_waits: false,
+            destination_waits: false,
         }
+    }
+
+    /// The controller joins a lost link again, if there is one; says whether there was.
+    fn rejoin(&mut self) -> bool {
+        if self.source_waits {
+            self.to_source.push_back(SourceEvent::Rejoin);
+        }
+        self.source_waits
     }
 
     fn strike(&mut self, mishap: Mishap) {
@@ -128,12 +142,19 @@ impl World {
         if !std::mem::replace(&mut self.link, false) {
             return;
         }
-        self.to_source.retain(|event| matches!(event, SourceEvent::Paused | SourceEvent::StateSent));
+        self.drop_under_way();
+        self.to_source.push_back(SourceEvent::Lost("cut".into()));
+        self.to_destination.push_back(DestinationEvent::Lost("cut".into()));
+    }
+
+    /// What the link carries is lost; what each side tells itself is not.
+    fn drop_under_way(&mut self) {
+        self.to_source.retain(|event| {
+            matches!(event, SourceEvent::Paused | SourceEvent::StateSent | SourceEvent::Rejoin | SourceEvent::Cancel)
+        });
         self.to_destination.retain(|event| {
             matches!(event, DestinationEvent::Loaded | DestinationEvent::Prepared | DestinationEvent::Complete)
         });
-        self.to_source.push_back(SourceEvent::Lost("cut".into()));
-        self.to_destination.push_back(DestinationEvent::Lost("cut".into()));
     }
 
     fn complete(&mut self) {
@@ -231,6 +252,29 @@ impl World {
                 self.commit_submitted = true;
                 self.tell_destination(DestinationEvent::Commit);
             }
+            SourceAction::AwaitRejoin(_) => {
+                assert!(self.commit_submitted, "waits for a destination that was never committed to");
+                // The other side sees the lanes close.
+                self.cut();
+                self.to_source.retain(|event| !matches!(event, SourceEvent::Lost(_) | SourceEvent::LaneLost(_)));
+                self.source_waits = true;
+            }
+            SourceAction::OpenLanes => {
+                self.source_waits = false;
+                if self.destination_waits {
+                    (self.link, self.destination_waits) = (true, false);
+                    self.to_destination.push_back(DestinationEvent::Rejoined);
+                } else if matches!(self.destination_outcome, Some(Outcome::Unacknowledged(_))) {
+                    self.link = true;
+                    self.tell_source(SourceEvent::Standing { committed: true, complete: true });
+                } else {
+                    self.to_source.push_back(SourceEvent::RejoinFailed("unknown session".into()));
+                }
+            }
+            SourceAction::ServeAgain => {
+                assert!(!self.source_runs, "pages are served while the guest changes them");
+                self.source_serves = true;
+            }
             SourceAction::AcknowledgeDrained => self.tell_destination(DestinationEvent::DrainedAcknowledged),
             SourceAction::SendAbort(reason) => self.tell_destination(DestinationEvent::Aborted(reason)),
             SourceAction::CloseLanes => self.source_serves = false,
@@ -257,6 +301,19 @@ impl World {
                 self.refused = true;
                 self.tell_source(SourceEvent::Refused(reason));
             }
+            DestinationAction::AwaitRejoin(_) => {
+                assert!(self.watch_registered || self.pages_complete, "waits without serving what is here");
+                self.cut();
+                self.to_destination
+                    .retain(|event| !matches!(event, DestinationEvent::Lost(_) | DestinationEvent::LaneLost(_)));
+                self.destination_waits = true;
+            }
+            DestinationAction::SendStanding { committed } => {
+                assert_eq!(committed, self.commit_arrived);
+                let complete = self.pages_complete;
+                self.tell_source(SourceEvent::Standing { committed, complete });
+            }
+            DestinationAction::AttachLanes => assert!(self.commit_submitted, "attached before the source serves"),
             DestinationAction::EndWatch => {
                 assert!(self.pages_complete, "the watch ended before the pages were complete");
                 self.watch_registered = false;
@@ -310,16 +367,23 @@ impl World {
             let source = &self.source_outcome;
             assert_eq!(*source, Some(Outcome::Completed), "{context}: the source does not know that it is done");
         }
+        if matches!(self.destination_outcome, Some(Outcome::Unacknowledged(_))) {
+            assert!(self.destination_runs && self.pages_complete, "{context}: alone without being complete");
+        }
+        if self.source_waits {
+            assert!(!self.source_may_run, "{context}: it waits, and could run");
+            let gone = self.destination_outcome.as_ref().is_some_and(|outcome| {
+                matches!(outcome, Outcome::Failed(failure) if !self.commit_arrived || failure.guest == GuestAfter::Stopped)
+            });
+            assert!(gone, "{context}: two that could have met wait for each other");
+        }
         if let Some(Outcome::Failed(failure)) = &self.source_outcome {
-            let expected = if self.source_may_run { GuestAfter::OnSource } else { GuestAfter::GivenAway };
-            assert_eq!(failure.guest, expected, "{context}");
+            assert!(self.source_may_run && failure.guest == GuestAfter::OnSource, "{context}");
         }
         if let Some(Outcome::Failed(failure)) = &self.destination_outcome {
             match failure.guest {
                 GuestAfter::OnSource => assert!(!self.commit_arrived, "{context}"),
                 GuestAfter::Stopped => assert!(self.commit_arrived && !self.destination_runs, "{context}"),
-                GuestAfter::OnDestination => assert!(self.destination_runs && self.pages_complete, "{context}"),
-                GuestAfter::GivenAway => panic!("{context}: only a source gives away"),
             }
         }
     }
@@ -327,7 +391,8 @@ impl World {
 
 fn run(scenario: Scenario, mishaps: &[(usize, Mishap)], source_first: bool) -> World {
     let mut world = World::new(scenario);
-    for step in 0..200 {
+    let mut joins = 0;
+    for step in 0..400 {
         for (_, mishap) in mishaps.iter().filter(|(at, _)| *at == step) {
             world.strike(*mishap);
         }
@@ -336,7 +401,11 @@ fn run(scenario: Scenario, mishaps: &[(usize, Mishap)], source_first: bool) -> W
             let before = world.pages_complete;
             world.complete();
             if world.pages_complete == before && mishaps.iter().all(|(at, _)| *at <= step) {
-                break;
+                // One for each mishap that can cut the link, and one more.
+                joins += 1;
+                if joins > mishaps.len() + 1 || !world.rejoin() {
+                    break;
+                }
             }
         }
     }
@@ -412,10 +481,16 @@ fn a_final_refusal_that_crosses_the_commit_brings_the_guest_back() {
 #[test]
 fn nothing_else_after_the_commit_lets_the_source_run() {
     let losses = ["the link was cut", "unknown session"].map(|reason| SourceEvent::Lost(reason.into()));
+    let runs = |actions: &[SourceAction]| {
+        actions.contains(&SourceAction::Resume) || actions.contains(&SourceAction::TakeBackRightToRun)
+    };
     for event in losses.into_iter().chain([SourceEvent::LaneLost("cut".into()), SourceEvent::Drained]) {
         let (session, actions) = committed().on(event);
-        assert_eq!(session, SourceSession::Over);
-        assert!(!actions.contains(&SourceAction::Resume) && !actions.contains(&SourceAction::TakeBackRightToRun));
+        assert!(session.is_lost().is_ok() && !runs(&actions));
+        // Nor does a destination that does not know the session.
+        let (session, _) = session.on(SourceEvent::Rejoin);
+        let (session, actions) = session.on(SourceEvent::RejoinFailed("session 1 is unknown here".into()));
+        assert!(session.is_lost().is_ok() && !runs(&actions));
     }
     // A decision of the rounds that comes late changes nothing.
     for late in [SourceEvent::SwitchOver(Ending::Postcopy), SourceEvent::GaveUp("late".into())] {
@@ -426,6 +501,44 @@ fn nothing_else_after_the_commit_lets_the_source_run() {
     let (session, _) = committed().on(SourceEvent::Running);
     let (_, actions) = session.on(SourceEvent::Refused("after it said that it runs".into()));
     assert!(!actions.contains(&SourceAction::Resume));
+}
+
+#[test]
+fn a_reclaim_runs_the_guest_only_where_the_link_is_lost() {
+    let lost = committed().on(SourceEvent::Lost("cut".into())).0;
+    let (session, actions) = lost.clone().on(SourceEvent::Reclaim);
+    assert_eq!(session, SourceSession::Over);
+    let back = actions.iter().position(|action| *action == SourceAction::TakeBackRightToRun).unwrap();
+    assert_eq!(actions.get(back + 1), Some(&SourceAction::Resume));
+    let joining = lost.on(SourceEvent::Rejoin).0;
+    for session in [committed(), committed().on(SourceEvent::Running).0, joining] {
+        assert_eq!(session.clone().on(SourceEvent::Reclaim), (session, Vec::new()));
+    }
+}
+
+#[test]
+fn a_destination_without_the_commit_runs_only_when_it_comes_over_the_next_link() {
+    let mut session = DestinationSession::new();
+    let missing = DestinationEvent::Missing { complete_first: false };
+    for event in [DestinationEvent::Prepared, missing, DestinationEvent::State, DestinationEvent::Loaded] {
+        session = session.on(event).0;
+    }
+    let runs = |actions: &[DestinationAction]| actions.contains(&DestinationAction::Run);
+    let (session, actions) = session.on(DestinationEvent::Lost("cut".into()));
+    assert!(matches!(session, DestinationSession::Paused(_)) && !runs(&actions), "{actions:?}");
+    // Without a link there is nobody whose commit it could be.
+    let (session, actions) = session.on(DestinationEvent::Commit);
+    assert!(matches!(session, DestinationSession::Paused(_)) && actions.is_empty());
+    let (session, actions) = session.on(DestinationEvent::Rejoined);
+    assert!(actions.contains(&DestinationAction::SendStanding { committed: false }) && !runs(&actions));
+    let (session, actions) = session.on(DestinationEvent::Commit);
+    assert!(matches!(session, DestinationSession::Postcopy(_)) && runs(&actions));
+    // Where it runs already, a second commit runs nothing.
+    let (session, _) = session.on(DestinationEvent::Lost("cut again".into()));
+    let (session, actions) = session.on(DestinationEvent::Rejoined);
+    assert!(actions.contains(&DestinationAction::SendStanding { committed: true }));
+    let (session, actions) = session.on(DestinationEvent::Commit);
+    assert!(matches!(session, DestinationSession::Postcopy(_)) && !runs(&actions));
 }
 
 #[test]

@@ -45,6 +45,9 @@ pub enum BulkError {
     /// A difference whose other version never came.
     #[error("the source sends {0} as a difference to a version that never came")]
     DifferenceToNothing(PageIndex),
+    /// A difference after the link was lost: what is here of the page may be torn.
+    #[error("the source sends {0} as a difference, but the link was lost since and what is here of it may be torn")]
+    LateDifference(PageIndex),
     /// A reference to another page after the handoff: the guest may have written that.
     #[error("the source sends {0} as a reference to another page after the handoff")]
     LateReference(PageIndex),
@@ -283,6 +286,9 @@ impl BulkReceiver {
             if entry.encoding() == Encoding::Delta && resident >> bit & 1 == 0 {
                 return Err(BulkError::DifferenceToNothing(entry.page()));
             }
+            if entry.encoding() == Encoding::Delta && self.shared.rejoined.load(Ordering::Acquire) {
+                return Err(BulkError::LateDifference(entry.page()));
+            }
             if entry.encoding() == Encoding::Same && !precopy {
                 return Err(BulkError::LateReference(entry.page()));
             }
@@ -321,6 +327,7 @@ impl BulkReceiver {
         };
         if let Err(error) = received {
             for bit in bits(won) {
+                self.shared.stains.add(page_at(first, bit));
                 if self.shared.states.release(page_at(first, bit), self.tag) {
                     self.shared.ask_anew(page_at(first, bit));
                 }

@@ -86,6 +86,7 @@ pub struct FaultService {
     ring: EventRing,
     buffers: Box<Buffers>,
     lane: PageLane,
+    /// The claims of whatever fault lane there is: one ends before the next begins.
     tag: LaneTag,
     shared: Arc<Shared>,
     woken_poll: OwnedFd,
@@ -98,10 +99,14 @@ pub struct FaultService {
     raced: Vec<Raced>,
     wakes: Vec<(PageIndex, Nanos)>,
     requests: Vec<u8>,
+    /// The kernel may still read `outgoing`.
     sending: bool,
+    /// The kernel may still write the header, or the page of `receiving`.
+    awaiting: bool,
     next_tag: u32,
     /// The reply that is being received, and whether its page goes to the alias.
     receiving: Option<(Asked, bool)>,
+    /// Where not, requests wait for the next lane.
     lane_open: bool,
 }
 
@@ -118,6 +123,7 @@ impl FaultService {
     /// # Errors
     /// When there is no ring for it.
     pub(super) fn new(lane: PageLane, tag: LaneTag, shared: &Arc<Shared>) -> Result<Self, FaultError> {
+        shared.seat.sit();
         Ok(Self {
             ring: EventRing::new(RING_ENTRIES)?,
             buffers: Box::new(Buffers {
@@ -137,6 +143,7 @@ impl FaultService {
             wakes: Vec::with_capacity(ROOM),
             requests: Vec::with_capacity(ROOM * FaultRequest::LEN),
             sending: false,
+            awaiting: false,
             next_tag: 0,
             receiving: None,
             lane_open: true,
@@ -146,7 +153,7 @@ impl FaultService {
     /// Serves until the pager is stopped.
     ///
     /// # Errors
-    /// When faults can no longer be served at all. A lane that fails is only reported.
+    /// When faults can no longer be served at all. A lane that fails is only reported; another may come in its place.
     pub fn run(mut self) -> Result<(), FaultError> {
         self.ring.poll_multishot(self.shared.watch.fd(), FAULTS_READY)?;
         self.ring.poll_multishot(self.woken_poll.as_fd(), WOKEN)?;
@@ -163,17 +170,47 @@ impl FaultService {
                     }
                     (token, result) => {
                         let outcome = match (token, result) {
-                            (REPLY_HEADER, result) => self.header_came(&result),
-                            (REPLY_PAGE, result) => self.page_came(&result),
+                            (REPLY_HEADER, result) => {
+                                self.awaiting = false;
+                                self.header_came(&result)
+                            }
+                            (REPLY_PAGE, result) => {
+                                self.awaiting = false;
+                                self.page_came(&result)
+                            }
                             (_, result) => self.requests_sent(&result),
                         };
                         self.settle(outcome)?;
                     }
                 }
             }
+            self.take_up_lane()?;
             self.send_requests()?;
         }
         Ok(())
+    }
+
+    /// Goes over to the lane that was opened in place of a lost one, as soon as the kernel has let go of everything of the old
+    /// one. What was asked for over that is asked for again.
+    fn take_up_lane(&mut self) -> Result<(), FaultError> {
+        if self.lane_open || self.sending || self.awaiting {
+            return Ok(());
+        }
+        let Some(lane) = self.shared.seat.take() else { return Ok(()) };
+        self.lane = lane;
+        self.lane_open = true;
+        self.requests.clear();
+        for asked in std::mem::take(&mut self.asked) {
+            if self.shared.states.is_requested(asked.page) {
+                self.requests.extend_from_slice(&FaultRequest { page: asked.page, tag: asked.tag }.encode());
+                self.asked.push_back(asked);
+            } else {
+                // A bulk lane has brought it, or is about to.
+                self.lost_race(asked);
+            }
+        }
+        self.unsubmitted = self.asked.len();
+        self.receive_header()
     }
 
     /// Asks for the pages whose lanes do not bring them after all.
@@ -255,6 +292,7 @@ impl FaultService {
         let header = &mut self.buffers.header;
         // SAFETY: `header` is not touched again before this operation completes, and is dropped after the ring.
         unsafe { self.ring.recv(self.lane.socket.as_fd(), header.as_mut_ptr(), header.len(), REPLY_HEADER)? };
+        self.awaiting = true;
         Ok(())
     }
 
@@ -266,6 +304,8 @@ impl FaultService {
         let asked = self.asked.pop_front().ok_or(LaneError::Unasked(reply.page))?;
         self.unsubmitted = self.unsubmitted.min(self.asked.len());
         if (reply.page, reply.tag) != (asked.page, asked.tag) {
+            // Whoever waits for it waits for the next lane.
+            self.asked.push_front(asked);
             let (got, got_tag, wanted, tag) = (reply.page, reply.tag, asked.page, asked.tag);
             return Err(LaneError::OutOfOrder { got, got_tag, wanted, tag });
         }
@@ -281,13 +321,24 @@ impl FaultService {
     fn page_came(&mut self, result: &io::Result<u32>) -> Result<Next, LaneError> {
         let received = self.receiving.take();
         if let Err(error) = finished("receive a page", result, PAGE_SIZE) {
-            if let Some((asked, true)) = received {
-                self.shared.states.release(asked.page, self.tag);
+            if let Some((asked, to_alias)) = received {
+                self.give_up(asked, to_alias);
             }
             return Err(error);
         }
         self.lane.socket.counters().add_received(PAGE_SIZE_U64);
         Ok(received.map_or(Next::Nothing, |(asked, to_alias)| Next::Arrived(asked, to_alias)))
+    }
+
+    /// The lane has ended within an answer: whoever waits for its page waits for the next lane.
+    fn give_up(&mut self, asked: Asked, claimed: bool) {
+        if claimed {
+            self.shared.stains.add(asked.page);
+            self.shared.states.release(asked.page, self.tag);
+            // Still waited for. Nobody else asks in between: faults are taken by this thread alone.
+            self.shared.states.fault(asked.page);
+        }
+        self.asked.push_front(asked);
     }
 
     /// Carries out what the last completion calls for. A failure of the lane is reported once, and faults on pages
@@ -315,6 +366,7 @@ impl FaultService {
                     (self.shared.notify)(event);
                 }
                 self.lane_open = false;
+                self.shared.seat.leave();
                 Ok(())
             }
         }
@@ -328,6 +380,7 @@ impl FaultService {
         // is dropped after the ring, or the alias of a page whose claim was just won, which nobody else writes and the
         // guest has not mapped; the watch keeps the alias mapped, and is dropped after the ring too.
         unsafe { self.ring.recv(self.lane.socket.as_fd(), target, PAGE_SIZE, REPLY_PAGE)? };
+        self.awaiting = true;
         Ok(())
     }
 

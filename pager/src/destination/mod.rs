@@ -15,6 +15,7 @@ mod bulk;
 mod fault;
 mod handoff;
 mod mapper;
+mod seat;
 mod stains;
 
 use std::io;
@@ -33,6 +34,7 @@ use self::bulk::BulkReceiver;
 use self::fault::FaultService;
 use self::handoff::Handoff;
 use self::mapper::MappedAhead;
+use self::seat::Seat;
 use self::stains::Stains;
 use crate::cpu::{CpuMeter, CpuTime};
 use crate::lane::{Notify, PageLane, PagerEvent};
@@ -114,6 +116,9 @@ struct Shared {
     stains: Stains,
     /// Pages that a fault waits for and that nobody brings any more: the fault thread asks for them.
     orphans: SegQueue<PageIndex>,
+    seat: Seat,
+    /// The link was lost once: pages may have landed in part.
+    rejoined: AtomicBool,
     wake_fault_thread: EventFd,
     /// Whether RAM's pages are allocated: then a zero page can be mapped like any other.
     populated: bool,
@@ -179,6 +184,10 @@ impl Shared {
     /// A fault waits for `page`, whose lane does not bring it after all.
     fn ask_anew(&self, page: PageIndex) {
         self.orphans.push(page);
+        self.wake_fault_thread();
+    }
+
+    fn wake_fault_thread(&self) {
         if let Err(errno) = self.wake_fault_thread.write(1) {
             tracing::error!(%errno, "cannot wake the fault thread");
         }
@@ -218,9 +227,15 @@ pub struct DestinationProgress {
 pub struct DestinationPager {
     shared: Arc<Shared>,
     lanes: Vec<PageLane>,
+    /// The threads of the bulk lanes, which end with their lanes.
+    bulk_threads: Vec<JoinHandle<()>>,
+    /// The fault thread and the mapper, which do not.
     threads: Vec<JoinHandle<()>>,
     cpu: Arc<CpuMeter>,
 }
+
+/// The fault thread's claims; the bulk lanes' follow.
+const FAULT_TAG: LaneTag = LaneTag::FIRST;
 
 impl DestinationPager {
     /// Reserves `ram` (unless `lazy`), registers it, and serves its faults from now on. All of RAM counts as absent:
@@ -230,14 +245,7 @@ impl DestinationPager {
     /// # Errors
     /// When memory is short, userfaultfd refuses, or the lanes are not one fault lane and a few bulk lanes.
     pub fn start(ram: Ram, lanes: Vec<PageLane>, lazy: bool, notify: &Notify) -> Result<Self, DestinationPagerError> {
-        let bulk_lanes = lanes.iter().filter(|lane| lane.id.role == LaneRole::Bulk).count();
-        let fault_lanes = lanes.iter().filter(|lane| lane.id.role == LaneRole::Fault).count();
-        if fault_lanes != 1 {
-            return Err(DestinationPagerError::FaultLanes { lanes: fault_lanes });
-        }
-        if lanes.len() > usize::from(LaneTag::LIMIT) {
-            return Err(DestinationPagerError::TooManyLanes { lanes: lanes.len() });
-        }
+        check_lanes(&lanes)?;
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|errno| DestinationPagerError::EventFd(errno.into()))?;
         if !lazy {
@@ -252,6 +260,8 @@ impl DestinationPager {
             ahead: MappedAhead::new(pages),
             stains: Stains::new(pages),
             orphans: SegQueue::new(),
+            seat: Seat::default(),
+            rejoined: AtomicBool::new(false),
             wake_fault_thread: wake,
             populated: !lazy,
             missing: AtomicU64::new(pages.0),
@@ -261,22 +271,77 @@ impl DestinationPager {
             counts: Counts::default(),
             faults: Mutex::new(FaultStats::new()),
             pushed_rates: Mutex::new(Vec::new()),
-            bulk_lanes_open: AtomicU64::new(bulk_lanes as u64),
+            bulk_lanes_open: AtomicU64::new(0),
             notify: Arc::clone(notify),
         });
-        let mut pager = Self { shared, lanes: lanes.clone(), threads: Vec::new(), cpu: Arc::new(CpuMeter::default()) };
-        let tags = (0..LaneTag::LIMIT).filter_map(LaneTag::new);
-        for (lane, tag) in lanes.into_iter().zip(tags) {
-            if let Err(error) = pager.spawn(lane, tag) {
-                pager.abandon();
-                return Err(error);
-            }
-        }
-        if let Err(error) = pager.spawn_mapper() {
+        let cpu = Arc::new(CpuMeter::default());
+        let mut pager = Self { shared, lanes: Vec::new(), bulk_threads: Vec::new(), threads: Vec::new(), cpu };
+        if let Err(error) = pager.spawn_all(lanes) {
             pager.abandon();
             return Err(error);
         }
         Ok(pager)
+    }
+
+    fn spawn_all(&mut self, lanes: Vec<PageLane>) -> Result<(), DestinationPagerError> {
+        let (fault, bulk): (Vec<_>, Vec<_>) = lanes.into_iter().partition(|lane| lane.id.role == LaneRole::Fault);
+        for lane in fault {
+            self.lanes.push(lane.clone());
+            let thread = self.spawn(lane, FAULT_TAG)?;
+            self.threads.push(thread);
+        }
+        self.spawn_bulk(bulk)?;
+        self.spawn_mapper()
+    }
+
+    fn spawn_bulk(&mut self, lanes: Vec<PageLane>) -> Result<(), DestinationPagerError> {
+        self.shared.bulk_lanes_open.store(lanes.len() as u64, Ordering::Release);
+        for (lane, tag) in lanes.into_iter().zip((FAULT_TAG.number() + 1..).map_while(LaneTag::new)) {
+            self.lanes.push(lane.clone());
+            let thread = self.spawn(lane, tag)?;
+            self.bulk_threads.push(thread);
+        }
+        Ok(())
+    }
+
+    /// The link is lost: shuts its lanes down, and takes back what they had claimed. What is here is served on; who needs more
+    /// waits. Nothing of these lanes is reported after it returns. Safe to repeat.
+    pub fn detach(&mut self) {
+        self.shared.rejoined.store(true, Ordering::Release);
+        self.end_bulk_lanes();
+        self.lanes.clear();
+        self.shared.seat.wait_left();
+    }
+
+    /// The pages that are not here, a bit each, in words of 64: what a source that joins again has to send. Of a detached pager,
+    /// where it can only shrink.
+    #[must_use]
+    pub fn missing(&self) -> Vec<u64> {
+        let states = &self.shared.states;
+        let word = |first: u64| {
+            let here = (first..states.pages().0.min(first + 64)).map(PageIndex);
+            here.filter(|page| !states.is_resident(*page)).fold(0, |word, page| word | 1 << (page.0 % 64))
+        };
+        (0..states.pages().0).step_by(64).map(word).collect()
+    }
+
+    /// Goes on over these lanes, in place of those that were [detached](Self::detach): what is waited for is asked for anew.
+    /// The source must be serving.
+    ///
+    /// # Errors
+    /// When the lanes are not one fault lane and a few bulk lanes, or a thread cannot be started. It is detached then.
+    pub fn attach(&mut self, lanes: Vec<PageLane>) -> Result<(), DestinationPagerError> {
+        check_lanes(&lanes)?;
+        self.detach();
+        let (fault, bulk): (Vec<_>, Vec<_>) = lanes.into_iter().partition(|lane| lane.id.role == LaneRole::Fault);
+        if let Err(error) = self.spawn_bulk(bulk) {
+            self.detach();
+            return Err(error);
+        }
+        self.lanes.extend(fault.iter().cloned());
+        fault.into_iter().for_each(|lane| self.shared.seat.offer(lane));
+        self.shared.wake_fault_thread();
+        Ok(())
     }
 
     fn spawn_mapper(&mut self) -> Result<(), DestinationPagerError> {
@@ -327,7 +392,7 @@ impl DestinationPager {
         Ok(self.shared.watch.unregister()?)
     }
 
-    fn spawn(&mut self, lane: PageLane, tag: LaneTag) -> Result<(), DestinationPagerError> {
+    fn spawn(&self, lane: PageLane, tag: LaneTag) -> Result<JoinHandle<()>, DestinationPagerError> {
         let shared = Arc::clone(&self.shared);
         let cpu = Arc::clone(&self.cpu);
         let id = lane.id;
@@ -358,13 +423,14 @@ impl DestinationPager {
                     _ => PagerEvent::LaneFailed { lane: id, reason },
                 });
             }
+            if id.role == LaneRole::Fault {
+                shared.seat.leave();
+            }
         };
-        let thread = thread::Builder::new()
+        thread::Builder::new()
             .name(thread_name(&name))
             .spawn(body)
-            .map_err(|source| DestinationPagerError::Thread { lane: name, source })?;
-        self.threads.push(thread);
-        Ok(())
+            .map_err(|source| DestinationPagerError::Thread { lane: name, source })
     }
 
     /// How far it has come.
@@ -439,17 +505,17 @@ impl DestinationPager {
     fn end_threads(&mut self) {
         self.shared.stopping.store(true, Ordering::Release);
         self.shared.handoff.stop();
-        if let Err(errno) = self.shared.wake_fault_thread.write(1) {
-            tracing::error!(%errno, "cannot wake the fault thread");
-        }
+        self.shared.wake_fault_thread();
+        self.end_bulk_lanes();
+        join(&mut self.threads);
+    }
+
+    /// Shuts all lanes down, and waits for the threads of the bulk lanes.
+    fn end_bulk_lanes(&mut self) {
         for lane in &self.lanes {
             lane.socket.shutdown();
         }
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                tracing::error!("a thread of the destination's pager panicked");
-            }
-        }
+        join(&mut self.bulk_threads);
     }
 }
 
@@ -461,6 +527,26 @@ impl Drop for DestinationPager {
             tracing::error!("a pager was dropped while its guest's memory is incomplete; it goes on serving");
         }
     }
+}
+
+fn join(threads: &mut Vec<JoinHandle<()>>) {
+    for thread in threads.drain(..) {
+        if thread.join().is_err() {
+            tracing::error!("a thread of the destination's pager panicked");
+        }
+    }
+}
+
+/// One fault lane, and not more lanes than can be named.
+fn check_lanes(lanes: &[PageLane]) -> Result<(), DestinationPagerError> {
+    let fault_lanes = lanes.iter().filter(|lane| lane.id.role == LaneRole::Fault).count();
+    if fault_lanes != 1 {
+        return Err(DestinationPagerError::FaultLanes { lanes: fault_lanes });
+    }
+    if lanes.len() > usize::from(LaneTag::LIMIT) {
+        return Err(DestinationPagerError::TooManyLanes { lanes: lanes.len() });
+    }
+    Ok(())
 }
 
 /// The descriptor of an eventfd, for polling.

@@ -33,13 +33,15 @@ struct Options {
 type Command = fn(&Commands, Arguments) -> Result<Value, Refusal>;
 
 /// Every command, by name. `qmp_capabilities` is here to be listed; a session answers it itself.
-const TABLE: [(&str, Command); 26] = [
+const TABLE: [(&str, Command); 29] = [
     ("calc-dirty-rate", |own, arguments| dirty::calc_dirty_rate(&*own.controller, arguments)),
     ("cancel-vcpu-dirty-limit", |own, arguments| dirty::cancel_vcpu_dirty_limit(&*own.controller, arguments)),
     ("cont", Commands::cont),
     ("migrate", Commands::migrate),
     ("migrate-continue", Commands::migrate_continue),
     ("migrate-incoming", Commands::migrate_incoming),
+    ("migrate-pause", Commands::migrate_pause),
+    ("migrate-recover", Commands::migrate_recover),
     ("migrate-set-capabilities", Commands::set_capabilities),
     ("migrate-set-parameters", Commands::set_parameters),
     ("migrate-start-postcopy", Commands::start_postcopy),
@@ -59,6 +61,7 @@ const TABLE: [(&str, Command); 26] = [
     ("quit", Commands::quit),
     ("set-vcpu-dirty-limit", |own, arguments| dirty::set_vcpu_dirty_limit(&*own.controller, arguments)),
     ("stop", Commands::stop),
+    ("x-switchover-reclaim", Commands::reclaim),
     ("x-switchover-report", Commands::report),
 ];
 
@@ -131,11 +134,28 @@ impl Commands {
         arguments.optional::<bool>("detach")?;
         arguments.finish()?;
         if resume {
-            return Err(Refusal::generic("A migration cannot be resumed: recovery of a lost link is not built yet"));
+            let settings = self.options().settings();
+            return self.controller.resume_migration(to, settings).map_err(Refusal::generic).map(|()| json!({}));
         }
         // Held until it has begun: from then on, options that hold from its beginning cannot be changed.
         let options = self.options();
         self.controller.migrate(to, options.settings()).map_err(Refusal::generic).map(|()| json!({}))
+    }
+
+    fn migrate_recover(&self, mut arguments: Arguments) -> Result<Value, Refusal> {
+        let at = take_address(&mut arguments)?;
+        arguments.finish()?;
+        self.controller.recover(&at).map_err(Refusal::generic).map(|()| json!({}))
+    }
+
+    fn migrate_pause(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        arguments.finish()?;
+        self.controller.pause_migration().map_err(Refusal::generic).map(|()| json!({}))
+    }
+
+    fn reclaim(&self, arguments: Arguments) -> Result<Value, Refusal> {
+        arguments.finish()?;
+        self.controller.reclaim().map_err(Refusal::generic).map(|()| json!({}))
     }
 
     fn migrate_incoming(&self, mut arguments: Arguments) -> Result<Value, Refusal> {

@@ -65,6 +65,30 @@ pub trait Controller: Send + Sync + 'static {
     /// When no migration waits for that.
     fn continue_switchover(&self) -> Result<(), ControlError>;
 
+    /// Cuts the link of a post-copy, as if it had been lost.
+    ///
+    /// # Errors
+    /// When there is none to cut.
+    fn pause_migration(&self) -> Result<(), ControlError>;
+
+    /// On a source: joins a lost link again, over new lanes to the destination that listens at `to`.
+    ///
+    /// # Errors
+    /// When no link is lost.
+    fn resume_migration(&self, to: Address, settings: Settings) -> Result<(), ControlError>;
+
+    /// On a destination: listens at `at` too for the source to join a lost link again.
+    ///
+    /// # Errors
+    /// When no link is lost, or the address cannot be had.
+    fn recover(&self, at: &Address) -> Result<(), ControlError>;
+
+    /// On a source: runs a guest again that was given away, since the caller vouches that it runs nowhere else.
+    ///
+    /// # Errors
+    /// When no link is lost.
+    fn reclaim(&self) -> Result<(), ControlError>;
+
     /// Changes what may be changed while a migration runs. Nothing to change is no error.
     fn set_tunables(&self, tunables: Tunables);
 
@@ -205,6 +229,21 @@ pub enum ControlError {
     /// There is no migration whose guest could be handed over.
     #[error("Postcopy must be started after migration has been started")]
     NothingToHandOver,
+    /// There is no post-copy to pause.
+    #[error("migrate-pause is currently only supported during postcopy-active or postcopy-recover state")]
+    NothingToPause,
+    /// There is no paused migration out of this machine.
+    #[error("Cannot resume if there is no paused migration")]
+    NothingToResume,
+    /// There is no paused migration into this machine.
+    #[error("Migrate recover can only be run when postcopy is paused.")]
+    NothingToRecover,
+    /// There is no guest to take back.
+    #[error(
+        "there is no guest to reclaim: a guest can be taken back only from a migration out of this machine whose link was lost \
+         after the handoff (state `postcopy-paused`)"
+    )]
+    NothingToReclaim,
     /// No migration waits before its handoff.
     #[error("no migration out of this machine waits to go on")]
     NothingToContinue,

@@ -131,6 +131,41 @@ impl Controller for Fake {
         Ok(())
     }
 
+    fn pause_migration(&self) -> Result<(), ControlError> {
+        match self.migration() {
+            Some(view) if view.progress.status == MigrationStatus::PostcopyActive => {
+                self.stand(MigrationStatus::PostcopyPaused);
+                Ok(())
+            }
+            _ => Err(ControlError::NothingToPause),
+        }
+    }
+
+    fn resume_migration(&self, to: Address, settings: Settings) -> Result<(), ControlError> {
+        if self.migration().is_none_or(|view| view.progress.status != MigrationStatus::PostcopyPaused) {
+            return Err(ControlError::NothingToResume);
+        }
+        self.note(format!("resume to {to} over {} at {}", settings.bulk_lanes, settings.bandwidth.postcopy));
+        self.stand(MigrationStatus::PostcopyActive);
+        Ok(())
+    }
+
+    fn recover(&self, at: &Address) -> Result<(), ControlError> {
+        if self.migration().is_none_or(|view| view.progress.status != MigrationStatus::PostcopyPaused) {
+            return Err(ControlError::NothingToRecover);
+        }
+        self.note(format!("recover at {at}"));
+        Ok(())
+    }
+
+    fn reclaim(&self) -> Result<(), ControlError> {
+        if self.migration().is_none_or(|view| view.progress.status != MigrationStatus::PostcopyPaused) {
+            return Err(ControlError::NothingToReclaim);
+        }
+        self.note("reclaim".to_owned());
+        Ok(())
+    }
+
     fn set_tunables(&self, tunables: Tunables) {
         self.state.lock().unwrap().tuned = Some(tunables);
     }

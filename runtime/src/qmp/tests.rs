@@ -183,7 +183,7 @@ fn a_migration_takes_the_settings_of_its_beginning() {
         client.error("migrate-start-postcopy", &json!({})),
         "Postcopy must be started after migration has been started"
     );
-    assert!(client.error("migrate", &json!({"uri": "tcp:h:1", "resume": true})).contains("not built yet"));
+    assert!(client.error("migrate", &json!({"uri": "tcp:h:1", "resume": true})).contains("no paused migration"));
     assert!(client.error("migrate", &json!({"uri": "tcp:h:1", "zzz": 1})).contains("'zzz' is unexpected"));
     let parameters = json!({"multifd-channels": 3, "max-postcopy-bandwidth": 1000});
     client.execute("migrate-set-parameters", &parameters);
@@ -384,7 +384,7 @@ fn every_listed_command_exists_and_takes_no_argument_that_it_does_not_know() {
     for name in names.into_iter().filter(|name| *name != "qmp_capabilities") {
         let mut arguments = json!({"no-such-thing": 1});
         match name {
-            "migrate" | "migrate-incoming" => arguments["uri"] = json!("tcp:127.0.0.1:1"),
+            "migrate" | "migrate-incoming" | "migrate-recover" => arguments["uri"] = json!("tcp:127.0.0.1:1"),
             "migrate-set-capabilities" => arguments["capabilities"] = json!([]),
             "migrate-continue" => arguments["state"] = json!("pre-switchover"),
             "calc-dirty-rate" => arguments["calc-time"] = json!(1),

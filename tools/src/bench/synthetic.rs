@@ -101,6 +101,7 @@ pub fn sides(seed: u64) -> (SideReport, SideReport) {
         rates: None,
         cpu: CpuSeconds { user: 0.05, system: 0.19 },
         precopy: None,
+        interruptions: Vec::new(),
     };
     let destination = SideReport {
         side: Side::Destination,

@@ -1,0 +1,215 @@
+//! Who connects to a destination, and what for.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use switchover_pager::lane::PageLane;
+use switchover_wire::clock::{HostClock, Nanos};
+use switchover_wire::description::describe_mismatches;
+use switchover_wire::handshake::{Hello, Welcome, accept, read_hello, refuse};
+use switchover_wire::message::{ControlMessage, ControlReader, ControlWriter, MessageError};
+use switchover_wire::socket::{Listener, Socket};
+use switchover_wire::types::{LaneId, LaneRole};
+
+use super::Shared;
+use crate::capability;
+use crate::lanes::BULK_LANES_LIMIT;
+use crate::reception;
+use crate::recorder::Record;
+use crate::session::destination::DestinationEvent;
+use crate::status::MigrationStatus;
+
+/// Connections that may be in their handshake at once: each costs a thread, and 64 KiB at most, whoever connects. Where
+/// there are more, the oldest is dropped: a source speaks at once, and what has been silent for longest is the least
+/// likely to be one.
+const HANDSHAKES_LIMIT: usize = 16;
+
+/// How long the session may take to let go of a link that its source has lost.
+const LETTING_GO_PATIENCE: Duration = Duration::from_secs(5);
+
+impl Shared {
+    /// Starts a listener's thread.
+    pub(super) fn accept_at(self: &Arc<Self>, listener: &Arc<Listener>) -> io::Result<()> {
+        let (shared, listener) = (Arc::clone(self), Arc::clone(listener));
+        thread::Builder::new().name("listener".to_owned()).spawn(move || shared.accept_all(&listener)).map(drop)
+    }
+
+    /// The listener's thread. It goes on while a session is under way, so that others are refused with a reason.
+    fn accept_all(self: &Arc<Self>, listener: &Listener) {
+        loop {
+            match listener.accept() {
+                Ok(Some(socket)) => self.receive(socket),
+                Ok(None) => return,
+                Err(error) => {
+                    tracing::error!(%error, "the destination can no longer be connected to");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Starts a connection's handshake on a thread of its own: a slow peer must not keep others waiting.
+    fn receive(self: &Arc<Self>, socket: Socket) {
+        let socket = Arc::new(socket);
+        {
+            let mut handshakes = self.handshakes();
+            handshakes.push_back(Arc::clone(&socket));
+            if handshakes.len() > HANDSHAKES_LIMIT
+                && let Some(oldest) = handshakes.pop_front()
+            {
+                tracing::warn!(peer = oldest.peer(), "dropped a connection: too many are in their handshake");
+                oldest.shutdown();
+            }
+        }
+        let (shared, shaking) = (Arc::clone(self), Arc::clone(&socket));
+        let spawned = thread::Builder::new().name("handshake".to_owned()).spawn(move || {
+            if let Err(reason) = shared.shake_hands(&shaking) {
+                tracing::warn!(peer = shaking.peer(), reason, "a connection was not taken");
+            }
+            shared.end_handshake(&shaking);
+        });
+        if let Err(error) = spawned {
+            self.end_handshake(&socket);
+            tracing::warn!(%error, "dropped a connection: no thread for its handshake");
+        }
+    }
+
+    fn handshakes(&self) -> MutexGuard<'_, VecDeque<Arc<Socket>>> {
+        self.handshakes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end_handshake(&self, socket: &Arc<Socket>) {
+        self.handshakes().retain(|other| !Arc::ptr_eq(other, socket));
+    }
+
+    fn shake_hands(self: &Arc<Self>, socket: &Arc<Socket>) -> Result<(), String> {
+        let hello = read_hello(socket).map_err(|error| error.to_string())?;
+        // It has spoken: it can no longer be dropped for its silence.
+        self.end_handshake(socket);
+        if let Err(reason) = self.admit(&hello, socket) {
+            let _ = refuse(socket, &reason);
+            return Err(format!("refused: {reason}"));
+        }
+        let clock = HostClock::here();
+        let same_clock = clock.same_host(&hello.clock);
+        let welcome = Welcome { version: hello.common_version().unwrap_or_default(), clock };
+        let welcomed = socket.tune(hello.lane.role).map_err(|error| error.to_string());
+        let welcomed = welcomed.and_then(|()| accept(socket, &welcome).map_err(|error| error.to_string()));
+        if let Err(reason) = welcomed {
+            self.reception().forget(hello.session);
+            return Err(reason);
+        }
+        let complete = self.reception().complete();
+        if let Some(lanes) = complete {
+            self.recorder.write(|record| record.same_clock = same_clock);
+            if lanes.again { self.join(lanes) } else { self.begin(lanes) }
+        }
+        Ok(())
+    }
+
+    /// Whether this lane may be taken; it has its place then.
+    fn admit(&self, hello: &Hello, socket: &Arc<Socket>) -> Result<(), String> {
+        let (session, lane) = (hello.session, hello.lane);
+        if lane.role != LaneRole::Control {
+            return self.reception().page_lane(session, lane, Arc::clone(socket));
+        }
+        let again = hello.capabilities & capability::REJOIN != 0;
+        if again {
+            self.reception().knows(session)?;
+        }
+        let unknown = hello.capabilities & !capability::KNOWN;
+        if unknown != 0 {
+            return Err(format!("the source asks for capabilities {unknown:#x}, which this destination does not have"));
+        }
+        if hello.lanes.fault != 1 || !(1..=BULK_LANES_LIMIT).contains(&hello.lanes.bulk) {
+            let (fault, bulk) = (hello.lanes.fault, hello.lanes.bulk);
+            return Err(format!(
+                "the source wants {fault} fault and {bulk} bulk lanes; this destination takes 1 and 1 to {BULK_LANES_LIMIT}"
+            ));
+        }
+        let source = hello.description.as_ref().ok_or("the source did not describe its machine")?;
+        let mismatches = self.machine.describe().mismatches(source);
+        if !mismatches.is_empty() {
+            return Err(describe_mismatches(&mismatches));
+        }
+        if again {
+            self.lose_old_link()?;
+            return self.reception().control_again(session, hello.lanes, Arc::clone(socket), Instant::now());
+        }
+        self.reception().control(session, hello.lanes, Arc::clone(socket), Instant::now(), |control| control.is_open())
+    }
+
+    /// A source joins again because it has lost its link, which may seem whole from here. Waits until the session has let go of
+    /// it.
+    fn lose_old_link(&self) -> Result<(), String> {
+        if self.may_be_joined() && self.recorder.read().status != MigrationStatus::PostcopyRecover {
+            return Ok(());
+        }
+        self.events.of_link().tell(DestinationEvent::Lost("the source has lost the link, and joins again".to_owned()));
+        let waits = |record: &Record| record.status.is_final() || record.status == MigrationStatus::PostcopyPaused;
+        self.recorder.wait_until(Instant::now() + LETTING_GO_PATIENCE, waits);
+        if self.may_be_joined() {
+            Ok(())
+        } else {
+            let status = self.recorder.read().status;
+            Err(format!("this destination is in state `{status}`, in which nobody can join it again"))
+        }
+    }
+
+    /// A source has joined again over new lanes.
+    fn join(self: &Arc<Self>, lanes: reception::Lanes<Arc<Socket>>) {
+        if self.recorder.read().unacknowledged.is_some() {
+            self.answer_at_last(lanes);
+            return;
+        }
+        *self.joined.lock().unwrap_or_else(PoisonError::into_inner) = Some(lanes);
+        let _ = self.events.tell(DestinationEvent::Rejoined);
+    }
+
+    /// The guest is complete and the session over; only its source does not know.
+    fn answer_at_last(&self, lanes: reception::Lanes<Arc<Socket>>) {
+        let answer = || -> Result<(), MessageError> {
+            let standing = ControlMessage::Standing { committed: true, complete: true };
+            ControlWriter::new(Arc::clone(&lanes.control))?.send(&standing)?;
+            let mut reader = ControlReader::new(Arc::clone(&lanes.control))?;
+            while reader.recv()? != ControlMessage::DrainedAck {}
+            Ok(())
+        };
+        match answer() {
+            Ok(()) => {
+                self.recorder.write(|record| {
+                    record.instants.drained_ns = Some(Nanos::now().0);
+                    record.unacknowledged = None;
+                });
+                self.close_listeners();
+            }
+            Err(error) => tracing::warn!(%error, "the source still does not know that its guest is complete here"),
+        }
+        lanes.control.shutdown();
+        lanes.pages.iter().for_each(|(_, socket)| socket.shutdown());
+    }
+
+    /// All lanes are open: the session's thread takes over.
+    fn begin(self: &Arc<Self>, lanes: reception::Lanes<Arc<Socket>>) {
+        self.lanes.add(LaneId { role: LaneRole::Control, index: 0 }, Arc::clone(&lanes.control));
+        let session = lanes.session.to_string();
+        self.recorder.begin_again(session);
+        let pages: Vec<PageLane> = lanes.pages.into_iter().map(|(id, socket)| PageLane { id, socket }).collect();
+        for lane in &pages {
+            self.lanes.add(lane.id, Arc::clone(&lane.socket));
+        }
+        let driver = Arc::clone(self);
+        let control = lanes.control;
+        let spawned = thread::Builder::new()
+            .name("migration".to_owned())
+            .spawn(move || driver.cpu.measure(|| driver.migrate(control, pages)));
+        if let Err(error) = spawned {
+            self.lanes.shut_down();
+            self.close_listeners();
+            self.recorder.fail(format!("cannot start the migration's thread: {error}"));
+        }
+    }
+}

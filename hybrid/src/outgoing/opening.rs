@@ -1,0 +1,257 @@
+//! Opening a source's lanes, for the first time and in place of lost ones, and listening to them.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use switchover_pager::lane::{Notify, PageLane, PagerEvent};
+use switchover_pager::source::SourcePager;
+use switchover_precopy::rounds::{Rounds, RoundsSettings};
+use switchover_wire::address::Address;
+use switchover_wire::clock::{HostClock, Nanos};
+use switchover_wire::handshake::{Hello, LaneCounts, VERSION_MAX, VERSION_MIN, greet};
+use switchover_wire::message::{ControlMessage, ControlReader, ControlWriter, MessageError};
+use switchover_wire::socket::Socket;
+use switchover_wire::types::{LaneId, LaneRole, SessionId};
+
+use super::{Rejoin, Shared};
+use crate::capability;
+use crate::link::LinkTeller;
+use crate::missing::MissingPages;
+use crate::monitor::Mode;
+use crate::pulse::Pulse;
+use crate::rounds::Precopy;
+use crate::session::source::SourceEvent;
+use crate::settings::Settings;
+
+/// How long the destination's host may take to accept a connection.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What there is of an open link besides its page lanes.
+pub(super) struct Link {
+    control: Arc<Mutex<ControlWriter>>,
+    pulse: Option<Pulse>,
+}
+
+impl Link {
+    pub fn send(&self, message: &ControlMessage) -> Result<(), MessageError> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner).send(message)
+    }
+
+    /// For a thread that tells of something in passing.
+    pub fn control(&self) -> Arc<Mutex<ControlWriter>> {
+        Arc::clone(&self.control)
+    }
+
+    /// Its lanes are shut down: ends its threads.
+    pub fn end(&mut self) {
+        if let Some(pulse) = self.pulse.take() {
+            pulse.end();
+        }
+    }
+}
+
+/// Open lanes.
+struct Opened {
+    control: Arc<Socket>,
+    pages: Vec<PageLane>,
+    /// The shortest that was seen.
+    round_trip: Duration,
+}
+
+impl Shared {
+    /// Opens all lanes and starts what serves them.
+    pub(super) fn open(self: &Arc<Self>, to: &Address) -> Result<Link, String> {
+        let session = SessionId::random().map_err(|error| format!("cannot name the session: {error}"))?;
+        let session = *self.name.get_or_init(|| session);
+        self.recorder.write(|record| record.session = Some(session.to_string()));
+        let Opened { control, pages, round_trip } =
+            self.open_lanes(to, session, &self.settings, capability::POSTCOPY)?;
+        let events = self.events.of_link();
+        let notify = notify(events.clone());
+        let tunables = self.tunables();
+        if self.settings.limits.mode != Mode::Postcopy {
+            let bulk: Vec<_> = pages.iter().filter(|lane| lane.id.role == LaneRole::Bulk).cloned().collect();
+            let rounds =
+                RoundsSettings { packing: self.settings.packing, bytes_per_second: tunables.bandwidth.precopy };
+            let log = self.machine.dirty_log();
+            let rounds = Rounds::start(&self.machine.ram(), log, &bulk, rounds, &notify);
+            let rounds = rounds.map_err(|error| error.to_string())?;
+            let precopy = Precopy::new(rounds, &*self.machine, *tunables, round_trip);
+            *self.precopy() = Some(Arc::new(precopy));
+        }
+        self.start_pager(pages, tunables.bandwidth.postcopy, &notify)?;
+        drop(tunables);
+        self.begin_link(control, self.settings.silence, events)
+    }
+
+    /// Opens new lanes in place of those that were lost, to a destination that is to say first where it stands.
+    pub(super) fn open_again(self: &Arc<Self>) -> Result<Link, String> {
+        let rejoin = self.rejoin.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Rejoin { to, settings } = rejoin.ok_or("nobody has said where the destination is now")?;
+        let session = *self.name.get().ok_or("the session was never begun")?;
+        let capabilities = capability::POSTCOPY | capability::REJOIN;
+        let Opened { control, pages, .. } = self.open_lanes(&to, session, &settings, capabilities)?;
+        let events = self.events.of_link();
+        let mut tunables = self.tunables();
+        tunables.bandwidth = settings.bandwidth;
+        self.start_pager(pages, tunables.bandwidth.postcopy, &notify(events.clone()))?;
+        drop(tunables);
+        self.begin_link(control, settings.silence, events)
+    }
+
+    /// In place of the last link's pager, whose threads have ended.
+    fn start_pager(&self, lanes: Vec<PageLane>, max_bandwidth: u64, notify: &Notify) -> Result<(), String> {
+        let next = SourcePager::start(self.machine.ram(), lanes, max_bandwidth, notify);
+        let next = next.map_err(|error| error.to_string())?;
+        if let Some(last) = self.pager().replace(next) {
+            let done = last.progress();
+            let mut past = self.past.lock().unwrap_or_else(PoisonError::into_inner);
+            past.zero += done.zero;
+            past.data += done.data;
+            past.requests += done.requests;
+            self.cpu.add(last.cpu());
+        }
+        Ok(())
+    }
+
+    fn open_lanes(
+        &self,
+        to: &Address,
+        session: SessionId,
+        settings: &Settings,
+        capabilities: u64,
+    ) -> Result<Opened, String> {
+        let lanes = LaneCounts { fault: 1, bulk: settings.bulk_lanes };
+        let hello = |role, index| Hello {
+            version_min: VERSION_MIN,
+            version_max: VERSION_MAX,
+            session,
+            lane: LaneId { role, index },
+            lanes,
+            description: (role == LaneRole::Control).then(|| self.machine.describe()),
+            clock: HostClock::here(),
+            capabilities,
+        };
+        let control = self.open_lane(to, &hello(LaneRole::Control, 0))?;
+        let mut pages = Vec::new();
+        let bulk = (0..lanes.bulk).map(|index| (LaneRole::Bulk, index));
+        let mut round_trip = Duration::MAX;
+        for (role, index) in std::iter::once((LaneRole::Fault, 0)).chain(bulk) {
+            let began = Instant::now();
+            let socket = self.open_lane(to, &hello(role, index))?;
+            // Connecting and the handshake are a round trip each.
+            round_trip = round_trip.min(began.elapsed() / 2);
+            pages.push(PageLane { id: LaneId { role, index }, socket });
+        }
+        Ok(Opened { control, pages, round_trip })
+    }
+
+    /// Listens to the control lane, and for signs of life.
+    fn begin_link(
+        self: &Arc<Self>,
+        control: Arc<Socket>,
+        silence: Duration,
+        events: LinkTeller<SourceEvent>,
+    ) -> Result<Link, String> {
+        let reader = ControlReader::new(Arc::clone(&control)).map_err(|error| error.to_string())?;
+        let writer = ControlWriter::new(control).map_err(|error| error.to_string())?;
+        let control = Arc::new(Mutex::new(writer));
+        let no_thread = |error| format!("cannot start a thread for the control lane: {error}");
+        let (speaker, told) = (Arc::clone(&control), events.clone());
+        let beat = move || {
+            let _ = speaker.lock().unwrap_or_else(PoisonError::into_inner).send(&ControlMessage::Heartbeat);
+        };
+        let silent = move || {
+            let _ = told.tell(SourceEvent::Lost(format!("nothing was heard of the destination for {silence:?}")));
+        };
+        let pulse = Pulse::start(&self.lanes, silence, beat, silent).map_err(no_thread)?;
+        let listener = Arc::clone(self);
+        thread::Builder::new()
+            .name("control lane".to_owned())
+            .spawn(move || listener.cpu.measure(|| listener.listen(reader, &events)))
+            .map_err(no_thread)?;
+        Ok(Link { control, pulse: Some(pulse) })
+    }
+
+    fn open_lane(&self, to: &Address, hello: &Hello) -> Result<Arc<Socket>, String> {
+        if self.cancelled.load(Ordering::Acquire) && hello.capabilities & capability::REJOIN == 0 {
+            return Err("cancelled".to_owned());
+        }
+        let socket = Arc::new(Socket::connect(to, CONNECT_PATIENCE).map_err(|error| error.to_string())?);
+        self.lanes.add(hello.lane, Arc::clone(&socket));
+        socket.tune(hello.lane.role).map_err(|error| error.to_string())?;
+        let welcome = greet(&socket, hello).map_err(|error| format!("cannot open the {}: {error}", hello.lane))?;
+        let same_clock = welcome.clock.same_host(&hello.clock);
+        self.recorder.write(|record| record.same_clock = same_clock);
+        Ok(socket)
+    }
+
+    /// The control lane's thread: turns what the destination says into events.
+    fn listen(&self, mut reader: ControlReader, events: &LinkTeller<SourceEvent>) {
+        let mut standing = None;
+        loop {
+            let event = match reader.recv() {
+                Ok(ControlMessage::Heartbeat) => continue,
+                Ok(ControlMessage::Standing { committed, complete: true }) => {
+                    SourceEvent::Standing { committed, complete: true }
+                }
+                Ok(ControlMessage::Standing { committed, complete: false }) => {
+                    standing = Some((committed, MissingPages::new(self.machine.ram().pages())));
+                    continue;
+                }
+                Ok(ControlMessage::Missing { first, pages, set, .. })
+                    if let Some((committed, missing)) = &mut standing =>
+                {
+                    match missing.add(first, pages, &set) {
+                        Ok(None) => continue,
+                        Ok(Some(words)) => {
+                            *self.lacking.lock().unwrap_or_else(PoisonError::into_inner) = Some(words);
+                            SourceEvent::Standing { committed: *committed, complete: false }
+                        }
+                        Err(reason) => SourceEvent::Lost(reason),
+                    }
+                }
+                Ok(ControlMessage::Prepared { .. }) => SourceEvent::Prepared,
+                Ok(ControlMessage::Restored) => SourceEvent::Restored,
+                Ok(ControlMessage::Refused { reason }) => SourceEvent::Refused(reason),
+                Ok(ControlMessage::Running { first_entry_ns }) => {
+                    let now = Nanos::now();
+                    self.recorder.write(|record| {
+                        record.running_heard = Some(now);
+                        record.instants.first_entry_ns = first_entry_ns;
+                    });
+                    SourceEvent::Running
+                }
+                Ok(ControlMessage::Drained { first_entry_ns, last_page_ns }) => {
+                    self.recorder.write(|record| {
+                        record.instants.first_entry_ns = first_entry_ns.or(record.instants.first_entry_ns);
+                        record.instants.last_page_ns = Some(last_page_ns);
+                    });
+                    SourceEvent::Drained
+                }
+                Ok(other) => {
+                    SourceEvent::Lost(format!("the destination sent {}, which only a source says", other.name()))
+                }
+                Err(error) => SourceEvent::Lost(error.to_string()),
+            };
+            let over = matches!(event, SourceEvent::Lost(_) | SourceEvent::Drained | SourceEvent::Refused(_));
+            if !events.tell(event) || over {
+                return;
+            }
+        }
+    }
+}
+
+/// What a pager's threads tell, as events of its link.
+fn notify(events: LinkTeller<SourceEvent>) -> Notify {
+    Arc::new(move |event| {
+        let event = match event {
+            PagerEvent::AllPushed | PagerEvent::Complete => return,
+            PagerEvent::LaneFailed { lane, reason } => SourceEvent::LaneLost(format!("the {lane} failed: {reason}")),
+            PagerEvent::Broken { reason } => SourceEvent::Lost(reason),
+        };
+        let _ = events.tell(event);
+    })
+}
