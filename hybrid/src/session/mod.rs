@@ -22,6 +22,8 @@ pub mod destination;
 pub mod source;
 
 #[cfg(test)]
+mod simulation;
+#[cfg(test)]
 mod together;
 
 /// Why a migration did not complete, and where that leaves the guest.

@@ -1,0 +1,179 @@
+//! What goes wrong.
+
+use super::network::{End, FAULT};
+use super::random::Dice;
+use super::world::{Happening, World};
+use crate::session::destination::DestinationEvent;
+use crate::session::source::{SourceEvent, SourceSession};
+
+/// What goes wrong at some step.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mishap {
+    /// The link is cut, and both ends are told in their time.
+    Cut,
+    /// A lane that carries pages is lost.
+    LaneLost,
+    /// Nothing passes any more, and nobody is told.
+    Stall { one_way: bool, for_good: bool },
+    /// The next words of a side on a control lane fail to be sent, or so it seems.
+    SendFails(End),
+    /// A machine's next task fails.
+    MachineFails(End),
+    /// The destination has no threads for new lanes.
+    AttachFails,
+    /// The destination's pager cannot go on.
+    PagerBreaks,
+    /// A process ends; its host may not be there any more to say so.
+    Killed(End, bool),
+    /// A controller wants out.
+    Cancel,
+    /// A controller cuts the link of a post-copy.
+    Pause(End),
+    /// A controller wants the handoff.
+    StartPostcopy,
+    /// A controller lets a held handoff go on, or believes so.
+    Proceed,
+    /// A wish to reclaim comes when the link is not lost any more.
+    LateReclaim,
+}
+
+/// What will fail when it is tried next.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Failing {
+    pub machine: [bool; 2],
+    pub send: [bool; 2],
+    pub attach: bool,
+}
+
+impl Mishap {
+    /// Some of them, each with the step at which it strikes.
+    pub fn some(dice: &mut Dice) -> Vec<(usize, Self)> {
+        let count = dice.below(8);
+        // An undisturbed migration takes some two hundred steps; each recovery some fifty more.
+        let span = dice.pick(&[120, 250, 700]);
+        (0..count).map(|_| (dice.index(span), Self::one(dice))).collect()
+    }
+
+    fn one(dice: &mut Dice) -> Self {
+        let end = dice.pick(&End::BOTH);
+        match dice.below(32) {
+            0..6 => Self::Cut,
+            6..9 => Self::LaneLost,
+            9..13 => Self::Stall { one_way: dice.one_in(2), for_good: dice.one_in(2) },
+            13..16 => Self::SendFails(end),
+            16..18 => Self::MachineFails(end),
+            18 | 19 => Self::AttachFails,
+            20 => Self::PagerBreaks,
+            21 | 22 => Self::Killed(end, dice.one_in(2)),
+            23 | 24 => Self::Cancel,
+            25..28 => Self::Pause(end),
+            28 => Self::StartPostcopy,
+            29 => Self::Proceed,
+            _ => Self::LateReclaim,
+        }
+    }
+}
+
+impl World {
+    /// The link that the source opens, or has opened last.
+    fn current_link(&self) -> usize {
+        self.source.opening.unwrap_or(self.source.link)
+    }
+
+    pub fn strike(&mut self, mishap: Mishap) {
+        self.note(|| format!("MISHAP {mishap:?}"));
+        self.struck += 1;
+        let link = self.current_link();
+        match mishap {
+            Mishap::Cut => self.cut(link),
+            Mishap::LaneLost => {
+                let lane = FAULT + self.dice.index(self.links[link].lanes() - FAULT);
+                End::BOTH.into_iter().for_each(|end| self.close_lane(end, link, lane, true));
+            }
+            Mishap::Stall { one_way, for_good } => {
+                let end = self.dice.pick(&End::BOTH);
+                let ends = if one_way { vec![end] } else { End::BOTH.to_vec() };
+                self.stall(link, &ends, for_good);
+                let span = self.dice.pick(&[10_000, 200_000, 1_000_000, 8_000_000]);
+                let delay = self.dice.below(span);
+                self.at(delay, Happening::Heal { link });
+            }
+            Mishap::SendFails(end) => self.failing.send[end as usize] = true,
+            Mishap::MachineFails(end) => self.failing.machine[end as usize] = true,
+            Mishap::AttachFails => self.failing.attach = true,
+            Mishap::PagerBreaks => {
+                if self.destination.alive && self.destination.pager.attached.is_some() {
+                    self.destination.inbox.tell(DestinationEvent::PagerBroken("broken".into()));
+                    self.wake(End::Destination);
+                }
+            }
+            Mishap::Killed(end, silently) => self.kill(end, silently),
+            Mishap::Cancel => {
+                if self.source.session.can_cancel().is_ok() {
+                    self.wish(SourceEvent::Cancel);
+                }
+            }
+            Mishap::Pause(End::Source) => {
+                if self.source.session.is_in_postcopy() {
+                    self.tell_source_of(self.source.link, SourceEvent::Lost("paused".into()));
+                }
+            }
+            Mishap::Pause(End::Destination) => {
+                if self.destination.status == crate::status::MigrationStatus::PostcopyActive {
+                    self.tell_destination_of_link(DestinationEvent::Lost("paused".into()));
+                }
+            }
+            Mishap::StartPostcopy => self.wish(SourceEvent::StartPostcopy),
+            Mishap::Proceed => {
+                if self.source.session.is_held() {
+                    self.wish(SourceEvent::Proceed);
+                }
+            }
+            Mishap::LateReclaim => self.reclaim_late(),
+        }
+    }
+
+    /// Two controllers may wish the same; what was allowed when it was wished may not be when the session hears of it.
+    pub fn wish(&mut self, event: SourceEvent) {
+        let times = if self.dice.one_in(4) { 2 } else { 1 };
+        for _ in 0..times {
+            let delay = if self.dice.one_in(3) { self.dice.below(20_000) } else { self.dice.below(200) };
+            self.at(delay, Happening::Wish(event.clone()));
+        }
+    }
+
+    /// The guest's right to run is back only where the link is lost when the session hears of the wish.
+    fn reclaim_late(&mut self) {
+        let session = &self.source.session;
+        let committed =
+            matches!(session, SourceSession::Committed(_) | SourceSession::Postcopy(_) | SourceSession::Rejoining(_));
+        if committed && self.source.alive && self.source.todo.is_empty() && self.source.opening.is_none() {
+            let (next, actions) = std::mem::take(&mut self.source.session).on(SourceEvent::Reclaim);
+            self.source.session = next;
+            self.source.todo = actions.into();
+            self.wake(End::Source);
+        }
+    }
+
+    /// Ends a process.
+    pub fn kill(&mut self, end: End, silently: bool) {
+        if !self.is_alive(end) {
+            return;
+        }
+        self.note(|| format!("{end:?} is killed"));
+        match end {
+            End::Source => (self.source.alive, self.source.machine.runs) = (false, false),
+            End::Destination => {
+                (self.destination.alive, self.destination.machine.runs) = (false, false);
+                self.destination.letting_go.clear();
+            }
+        }
+        for link in 0..self.links.len() {
+            if silently {
+                self.stall(link, &End::BOTH, true);
+            } else {
+                self.shut_down(end, link);
+            }
+        }
+    }
+}
