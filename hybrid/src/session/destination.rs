@@ -223,7 +223,7 @@ impl Loading {
             DestinationEvent::Loaded if !self.loaded => Self { loaded: true, ..self }.confirm(),
             DestinationEvent::Complete if !self.complete => Self { complete: true, ..self }.confirm(),
             // The commit makes this side the one that may run, and the only one.
-            DestinationEvent::Commit if self.restored => run(self.complete, Vec::new()),
+            DestinationEvent::Commit if self.restored => run(self.complete),
             // The commit may have been sent, and lost: neither running nor giving up is for this side to decide.
             DestinationEvent::Lost(reason) if self.restored => {
                 lost(Standing { committed: false, complete: self.complete }, reason)
@@ -298,7 +298,12 @@ impl Rejoining {
                 ];
                 (DestinationSession::Postcopy(Postcopy(())), actions)
             }
-            DestinationEvent::Commit => run(standing.complete, vec![DestinationAction::AttachLanes]),
+            DestinationEvent::Commit => {
+                // First of all: lanes that cannot be taken up end this list, and the guest counts as running from here.
+                let (next, mut actions) = run(standing.complete);
+                actions.insert(1, DestinationAction::AttachLanes);
+                (next, actions)
+            }
             DestinationEvent::RunFailed(reason) | DestinationEvent::PagerBroken(reason) => broken(standing, reason),
             DestinationEvent::Lost(reason) | DestinationEvent::LaneLost(reason) | DestinationEvent::Aborted(reason) => {
                 lost(standing, reason)
@@ -324,9 +329,9 @@ impl Drained {
     }
 }
 
-/// The commit is here: this side runs the guest.
-fn run(complete: bool, mut actions: Vec<DestinationAction>) -> Step {
-    actions.extend([DestinationAction::Run, DestinationAction::SendRunning]);
+/// The commit is here: this side runs the guest, before anything else.
+fn run(complete: bool) -> Step {
+    let mut actions = vec![DestinationAction::Run, DestinationAction::SendRunning];
     if complete {
         actions.push(DestinationAction::SendDrained);
         (DestinationSession::Drained(Drained(())), actions)

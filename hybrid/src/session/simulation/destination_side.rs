@@ -8,6 +8,7 @@ use switchover_wire::types::{LaneId, LaneRole, SessionId};
 
 use super::inbox::{Inbox, Next, Speaker};
 use super::memory::{Machine, Pager};
+use super::mishaps::Moment;
 use super::network::{CONTROL, End, FIRST_BULK, Message};
 use super::world::{Happening, Time, World};
 use crate::patience::Rank;
@@ -202,6 +203,10 @@ impl World {
         }
         if let Some(action) = self.destination.todo.pop_front() {
             self.note(|| format!("destination: {action:?}"));
+            self.comes_to(Moment::of_destination(&action));
+            if !self.destination.alive {
+                return;
+            }
             let before = self.destination.status;
             if let Some(answer) = self.destination_does(action) {
                 self.destination.inbox.answer(answer);

@@ -3,8 +3,9 @@
 use super::network::{End, FAULT};
 use super::random::Dice;
 use super::world::{Happening, World};
-use crate::session::destination::DestinationEvent;
-use crate::session::source::{SourceEvent, SourceSession};
+use crate::session::destination::{DestinationAction, DestinationEvent};
+use crate::session::source::{SourceAction, SourceEvent, SourceSession};
+use crate::status::MigrationStatus;
 
 /// What goes wrong at some step.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -37,6 +38,71 @@ pub enum Mishap {
     LateReclaim,
 }
 
+/// When something goes wrong.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum When {
+    /// At this step.
+    Step(usize),
+    /// So many steps after one of these actions.
+    Around(Moment, usize),
+}
+
+/// The actions around which most is at stake.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Moment {
+    Pause,
+    Serve,
+    Restored,
+    Commit,
+    Run,
+    Drained,
+    Acknowledge,
+    Await,
+    Open,
+    Standing,
+    Again,
+}
+
+impl Moment {
+    const ALL: [Self; 11] = [
+        Self::Pause,
+        Self::Serve,
+        Self::Restored,
+        Self::Commit,
+        Self::Run,
+        Self::Drained,
+        Self::Acknowledge,
+        Self::Await,
+        Self::Open,
+        Self::Standing,
+        Self::Again,
+    ];
+
+    pub const fn of_source(action: &SourceAction) -> Option<Self> {
+        Some(match action {
+            SourceAction::Pause => Self::Pause,
+            SourceAction::ServePages(_) => Self::Serve,
+            SourceAction::SendCommit => Self::Commit,
+            SourceAction::AcknowledgeDrained => Self::Acknowledge,
+            SourceAction::AwaitRejoin(_) => Self::Await,
+            SourceAction::OpenLanes => Self::Open,
+            SourceAction::ServeAgain => Self::Again,
+            _ => return None,
+        })
+    }
+
+    pub const fn of_destination(action: &DestinationAction) -> Option<Self> {
+        Some(match action {
+            DestinationAction::SendRestored => Self::Restored,
+            DestinationAction::Run => Self::Run,
+            DestinationAction::SendDrained => Self::Drained,
+            DestinationAction::SendStanding { .. } => Self::Standing,
+            DestinationAction::AwaitRejoin(_) => Self::Await,
+            _ => return None,
+        })
+    }
+}
+
 /// What will fail when it is tried next.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Failing {
@@ -46,12 +112,16 @@ pub struct Failing {
 }
 
 impl Mishap {
-    /// Some of them, each with the step at which it strikes.
-    pub fn some(dice: &mut Dice) -> Vec<(usize, Self)> {
+    /// Some of them, each with the time at which it strikes.
+    pub fn some(dice: &mut Dice) -> Vec<(When, Self)> {
         let count = dice.below(8);
         // An undisturbed migration takes some two hundred steps; each recovery some fifty more.
         let span = dice.pick(&[120, 250, 700]);
-        (0..count).map(|_| (dice.index(span), Self::one(dice))).collect()
+        let when = |dice: &mut Dice| match dice.one_in(2) {
+            true => When::Step(dice.index(span)),
+            false => When::Around(dice.pick(&Moment::ALL), dice.index(12)),
+        };
+        (0..count).map(|_| (when(dice), Self::one(dice))).collect()
     }
 
     fn one(dice: &mut Dice) -> Self {
@@ -75,6 +145,23 @@ impl Mishap {
 }
 
 impl World {
+    /// An action is being done: what waited for it strikes soon, or in the midst of it.
+    pub fn comes_to(&mut self, moment: Option<Moment>) {
+        let now = self.steps;
+        for (when, _) in &mut self.mishaps {
+            if let When::Around(around, later) = *when
+                && Some(around) == moment
+            {
+                *when = When::Step(now + later);
+            }
+        }
+        let due = |(when, _): &(When, Mishap)| matches!(when, When::Step(at) if *at <= now);
+        while let Some(index) = self.mishaps.iter().position(due) {
+            let (_, mishap) = self.mishaps.swap_remove(index);
+            self.strike(mishap);
+        }
+    }
+
     /// The link that the source opens, or has opened last.
     fn current_link(&self) -> usize {
         self.source.opening.unwrap_or(self.source.link)
@@ -119,7 +206,7 @@ impl World {
                 }
             }
             Mishap::Pause(End::Destination) => {
-                if self.destination.status == crate::status::MigrationStatus::PostcopyActive {
+                if self.destination.status == MigrationStatus::PostcopyActive {
                     self.tell_destination_of_link(DestinationEvent::Lost("paused".into()));
                 }
             }

@@ -30,7 +30,7 @@ use self::world::World;
 use super::Outcome;
 
 /// Seeds of an ordinary test: some seconds without optimisation.
-const SEEDS: u64 = 3000;
+const SEEDS: u64 = 5000;
 
 /// Lines of a failing seed's story that are printed, unless it is the only one to run.
 const LINES: usize = 60;

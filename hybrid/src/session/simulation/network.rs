@@ -194,7 +194,9 @@ impl World {
     pub fn begin_pulse(&mut self, end: End, link: usize) {
         self.read(end, link, CONTROL..FAULT);
         self.links[link].pulse[end as usize] = true;
-        self.links[link].heard[end.other() as usize] += 1;
+        if !self.links[link].stalled[end.other() as usize] {
+            self.links[link].heard[end.other() as usize] += 1;
+        }
         self.expect_life(end, link);
     }
 

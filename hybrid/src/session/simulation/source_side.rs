@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use super::inbox::{Inbox, Next, Speaker};
 use super::memory::Machine;
+use super::mishaps::Moment;
 use super::network::{CONTROL, End, FAULT, FIRST_BULK, Message};
 use super::world::{ALL_PAGES, Happening, PAGES, Scenario, Time, World};
 use crate::patience::Rank;
@@ -164,6 +165,10 @@ impl World {
         }
         if let Some(action) = self.source.todo.pop_front() {
             self.note(|| format!("source: {action:?}"));
+            self.comes_to(Moment::of_source(&action));
+            if !self.source.alive {
+                return;
+            }
             if let Some(answer) = self.source_does(action) {
                 self.source.inbox.answer(answer);
                 self.source.todo.clear();
