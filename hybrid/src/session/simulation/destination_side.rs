@@ -10,7 +10,7 @@ use super::inbox::{Inbox, Next, Speaker};
 use super::memory::{Machine, Pager};
 use super::mishaps::Moment;
 use super::network::{CONTROL, End, FIRST_BULK, Message};
-use super::world::{Happening, Time, World};
+use super::world::{BREACH, Happening, Time, World};
 use crate::patience::Rank;
 use crate::reception::Reception;
 use crate::session::destination::{DestinationAction, DestinationEvent, DestinationSession};
@@ -32,6 +32,11 @@ pub struct DestinationSide {
     pub ever_ran: bool,
     pub commit_heard: bool,
     refused: bool,
+    /// It has told the source that it can run the guest.
+    pub confirmed: bool,
+    aborted: bool,
+    /// The pager or the machine has failed for good.
+    pub broken: bool,
     complete_first: bool,
     state_taken: bool,
     /// The link whose control lane is listened to.
@@ -78,6 +83,9 @@ impl DestinationSide {
             ever_ran: false,
             commit_heard: false,
             refused: false,
+            confirmed: false,
+            aborted: false,
+            broken: false,
             complete_first: false,
             state_taken: false,
             link: None,
@@ -239,6 +247,7 @@ impl World {
             }
         };
         self.destination.commit_heard |= event == DestinationEvent::Commit;
+        self.destination.aborted |= matches!(event, DestinationEvent::Aborted(_));
         self.note(|| format!("destination: on {event:?}"));
         let (next, actions) = std::mem::take(&mut self.destination.session).on(event);
         self.destination.session = next;
@@ -269,13 +278,18 @@ impl World {
                 let delay = self.dice.between(50, 3_000);
                 self.at(delay, Happening::Loaded);
             }
-            DestinationAction::SendRestored => return self.say(Message::Restored),
+            DestinationAction::SendRestored => {
+                self.destination.confirmed = true;
+                return self.say(Message::Restored);
+            }
             DestinationAction::SendRefused(_) => {
                 self.must(!self.destination.ever_ran, "refuses a guest that has run");
                 self.destination.refused = true;
                 self.say(Message::Refused);
             }
-            DestinationAction::AwaitRejoin(_) => {
+            DestinationAction::AwaitRejoin(reason) => {
+                self.must(!reason.contains(BREACH), &reason);
+                self.must(self.destination.confirmed, "waits for a source that cannot have committed");
                 let serves = self.destination.pager.watched || self.destination.pager.missing == 0;
                 self.must(serves, "waits without serving what is here");
                 self.close_destination();
@@ -333,7 +347,8 @@ impl World {
                 (self.destination.pager.watched, self.destination.pager.attached) = (false, None);
                 self.close_destination();
             }
-            DestinationAction::StopForGood(_) => {
+            DestinationAction::StopForGood(reason) => {
+                self.must(self.destination.broken, &format!("stops a guest that could go on: {reason}"));
                 self.destination.machine.runs = false;
                 self.close_destination();
             }
@@ -352,6 +367,7 @@ impl World {
         self.must(whole || !self.destination.complete_first, "runs before its memory is complete");
         (self.destination.machine.may_run, self.destination.ever_ran) = (true, true);
         if std::mem::take(&mut self.failing.machine[1]) {
+            self.destination.broken = true;
             return Some(DestinationEvent::RunFailed("tired".into()));
         }
         self.destination.machine.runs = true;
@@ -364,11 +380,17 @@ impl World {
         }
         self.destination.over = true;
         let (whole, ran) = (self.destination.pager.missing == 0, self.destination.ever_ran);
+        if let Outcome::Failed(failure) = &outcome {
+            self.must(!failure.reason.contains(BREACH), &failure.reason);
+        }
         let true_words = match &outcome {
             Outcome::Completed | Outcome::Unacknowledged(_) => whole && self.destination.machine.runs,
             Outcome::Cancelled => false,
             Outcome::Failed(failure) => match failure.guest {
-                GuestAfter::OnSource => !ran,
+                // Who has confirmed may have been sent the commit: neither side may be left to guess.
+                GuestAfter::OnSource => {
+                    !ran && (!self.destination.confirmed || self.destination.refused || self.destination.aborted)
+                }
                 GuestAfter::Stopped => ran && !self.destination.machine.runs,
             },
         };

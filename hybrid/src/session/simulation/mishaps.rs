@@ -190,6 +190,7 @@ impl World {
             Mishap::AttachFails => self.failing.attach = true,
             Mishap::PagerBreaks => {
                 if self.destination.alive && self.destination.pager.attached.is_some() {
+                    self.destination.broken = true;
                     self.destination.inbox.tell(DestinationEvent::PagerBroken("broken".into()));
                     self.wake(End::Destination);
                 }

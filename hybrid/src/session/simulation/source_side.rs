@@ -6,7 +6,7 @@ use super::inbox::{Inbox, Next, Speaker};
 use super::memory::Machine;
 use super::mishaps::Moment;
 use super::network::{CONTROL, End, FAULT, FIRST_BULK, Message};
-use super::world::{ALL_PAGES, Happening, PAGES, Scenario, Time, World};
+use super::world::{ALL_PAGES, BREACH, Happening, PAGES, Scenario, Time, World};
 use crate::patience::Rank;
 use crate::session::Outcome;
 use crate::session::source::{Ending, Plan, SourceAction, SourceEvent, SourceSession};
@@ -198,7 +198,10 @@ impl World {
             event = SourceEvent::HandoffTimedOut;
         }
         self.note(|| format!("source: on {event:?}"));
+        let refused = matches!(event, SourceEvent::Refused(_));
         let (next, actions) = std::mem::take(&mut self.source.session).on(event);
+        let (paused, resumes) = (!self.source.machine.runs, actions.contains(&SourceAction::Resume));
+        self.must(!(refused && paused) || resumes, "a final refusal does not bring the guest back");
         self.source.session = next;
         self.source.todo = actions.into();
         self.wake(End::Source);
@@ -265,7 +268,8 @@ impl World {
             SourceAction::AcknowledgeDrained => {
                 self.send(End::Source, link, CONTROL, Message::DrainedAck);
             }
-            SourceAction::AwaitRejoin(_) => {
+            SourceAction::AwaitRejoin(reason) => {
+                self.must(!reason.contains(BREACH), &reason);
                 self.must(self.commit_submitted, "waits for a destination that was never committed to");
                 self.source.inbox.end_link();
                 self.end_pulse(End::Source, link);
@@ -301,6 +305,9 @@ impl World {
                 self.end_pulse(End::Source, link);
                 self.release_rounds();
                 self.source.over = true;
+                if let Outcome::Failed(failure) = &outcome {
+                    self.must(!failure.reason.contains(BREACH), &failure.reason);
+                }
                 if outcome != Outcome::Completed {
                     let free = self.source.machine.runs && !self.source.noting && !self.source.throttled;
                     self.must(free, "it failed, and the guest does not run on the source as before");
