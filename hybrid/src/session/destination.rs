@@ -248,7 +248,6 @@ impl Loading {
 
 impl Postcopy {
     fn on(self, event: DestinationEvent) -> Step {
-        let Self(()) = self;
         match event {
             DestinationEvent::Complete => {
                 (DestinationSession::Drained(Drained(())), vec![DestinationAction::SendDrained])
@@ -257,6 +256,7 @@ impl Postcopy {
             DestinationEvent::LaneLost(reason) | DestinationEvent::Lost(reason) | DestinationEvent::Aborted(reason) => {
                 lost(Standing { committed: true, complete: false }, reason)
             }
+            DestinationEvent::Rejoined => (DestinationSession::Postcopy(self), Vec::new()),
             other => lost(Standing { committed: true, complete: false }, breach(&other)),
         }
     }
@@ -308,6 +308,8 @@ impl Rejoining {
             DestinationEvent::Lost(reason) | DestinationEvent::LaneLost(reason) | DestinationEvent::Aborted(reason) => {
                 lost(standing, reason)
             }
+            // One attempt after another may have been told of before the first was heard of: its lanes were the latest.
+            DestinationEvent::Rejoined => (DestinationSession::Rejoining(self), Vec::new()),
             other => lost(standing, breach(&other)),
         }
     }
@@ -322,9 +324,12 @@ impl Drained {
             ),
             DestinationEvent::RunFailed(reason) | DestinationEvent::PagerBroken(reason) => stopped(reason),
             // The source closes its page lanes behind its acknowledgement, and may be seen doing so first.
-            DestinationEvent::LaneLost(_) => (DestinationSession::Drained(self), Vec::new()),
+            DestinationEvent::LaneLost(_) | DestinationEvent::Rejoined => {
+                (DestinationSession::Drained(self), Vec::new())
+            }
             DestinationEvent::Lost(reason) | DestinationEvent::Aborted(reason) => complete_alone(reason),
-            other => stopped(breach(&other)),
+            // Whatever its source says: a guest that is whole is not stopped.
+            other => complete_alone(breach(&other)),
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::status::MigrationStatus;
 
 /// As in `incoming/connecting.rs`.
 const LETTING_GO_PATIENCE: Time = 5_000_000;
-/// As in `outgoing/opening.rs`.
+/// As in `outgoing/opening.rs` for connecting, and as in the handshake for its answer.
 const CONNECT_PATIENCE: Time = 5_000_000;
 
 impl World {
@@ -25,18 +25,25 @@ impl World {
         let link = self.links.len();
         let lanes = 3 + self.dice.index(3);
         self.links.push(Link::new(lanes));
-        self.source.opening = Some(link);
         let refusal = match whither {
             Whither::There => {
-                let delay = self.dice.below(1_000);
-                self.at(delay, Happening::Hello { link, lane: CONTROL });
+                self.open_lane(link, CONTROL);
                 return None;
             }
             Whither::Stranger => "the session is unknown here",
             Whither::Nowhere => "nobody listens",
         };
+        self.source.opening = Some((link, CONTROL));
         self.answer(link, CONTROL, Some(refusal));
         None
+    }
+
+    fn open_lane(&mut self, link: usize, lane: usize) {
+        self.source.opening = Some((link, lane));
+        let delay = self.dice.below(1_000);
+        self.at(delay, Happening::Hello { link, lane });
+        let refusal = Some("the destination's host does not answer");
+        self.at(CONNECT_PATIENCE, Happening::Answer { link, lane, refusal });
     }
 
     fn answer(&mut self, link: usize, lane: usize, refusal: Option<&'static str>) {
@@ -47,8 +54,7 @@ impl World {
     /// A source's first words on a lane reach the destination's host.
     pub fn hello(&mut self, link: usize, lane: usize) {
         if self.links[link].is_stalled() {
-            let refusal = Some("the destination's host does not answer");
-            return self.at(CONNECT_PATIENCE, Happening::Answer { link, lane, refusal });
+            return;
         }
         let destination = &self.destination;
         if self.links[link].is_closed(End::Destination, lane) || !destination.alive {
@@ -116,7 +122,7 @@ impl World {
 
     /// The destination's words on a lane reach the source, which waits for them.
     pub fn answered(&mut self, link: usize, lane: usize, refusal: Option<&'static str>) {
-        if !self.source.alive || self.source.opening != Some(link) {
+        if !self.source.alive || self.source.opening != Some((link, lane)) {
             return;
         }
         let refusal = refusal.or_else(|| self.links[link].is_closed(End::Source, lane).then_some("closed"));
@@ -127,9 +133,7 @@ impl World {
             self.source.inbox.answer(SourceEvent::RejoinFailed(refusal.into()));
             self.source.todo.clear();
         } else if lane + 1 < self.links[link].lanes() {
-            let delay = self.dice.below(1_000);
-            self.at(delay, Happening::Hello { link, lane: lane + 1 });
-            return;
+            return self.open_lane(link, lane + 1);
         } else {
             self.source.opening = None;
             self.source_listens(link);
@@ -145,19 +149,22 @@ impl World {
         if self.destination.unacknowledged {
             self.destination.answering = Some(link);
             self.read(End::Destination, link, CONTROL..FAULT);
-            self.send(
-                End::Destination,
-                link,
-                CONTROL,
-                Message::Standing { committed: true, complete: true, set: 0 },
-            );
+            self.send(End::Destination, link, CONTROL, Message::Standing { committed: true, complete: true, set: 0 });
             return;
         }
         if let Some(last) = self.destination.joined.replace(link) {
             self.shut_down(End::Destination, last);
         }
-        self.destination.inbox.tell(DestinationEvent::Rejoined);
-        self.wake(End::Destination);
+        let delay = if self.dice.one_in(3) { self.dice.below(3_000) } else { 0 };
+        self.at(delay, Happening::Rejoined);
+    }
+
+    /// The session is told of them.
+    pub fn tell_rejoined(&mut self) {
+        if self.destination.alive {
+            self.destination.inbox.tell(DestinationEvent::Rejoined);
+            self.wake(End::Destination);
+        }
     }
 
     /// The destination's guest is complete, and its source asks at last.

@@ -156,7 +156,11 @@ impl World {
     /// The state is loaded, or could not be.
     pub fn loaded(&mut self) {
         let fails = std::mem::take(&mut self.failing.machine[1]);
-        self.tell_destination(if fails { DestinationEvent::LoadFailed("bad".into()) } else { DestinationEvent::Loaded });
+        self.tell_destination(if fails {
+            DestinationEvent::LoadFailed("bad".into())
+        } else {
+            DestinationEvent::Loaded
+        });
     }
 
     /// What a lane's thread makes of a message.
@@ -302,7 +306,10 @@ impl World {
                 self.destination.status = MigrationStatus::PostcopyPaused;
             }
             DestinationAction::SendStanding { committed } => {
-                self.must(committed == self.destination.ever_ran, "says that it runs what it never ran, or the reverse");
+                self.must(
+                    committed == self.destination.ever_ran,
+                    "says that it runs what it never ran, or the reverse",
+                );
                 let Some(link) = self.destination.joined.take() else {
                     return Some(DestinationEvent::Lost("its lanes were taken up already".into()));
                 };

@@ -26,14 +26,7 @@ pub struct Pager {
 
 impl Default for Pager {
     fn default() -> Self {
-        Self {
-            memory: [0; PAGES],
-            missing: ALL_PAGES,
-            handed_over: false,
-            watched: true,
-            wanted: 0,
-            attached: None,
-        }
+        Self { memory: [0; PAGES], missing: ALL_PAGES, handed_over: false, watched: true, wanted: 0, attached: None }
     }
 }
 

@@ -20,6 +20,8 @@ pub enum Mishap {
     SendFails(End),
     /// A machine's next task fails.
     MachineFails(End),
+    /// A session's thread has no processor for a while.
+    Slow(End),
     /// The destination has no threads for new lanes.
     AttachFails,
     /// The destination's pager cannot go on.
@@ -126,7 +128,7 @@ impl Mishap {
 
     fn one(dice: &mut Dice) -> Self {
         let end = dice.pick(&End::BOTH);
-        match dice.below(32) {
+        match dice.below(35) {
             0..6 => Self::Cut,
             6..9 => Self::LaneLost,
             9..13 => Self::Stall { one_way: dice.one_in(2), for_good: dice.one_in(2) },
@@ -139,6 +141,7 @@ impl Mishap {
             25..28 => Self::Pause(end),
             28 => Self::StartPostcopy,
             29 => Self::Proceed,
+            30..33 => Self::Slow(end),
             _ => Self::LateReclaim,
         }
     }
@@ -164,7 +167,7 @@ impl World {
 
     /// The link that the source opens, or has opened last.
     fn current_link(&self) -> usize {
-        self.source.opening.unwrap_or(self.source.link)
+        self.source.opening.map_or(self.source.link, |(link, _)| link)
     }
 
     pub fn strike(&mut self, mishap: Mishap) {
@@ -187,6 +190,14 @@ impl World {
             }
             Mishap::SendFails(end) => self.failing.send[end as usize] = true,
             Mishap::MachineFails(end) => self.failing.machine[end as usize] = true,
+            Mishap::Slow(end) => {
+                let span = self.dice.pick(&[3_000, 50_000, 2_000_000, 8_000_000]);
+                let until = self.now + self.dice.below(span);
+                match end {
+                    End::Source => self.source.busy_until = until,
+                    End::Destination => self.destination.busy_until = until,
+                }
+            }
             Mishap::AttachFails => self.failing.attach = true,
             Mishap::PagerBreaks => {
                 if self.destination.alive && self.destination.pager.attached.is_some() {

@@ -73,7 +73,8 @@ impl Tally {
         self.on_source += u64::from(source.alive && source.machine.runs);
         self.unacknowledged += u64::from(matches!(destination.outcome, Some(Outcome::Unacknowledged(_))));
         self.rejoined += u64::from(source.link > 0 && source.outcome == Some(Outcome::Completed));
-        self.stopped += u64::from(destination.alive && destination.over && !destination.machine.runs && destination.ever_ran);
+        self.stopped +=
+            u64::from(destination.alive && destination.over && !destination.machine.runs && destination.ever_ran);
         self.killed += u64::from(!source.alive || !destination.alive);
     }
 }

@@ -33,7 +33,10 @@ impl End {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Message {
     Prepared,
-    Missing { set: u32, complete_first: bool },
+    Missing {
+        set: u32,
+        complete_first: bool,
+    },
     State,
     Restored,
     Refused,
@@ -42,13 +45,27 @@ pub enum Message {
     Drained,
     DrainedAck,
     Abort,
-    Standing { committed: bool, complete: bool, set: u32 },
-    Request { page: usize },
+    Standing {
+        committed: bool,
+        complete: bool,
+        set: u32,
+    },
+    Request {
+        page: usize,
+    },
     /// A page, as it was when it was sent.
-    Page { page: usize, bytes: u32 },
+    Page {
+        page: usize,
+        bytes: u32,
+    },
     /// The same, of pre-copy.
-    Version { page: usize, bytes: u32 },
-    Taken { page: usize },
+    Version {
+        page: usize,
+        bytes: u32,
+    },
+    Taken {
+        page: usize,
+    },
     /// The lane is over.
     Closed,
 }
@@ -81,13 +98,7 @@ pub struct Link {
 impl Link {
     pub fn new(lanes: usize) -> Self {
         let flows = vec![Flow::default(); lanes];
-        Self {
-            flows: [flows.clone(), flows],
-            stalled: [false; 2],
-            dead: false,
-            pulse: [false; 2],
-            heard: [0; 2],
-        }
+        Self { flows: [flows.clone(), flows], stalled: [false; 2], dead: false, pulse: [false; 2], heard: [0; 2] }
     }
 
     pub fn lanes(&self) -> usize {

@@ -93,7 +93,8 @@ impl World {
     fn check_end(&mut self) {
         let runs_here = self.source.alive && self.source.machine.runs;
         let runs_there = self.destination.alive && self.destination.machine.runs;
-        let stopped = matches!(&self.destination.outcome, Some(Outcome::Failed(failure)) if failure.guest == GuestAfter::Stopped);
+        let stopped =
+            matches!(&self.destination.outcome, Some(Outcome::Failed(failure)) if failure.guest == GuestAfter::Stopped);
         let killed = !self.source.alive || !self.destination.alive;
         self.must(runs_here || runs_there || stopped || killed, "the guest runs nowhere, and nobody was killed");
         // A destination that dies without the commit, or in vain, takes nothing with it.
@@ -105,7 +106,8 @@ impl World {
         }
         if self.struck == 0 {
             let done = [&self.source.outcome, &self.destination.outcome].map(|it| *it == Some(Outcome::Completed));
-            let gave_up = matches!(&self.source.outcome, Some(Outcome::Failed(failure)) if failure.reason.contains("converge"));
+            let gave_up =
+                matches!(&self.source.outcome, Some(Outcome::Failed(failure)) if failure.reason.contains("converge"));
             self.must(done == [true, true] || gave_up, "undisturbed, and not completed on both sides");
         }
     }

@@ -26,7 +26,8 @@ pub struct SourceSide {
     pub todo: VecDeque<SourceAction>,
     /// The machine is at work, or a lane being opened.
     pub busy_until: Time,
-    pub opening: Option<usize>,
+    /// The link that is being opened, and the lane of it that is waited for.
+    pub opening: Option<(usize, usize)>,
     pub machine: Machine,
     pub memory: [u32; PAGES],
     /// The machine keeps its book of written pages.

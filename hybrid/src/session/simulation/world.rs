@@ -27,27 +27,51 @@ const STEPS: usize = 100_000;
 /// What happens at some instant.
 #[derive(Debug)]
 pub enum Happening {
-    Arrives { link: usize, to: End, lane: usize },
+    Arrives {
+        link: usize,
+        to: End,
+        lane: usize,
+    },
     /// A session's thread looks for something to do.
     Turn(End),
     /// Nothing was heard for the whole patience.
-    Silence { link: usize, end: End, heard: u64 },
+    Silence {
+        link: usize,
+        end: End,
+        heard: u64,
+    },
     Watchdog(Time),
     Prepared,
     Loaded,
     Round,
-    Push { link: usize },
+    Push {
+        link: usize,
+    },
     /// A source asks for a lane of a new link.
-    Hello { link: usize, lane: usize },
+    Hello {
+        link: usize,
+        lane: usize,
+    },
     /// The session had long enough to let go of its old link.
-    LettingGoEnds { link: usize },
+    LettingGoEnds {
+        link: usize,
+    },
     /// What the destination says to that.
-    Answer { link: usize, lane: usize, refusal: Option<&'static str> },
-    Joined { link: usize },
+    Answer {
+        link: usize,
+        lane: usize,
+        refusal: Option<&'static str>,
+    },
+    Joined {
+        link: usize,
+    },
+    Rejoined,
     /// A wish that was found to be allowed some time ago reaches the session.
     Wish(SourceEvent),
     Operator,
-    Heal { link: usize },
+    Heal {
+        link: usize,
+    },
 }
 
 /// How a migration is meant to go.
@@ -225,6 +249,7 @@ impl World {
             Happening::LettingGoEnds { link } => self.let_go(link, true),
             Happening::Answer { link, lane, refusal } => self.answered(link, lane, refusal),
             Happening::Joined { link } => self.joined(link),
+            Happening::Rejoined => self.tell_rejoined(),
             Happening::Wish(event) => {
                 if self.source.alive {
                     self.source.inbox.tell(event);
@@ -242,7 +267,8 @@ impl World {
         let source_runs = source.alive && source.machine.runs;
         let destination_runs = destination.alive && destination.machine.runs;
         let both_may = source.alive && source.machine.may_run && destination.alive && destination.machine.may_run;
-        let will_run = destination.session != DestinationSession::Over || destination.todo.contains(&DestinationAction::Run);
+        let will_run =
+            destination.session != DestinationSession::Over || destination.todo.contains(&DestinationAction::Run);
         let never_will = !destination.alive || !(will_run || destination.ever_ran);
         let unfounded = source.machine.may_run && self.commit_submitted && !never_will;
         let unwatched = destination_runs && !destination.pager.watched && destination.pager.missing != 0;
