@@ -542,6 +542,36 @@ fn a_destination_without_the_commit_runs_only_when_it_comes_over_the_next_link()
 }
 
 #[test]
+fn a_join_that_is_told_of_twice_changes_nothing() {
+    let mut session = DestinationSession::new();
+    let missing = DestinationEvent::Missing { complete_first: false };
+    for event in [DestinationEvent::Prepared, missing, DestinationEvent::State, DestinationEvent::Loaded] {
+        session = session.on(event).0;
+    }
+    session = session.on(DestinationEvent::Lost("cut".into())).0;
+    for event in [DestinationEvent::Rejoined, DestinationEvent::Commit, DestinationEvent::Complete] {
+        session = session.on(event).0;
+        assert_eq!(session.clone().on(DestinationEvent::Rejoined), (session.clone(), Vec::new()));
+    }
+    // Whatever its source says: a guest that is whole is not stopped.
+    let (_, actions) = session.on(DestinationEvent::State);
+    assert!(matches!(actions[..], [DestinationAction::FinishPager, DestinationAction::Finish(_)]), "{actions:?}");
+}
+
+#[test]
+fn the_guest_runs_before_its_new_lanes_are_taken_up() {
+    let mut session = DestinationSession::new();
+    let missing = DestinationEvent::Missing { complete_first: false };
+    for event in [DestinationEvent::Prepared, missing, DestinationEvent::State, DestinationEvent::Loaded] {
+        session = session.on(event).0;
+    }
+    let session = session.on(DestinationEvent::Lost("cut".into())).0.on(DestinationEvent::Rejoined).0;
+    let (_, actions) = session.on(DestinationEvent::Commit);
+    // Where lanes cannot be taken up the rest of the list is not done, and the next commit runs nothing any more.
+    assert_eq!(actions[..2], [DestinationAction::Run, DestinationAction::AttachLanes]);
+}
+
+#[test]
 fn a_destination_that_refused_never_runs() {
     let mut session = DestinationSession::new();
     let missing = DestinationEvent::Missing { complete_first: false };

@@ -252,6 +252,7 @@ impl World {
         };
         self.destination.commit_heard |= event == DestinationEvent::Commit;
         self.destination.aborted |= matches!(event, DestinationEvent::Aborted(_));
+        self.destination.broken |= matches!(event, DestinationEvent::PagerBroken(_) | DestinationEvent::RunFailed(_));
         self.note(|| format!("destination: on {event:?}"));
         let (next, actions) = std::mem::take(&mut self.destination.session).on(event);
         self.destination.session = next;
@@ -293,7 +294,9 @@ impl World {
             }
             DestinationAction::AwaitRejoin(reason) => {
                 self.must(!reason.contains(BREACH), &reason);
-                self.must(self.destination.confirmed, "waits for a source that cannot have committed");
+                let in_vain = self.destination.aborted || !self.destination.confirmed;
+                self.must(!in_vain, "waits for a source that has not committed");
+                self.must(!self.destination.broken, "waits, and could not go on");
                 let serves = self.destination.pager.watched || self.destination.pager.missing == 0;
                 self.must(serves, "waits without serving what is here");
                 self.close_destination();
@@ -374,7 +377,6 @@ impl World {
         self.must(whole || !self.destination.complete_first, "runs before its memory is complete");
         (self.destination.machine.may_run, self.destination.ever_ran) = (true, true);
         if std::mem::take(&mut self.failing.machine[1]) {
-            self.destination.broken = true;
             return Some(DestinationEvent::RunFailed("tired".into()));
         }
         self.destination.machine.runs = true;

@@ -201,7 +201,6 @@ impl World {
             Mishap::AttachFails => self.failing.attach = true,
             Mishap::PagerBreaks => {
                 if self.destination.alive && self.destination.pager.attached.is_some() {
-                    self.destination.broken = true;
                     self.destination.inbox.tell(DestinationEvent::PagerBroken("broken".into()));
                     self.wake(End::Destination);
                 }
@@ -209,7 +208,7 @@ impl World {
             Mishap::Killed(end, silently) => self.kill(end, silently),
             Mishap::Cancel => {
                 if self.source.session.can_cancel().is_ok() {
-                    self.wish(SourceEvent::Cancel);
+                    self.wish(&SourceEvent::Cancel);
                 }
             }
             Mishap::Pause(End::Source) => {
@@ -222,10 +221,10 @@ impl World {
                     self.tell_destination_of_link(DestinationEvent::Lost("paused".into()));
                 }
             }
-            Mishap::StartPostcopy => self.wish(SourceEvent::StartPostcopy),
+            Mishap::StartPostcopy => self.wish(&SourceEvent::StartPostcopy),
             Mishap::Proceed => {
                 if self.source.session.is_held() {
-                    self.wish(SourceEvent::Proceed);
+                    self.wish(&SourceEvent::Proceed);
                 }
             }
             Mishap::LateReclaim => self.reclaim_late(),
@@ -233,7 +232,7 @@ impl World {
     }
 
     /// Two controllers may wish the same; what was allowed when it was wished may not be when the session hears of it.
-    pub fn wish(&mut self, event: SourceEvent) {
+    pub fn wish(&mut self, event: &SourceEvent) {
         let times = if self.dice.one_in(4) { 2 } else { 1 };
         for _ in 0..times {
             let delay = if self.dice.one_in(3) { self.dice.below(20_000) } else { self.dice.below(200) };

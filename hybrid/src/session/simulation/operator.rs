@@ -47,9 +47,9 @@ impl World {
         }
         match &self.source.session {
             SourceSession::Setup(_) | SourceSession::Active(_) if !self.scenario.rounds || self.scenario.impatient => {
-                self.wish(SourceEvent::StartPostcopy);
+                self.wish(&SourceEvent::StartPostcopy);
             }
-            session if session.is_held() => self.wish(SourceEvent::Proceed),
+            session if session.is_held() => self.wish(&SourceEvent::Proceed),
             SourceSession::Paused(_) if self.source.todo.is_empty() => self.recover(quiet),
             SourceSession::Over if self.source.over && self.destination.alive && !self.destination.over => {
                 let on_source = !matches!(self.source.outcome, Some(Outcome::Completed));
@@ -65,7 +65,7 @@ impl World {
 
     fn recover(&mut self, quiet: bool) {
         if !self.destination.alive {
-            return self.wish(SourceEvent::Reclaim);
+            return self.wish(&SourceEvent::Reclaim);
         }
         match &self.destination.outcome {
             // It says itself that it never ran the guest and never will: it is fenced before anyone relies on that.
@@ -80,7 +80,7 @@ impl World {
             1 if !quiet => Whither::Nowhere,
             _ => Whither::There,
         });
-        self.wish(SourceEvent::Rejoin);
+        self.wish(&SourceEvent::Rejoin);
     }
 
     /// Whether nothing remains to be done.
