@@ -162,7 +162,7 @@ impl Shared {
     /// A source has joined again over new lanes.
     fn join(self: &Arc<Self>, lanes: reception::Lanes<Arc<Socket>>) {
         if self.recorder.read().unacknowledged.is_some() {
-            self.answer_at_last(lanes);
+            self.answer_at_last(&lanes);
             return;
         }
         *self.joined.lock().unwrap_or_else(PoisonError::into_inner) = Some(lanes);
@@ -170,7 +170,7 @@ impl Shared {
     }
 
     /// The guest is complete and the session over; only its source does not know.
-    fn answer_at_last(&self, lanes: reception::Lanes<Arc<Socket>>) {
+    fn answer_at_last(&self, lanes: &reception::Lanes<Arc<Socket>>) {
         let answer = || -> Result<(), MessageError> {
             let standing = ControlMessage::Standing { committed: true, complete: true };
             ControlWriter::new(Arc::clone(&lanes.control))?.send(&standing)?;

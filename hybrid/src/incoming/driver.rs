@@ -403,6 +403,7 @@ impl Link {
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
 fn no_thread(error: io::Error) -> String {
     format!("cannot start a thread of the session: {error}")
 }

@@ -277,7 +277,7 @@ impl Shared {
         self.release_rounds();
         match (outcome, left_paused) {
             (Outcome::Completed | Outcome::Unacknowledged(_), _) => {
-                self.recorder.set_status(MigrationStatus::Completed)
+                self.recorder.set_status(MigrationStatus::Completed);
             }
             (Outcome::Cancelled, Some(error)) => {
                 self.recorder.fail(format!("cancelled, but the guest stays paused: {error}"));

@@ -433,6 +433,7 @@ impl Postcopy {
 }
 
 impl Paused {
+    #[expect(clippy::needless_pass_by_value, reason = "as in every other phase")]
     fn on(self, event: SourceEvent) -> Step {
         match event {
             SourceEvent::Rejoin => (
