@@ -161,6 +161,7 @@ impl Incoming {
             normal_pages: seen.pushed + seen.requested + seen.precopied,
             postcopy_requests: seen.requests,
             error: record.error,
+            failure: record.failure,
             ..Progress::default()
         }
     }
@@ -196,10 +197,16 @@ impl Incoming {
         report
     }
 
-    /// Waits until it is over.
+    /// Waits until it is over. One whose link is lost after the commit is not: see [`wait_for`](Self::wait_for).
     #[must_use]
     pub fn wait(&self) -> MigrationStatus {
         self.shared.recorder.wait()
+    }
+
+    /// Waits until its status is one of those that are `wanted`, which it must come to.
+    #[must_use]
+    pub fn wait_for(&self, wanted: impl Fn(MigrationStatus) -> bool) -> MigrationStatus {
+        self.shared.recorder.wait_for(wanted)
     }
 }
 

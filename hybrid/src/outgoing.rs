@@ -248,6 +248,7 @@ impl Outgoing {
             expected_downtime_ns: rounds.expected_downtime_ns.filter(|_| !handed_over),
             throttle_percent: if handed_over { 0 } else { rounds.throttle_percent },
             error: record.error,
+            failure: record.failure,
         }
     }
 
@@ -277,10 +278,16 @@ impl Outgoing {
         report
     }
 
-    /// Waits until it is over.
+    /// Waits until it is over. One whose link is lost after the commit is not: see [`wait_for`](Self::wait_for).
     #[must_use]
     pub fn wait(&self) -> MigrationStatus {
         self.shared.recorder.wait()
+    }
+
+    /// Waits until its status is one of those that are `wanted`, which it must come to.
+    #[must_use]
+    pub fn wait_for(&self, wanted: impl Fn(MigrationStatus) -> bool) -> MigrationStatus {
+        self.shared.recorder.wait_for(wanted)
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Instant;
 use switchover_wire::clock::{HostClock, Nanos};
 use switchover_wire::types::PageCount;
 
+use crate::failure::{FailureKind, FailureView, GuestAfter};
 use crate::lanes::Lanes;
 use crate::report::{CpuSeconds, Instants, Interruption, PhaseSpan, Side, SideReport};
 use crate::settings::{Notice, Observer};
@@ -25,6 +26,8 @@ pub struct Record {
     pub status: MigrationStatus,
     /// Why it failed, or why its link is lost.
     pub error: Option<String>,
+    /// The same, as a caller acts on it.
+    pub failure: Option<FailureView>,
     /// The session's name, once there is one.
     pub session: Option<String>,
     /// When it began.
@@ -58,6 +61,7 @@ impl Recorder {
         let record = Record {
             status: MigrationStatus::None,
             error: None,
+            failure: None,
             session: None,
             started: Nanos::now(),
             ended: None,
@@ -113,7 +117,7 @@ impl Recorder {
             }
             record.status = status;
             if matches!(status, MigrationStatus::PostcopyActive | MigrationStatus::Completed) {
-                record.error = None;
+                (record.error, record.failure) = (None, None);
                 if let Some(last) = record.interruptions.last_mut().filter(|last| last.joined_ns.is_none()) {
                     last.joined_ns = Some(now.0);
                 }
@@ -149,7 +153,7 @@ impl Recorder {
     }
 
     /// The link is lost after the commit.
-    pub fn interrupt(&self, reason: &str) {
+    pub fn interrupt(&self, kind: FailureKind, reason: &str) {
         self.write(|record| {
             let lost_ns = Nanos::now().0;
             // A rejoin that fails is no interruption of its own.
@@ -163,22 +167,30 @@ impl Recorder {
             } else if let Some(last) = record.interruptions.last_mut() {
                 last.attempts += 1;
             }
-            record.error = Some(reason.to_owned());
+            let guest = GuestAfter::Divided;
+            record.error = Some(format!("{reason}; {}", guest.sentence()));
+            record.failure = Some(FailureView { kind, guest });
         });
         self.set_status(MigrationStatus::PostcopyPaused);
     }
 
     /// Ends with a failure.
-    pub fn fail(&self, reason: String) {
-        self.write(|record| record.error = Some(reason));
+    pub fn fail(&self, failure: FailureView, reason: String) {
+        self.write(|record| (record.error, record.failure) = (Some(reason), Some(failure)));
         self.set_status(MigrationStatus::Failed);
     }
 
     /// Waits until the migration is over.
     #[must_use]
     pub fn wait(&self) -> MigrationStatus {
+        self.wait_for(MigrationStatus::is_final)
+    }
+
+    /// Waits until the status is one of those that are `wanted`.
+    #[must_use]
+    pub fn wait_for(&self, wanted: impl Fn(MigrationStatus) -> bool) -> MigrationStatus {
         let mut record = self.lock();
-        while !record.status.is_final() {
+        while !wanted(record.status) {
             record = self.changed.wait(record).unwrap_or_else(PoisonError::into_inner);
         }
         record.status
@@ -207,6 +219,7 @@ impl Record {
             session: self.session.unwrap_or_default(),
             status: self.status,
             error: self.error,
+            failure: self.failure,
             clock: HostClock::here(),
             phases: self.phases,
             instants: self.instants,
@@ -279,7 +292,9 @@ mod tests {
         }));
         recorder.begin();
         recorder.set_status(MigrationStatus::Setup);
-        recorder.fail("no".into());
+        let failure = FailureView { kind: FailureKind::Refused, guest: GuestAfter::OnSource };
+        recorder.fail(failure, "no".into());
+        assert_eq!(recorder.read().failure, Some(failure));
         assert_eq!(*told.lock().unwrap(), [MigrationStatus::Setup, MigrationStatus::Failed]);
         assert_eq!(recorder.wait(), MigrationStatus::Failed);
     }

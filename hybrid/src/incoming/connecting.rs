@@ -15,6 +15,7 @@ use switchover_wire::socket::{Listener, Socket};
 use switchover_wire::types::{LaneId, LaneRole};
 
 use super::Shared;
+use super::driver::NO_THREAD;
 use crate::capability;
 use crate::lanes::BULK_LANES_LIMIT;
 use crate::reception;
@@ -209,7 +210,7 @@ impl Shared {
         if let Err(error) = spawned {
             self.lanes.shut_down();
             self.close_listeners();
-            self.recorder.fail(format!("cannot start the migration's thread: {error}"));
+            self.recorder.fail(NO_THREAD, format!("cannot start the migration's thread: {error}"));
         }
     }
 }

@@ -15,6 +15,7 @@ use switchover_wire::socket::Socket;
 use switchover_wire::types::{LaneId, LaneRole};
 
 use super::Shared;
+use crate::failure::{FailureKind, FailureView, GuestAfter};
 use crate::link::{LinkTeller, Told};
 use crate::missing::{MissingPages, tell_missing};
 use crate::patience::{Patience, Rank, next_event};
@@ -27,6 +28,9 @@ use crate::status::MigrationStatus;
 /// between two looks: a wake-up takes some ten microseconds where a processor is free.
 const FIRST_ENTRY_PATIENCE: Duration = Duration::from_millis(100);
 const FIRST_ENTRY_PAUSE: Duration = Duration::from_micros(200);
+
+/// The session could not even begin.
+pub(super) const NO_THREAD: FailureView = FailureView { kind: FailureKind::Machine, guest: GuestAfter::OnSource };
 
 /// What a session's thread needs besides what it shares.
 struct Session {
@@ -58,7 +62,7 @@ impl Shared {
             (Ok(_), None) => unreachable!("a destination has one session"),
             (Err(reason), _) => {
                 self.lanes.shut_down();
-                self.recorder.fail(reason);
+                self.recorder.fail(NO_THREAD, reason);
             }
         }
         // A source that does not know yet that its guest is complete here may come to ask.
@@ -239,7 +243,7 @@ impl Shared {
             DestinationAction::SendRefused(reason) => {
                 let _ = session.link.say(&ControlMessage::Refused { reason });
             }
-            DestinationAction::AwaitRejoin(reason) => {
+            DestinationAction::AwaitRejoin { kind, reason } => {
                 self.lanes.shut_down();
                 if let Some(pager) = self.pager().as_mut() {
                     pager.detach();
@@ -248,7 +252,7 @@ impl Shared {
                 session.link.end();
                 session.joined.clear();
                 self.lanes.retire();
-                self.recorder.interrupt(&reason);
+                self.recorder.interrupt(kind, &reason);
             }
             DestinationAction::SendStanding { committed } => return self.send_standing(session, committed).err(),
             DestinationAction::AttachLanes => {
@@ -357,9 +361,7 @@ impl Shared {
                 self.recorder.set_status(MigrationStatus::Completed);
             }
             Outcome::Cancelled => self.recorder.set_status(MigrationStatus::Cancelled),
-            Outcome::Failed(failure) => {
-                self.recorder.fail(format!("{}; {}", failure.reason, failure.guest.sentence()));
-            }
+            Outcome::Failed(failure) => self.recorder.fail(failure.view(), failure.sentence()),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Opening a source's lanes, for the first time and in place of lost ones, and listening to them.
 
+use std::error::Error;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -10,13 +11,14 @@ use switchover_pager::source::SourcePager;
 use switchover_precopy::rounds::{Rounds, RoundsSettings};
 use switchover_wire::address::Address;
 use switchover_wire::clock::{HostClock, Nanos};
-use switchover_wire::handshake::{Hello, LaneCounts, VERSION_MAX, VERSION_MIN, greet};
+use switchover_wire::handshake::{HandshakeError, Hello, LaneCounts, VERSION_MAX, VERSION_MIN, greet};
 use switchover_wire::message::{ControlMessage, ControlReader, ControlWriter, MessageError};
 use switchover_wire::socket::Socket;
 use switchover_wire::types::{LaneId, LaneRole, SessionId};
 
 use super::{Rejoin, Shared};
 use crate::capability;
+use crate::failure::FailureKind;
 use crate::link::LinkTeller;
 use crate::missing::MissingPages;
 use crate::monitor::Mode;
@@ -52,6 +54,33 @@ impl Link {
     }
 }
 
+/// Why a link could not be opened.
+pub(super) struct Unopened {
+    pub kind: FailureKind,
+    pub reason: String,
+}
+
+impl From<String> for Unopened {
+    /// Something that this side lacks.
+    fn from(reason: String) -> Self {
+        Self { kind: FailureKind::Machine, reason }
+    }
+}
+
+impl Unopened {
+    fn unreachable(error: &dyn Error) -> Self {
+        Self { kind: FailureKind::Unreachable, reason: error.to_string() }
+    }
+
+    fn handshake(lane: LaneId, error: &HandshakeError) -> Self {
+        let kind = match error {
+            HandshakeError::Refused { .. } => FailureKind::Refused,
+            _ => FailureKind::Unreachable,
+        };
+        Self { kind, reason: format!("cannot open the {lane}: {error}") }
+    }
+}
+
 /// Open lanes.
 struct Opened {
     control: Arc<Socket>,
@@ -62,7 +91,7 @@ struct Opened {
 
 impl Shared {
     /// Opens all lanes and starts what serves them.
-    pub(super) fn open(self: &Arc<Self>, to: &Address) -> Result<Link, String> {
+    pub(super) fn open(self: &Arc<Self>, to: &Address) -> Result<Link, Unopened> {
         let session = SessionId::random().map_err(|error| format!("cannot name the session: {error}"))?;
         let session = *self.name.get_or_init(|| session);
         self.recorder.write(|record| record.session = Some(session.to_string()));
@@ -87,10 +116,11 @@ impl Shared {
     }
 
     /// Opens new lanes in place of those that were lost, to a destination that is to say first where it stands.
-    pub(super) fn open_again(self: &Arc<Self>) -> Result<Link, String> {
+    pub(super) fn open_again(self: &Arc<Self>) -> Result<Link, Unopened> {
         let rejoin = self.rejoin.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Rejoin { to, settings } = rejoin.ok_or("nobody has said where the destination is now")?;
-        let session = *self.name.get().ok_or("the session was never begun")?;
+        let Rejoin { to, settings } =
+            rejoin.ok_or_else(|| "nobody has said where the destination is now".to_owned())?;
+        let session = *self.name.get().ok_or_else(|| "the session was never begun".to_owned())?;
         let capabilities = capability::POSTCOPY | capability::REJOIN;
         let Opened { control, pages, .. } = self.open_lanes(&to, session, &settings, capabilities)?;
         let events = self.events.of_link();
@@ -122,7 +152,7 @@ impl Shared {
         session: SessionId,
         settings: &Settings,
         capabilities: u64,
-    ) -> Result<Opened, String> {
+    ) -> Result<Opened, Unopened> {
         let lanes = LaneCounts { fault: 1, bulk: settings.bulk_lanes };
         let hello = |role, index| Hello {
             version_min: VERSION_MIN,
@@ -154,7 +184,7 @@ impl Shared {
         control: Arc<Socket>,
         silence: Duration,
         events: LinkTeller<SourceEvent>,
-    ) -> Result<Link, String> {
+    ) -> Result<Link, Unopened> {
         let reader = ControlReader::new(Arc::clone(&control)).map_err(|error| error.to_string())?;
         let writer = ControlWriter::new(control).map_err(|error| error.to_string())?;
         let control = Arc::new(Mutex::new(writer));
@@ -175,14 +205,14 @@ impl Shared {
         Ok(Link { control, pulse: Some(pulse) })
     }
 
-    fn open_lane(&self, to: &Address, hello: &Hello) -> Result<Arc<Socket>, String> {
+    fn open_lane(&self, to: &Address, hello: &Hello) -> Result<Arc<Socket>, Unopened> {
         if self.cancelled.load(Ordering::Acquire) && hello.capabilities & capability::REJOIN == 0 {
-            return Err("cancelled".to_owned());
+            return Err("cancelled".to_owned().into());
         }
-        let socket = Arc::new(Socket::connect(to, CONNECT_PATIENCE).map_err(|error| error.to_string())?);
+        let socket = Arc::new(Socket::connect(to, CONNECT_PATIENCE).map_err(|error| Unopened::unreachable(&error))?);
         self.lanes.add(hello.lane, Arc::clone(&socket));
         socket.tune(hello.lane.role).map_err(|error| error.to_string())?;
-        let welcome = greet(&socket, hello).map_err(|error| format!("cannot open the {}: {error}", hello.lane))?;
+        let welcome = greet(&socket, hello).map_err(|error| Unopened::handshake(hello.lane, &error))?;
         let same_clock = welcome.clock.same_host(&hello.clock);
         self.recorder.write(|record| record.same_clock = same_clock);
         Ok(socket)
