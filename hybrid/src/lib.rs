@@ -65,7 +65,8 @@ pub mod fake;
 pub mod incoming;
 mod lanes;
 pub mod machine;
-mod missing;
+#[doc(hidden)]
+pub mod missing;
 pub mod monitor;
 pub mod outgoing;
 mod patience;

@@ -165,6 +165,18 @@ pub enum MessageError {
 }
 
 impl ControlMessage {
+    /// The message that this body of at most [`MAX_MESSAGE`] bytes is.
+    ///
+    /// # Errors
+    /// What is wrong, when it is none.
+    pub fn decode(body: &[u8]) -> Result<Self, String> {
+        match postcard::take_from_bytes::<Self>(body) {
+            Ok((message, [])) => Ok(message.tamed()),
+            Ok((_, rest)) => Err(format!("{} bytes are left over", rest.len())),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
     /// The message with its text cut to a length, and harmless on a terminal: it ends up in logs and errors.
     fn tamed(self) -> Self {
         let tame = |reason: &str| printable(cut(reason, MAX_REASON));
@@ -252,14 +264,7 @@ impl ControlReader {
         if actual != announced {
             return Err(MessageError::Checksum { peer: self.peer(), actual, announced });
         }
-        match postcard::take_from_bytes::<ControlMessage>(&body) {
-            Ok((message, [])) => Ok(message.tamed()),
-            Ok((_, rest)) => {
-                let reason = format!("{} bytes are left over", rest.len());
-                Err(MessageError::Malformed { peer: self.peer(), reason })
-            }
-            Err(error) => Err(MessageError::Malformed { peer: self.peer(), reason: error.to_string() }),
-        }
+        ControlMessage::decode(&body).map_err(|reason| MessageError::Malformed { peer: self.peer(), reason })
     }
 
     fn fill(&mut self, part: &'static str, buffer: &mut [u8]) -> Result<(), MessageError> {

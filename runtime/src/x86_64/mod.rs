@@ -14,6 +14,7 @@ mod layout;
 mod msrs;
 mod platform;
 mod ports;
+mod saved;
 mod start;
 mod vcpu_state;
 mod walk;
@@ -23,4 +24,8 @@ pub use elf::ElfError;
 pub use layout::{LEAST_MEMORY, MOST_MEMORY, ram_regions};
 pub use platform::Platform;
 pub use ports::Ports;
+#[doc(hidden)]
+pub use boot::load as load_kernel;
+#[doc(hidden)]
+pub use saved::SavedMachine;
 pub use vcpu_state::CpuStateError;
