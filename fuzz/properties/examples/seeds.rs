@@ -155,10 +155,14 @@ fn sets() {
     };
     let told = [&450_u32.to_le_bytes()[..], &stretch(128, &[5, 0]), &stretch(322, &words)].concat();
     write("missing", "two-stretches", &told);
+    let elsewhere = [&[1], &0_u64.to_le_bytes()[..], &64_u32.to_le_bytes(), &length(&[4]), &[4]].concat();
+    write("missing", "not-in-order", &[&450_u32.to_le_bytes()[..], &stretch(128, &[5, 0]), &elsewhere].concat());
     let mut trace = Trace::new("a seed", 384);
     trace.epochs.push(Epoch::new(5_000_000, &words, &[], None));
     trace.epochs.push(Epoch::new(7_000_000, &[1; 6], &[3; 6], Some(12.5)));
     write("trace", "two-epochs", trace.to_json().unwrap().as_bytes());
+    trace.epochs[0].duration_ns = 0;
+    write("trace", "no-length", trace.to_json().unwrap().as_bytes());
 }
 
 fn qmp() {

@@ -1,4 +1,4 @@
-use serde_json::Value;
+use serde_json::{Value, json};
 use switchover_runtime::qmp::arguments::Arguments;
 use switchover_runtime::qmp::capabilities::Capabilities;
 use switchover_runtime::qmp::channel::take_address;
@@ -33,13 +33,9 @@ pub fn framing(bytes: &[u8]) {
             Err(InputError::TooLong { limit }) => assert_eq!(limit, LIMIT),
         }
     }
-    let ok = cutting.feed(b"\"\n{\"sound\": 1}\n");
-    if cutting.feed(b"{\"sound\": 2}").is_empty() {
-        // A value is still open, or skipped: it is closed by its brackets, and then the stream goes on.
-        let closing = [&vec![b']'; input.0.len() + 64][..], b"\"\n\"\n{\"sound\": 3}"].concat();
-        let last = cutting.feed(&closing).pop();
-        assert_eq!(last, Some(Ok(serde_json::json!({"sound": 3}))), "the stream does not recover, after {ok:?}");
-    }
+    // Two quotes, each at the end of a line: whatever was open is given up by then.
+    let found = cutting.feed(b"\"\n\"\n{\"sound\": 1}").pop();
+    assert_eq!(found, Some(Ok(json!({"sound": 1}))), "the stream does not recover");
 }
 
 /// The arguments of commands.

@@ -17,6 +17,7 @@ pub fn state(bytes: &[u8]) {
     }
     let Ok(saved) = SavedMachine::read(&state, vcpus) else { return };
     let written = saved.write().unwrap();
+    assert_eq!(written.len(), state.len(), "something was cut off, or filled up");
     let again = SavedMachine::read(&written, vcpus).unwrap();
     assert_eq!(again.write().unwrap(), written);
 }
