@@ -4,8 +4,10 @@ use super::*;
 use crate::sync::explore;
 
 const PAGES: u64 = 2;
-/// Preemptions that are tried: with one more, the whole takes minutes.
+/// Preemptions that are tried: with one more, it takes minutes.
 const PREEMPTIONS: usize = 2;
+/// With two pages there is more to interleave.
+const PREEMPTIONS_OF_ALL: usize = 1;
 
 /// One page's bytes, and what became of its fault.
 struct Slot {
@@ -106,7 +108,7 @@ const SECOND: PageIndex = PageIndex(1);
 
 #[test]
 fn lanes_a_fault_and_a_removal_lose_no_page_and_no_sleeper() {
-    explore(PREEMPTIONS, || {
+    explore(PREEMPTIONS_OF_ALL, || {
         let crowd = Crowd::new();
         let others = [
             spawn(&crowd, |crowd| {
@@ -128,6 +130,24 @@ fn lanes_a_fault_and_a_removal_lose_no_page_and_no_sleeper() {
             });
         }
         assert!(!crowd.states.is_present(SECOND) && crowd.states.is_resident(SECOND), "a removed page came back");
+    });
+}
+
+#[test]
+fn nor_where_all_meet_on_one_page() {
+    explore(PREEMPTIONS, || {
+        let crowd = Crowd::new();
+        let others = [
+            spawn(&crowd, |crowd| crowd.bring(FIRST, lane(1))),
+            spawn(&crowd, |crowd| crowd.bring(FIRST, lane(2))),
+            spawn(&crowd, |crowd| {
+                crowd.serve(FIRST, lane(0));
+            }),
+        ];
+        crowd.serve(FIRST, lane(0));
+        others.into_iter().for_each(|other| other.join().unwrap());
+        crowd.nobody_sleeps();
+        assert!(crowd.states.is_present(FIRST));
     });
 }
 
