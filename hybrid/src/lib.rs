@@ -59,7 +59,8 @@ pub mod incoming;
 mod lanes;
 mod link;
 pub mod machine;
-mod missing;
+#[doc(hidden)]
+pub mod missing;
 pub mod monitor;
 pub mod outgoing;
 mod patience;
