@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use self::costs::{Link, RAW_PAGE};
+use self::costs::{Link, PAUSED_ZERO, RAW_PAGE, paused_page};
 use self::curve::Curve;
 use self::outlook::{Ends, Outlook};
 
@@ -109,6 +109,28 @@ pub struct Sample {
     /// The same of the pages that were not zero, which is what written pages will take. 0 where none was sent yet.
     #[serde(default)]
     pub bytes_per_data_page: f64,
+    /// Wire bytes that a page would take that was sent before and is to be sent again, measured on some of them: as differences,
+    /// where their versions are kept. 0 where none is.
+    #[serde(default)]
+    pub bytes_per_difference: f64,
+    /// Pages that were armed as a sample before the first round began, and that no lane has taken yet. 0 after that round.
+    #[serde(default)]
+    pub probe_pages: u64,
+    /// Those of `probe_pages` that were written since they were armed.
+    #[serde(default)]
+    pub probe_dirty_pages: u64,
+    /// Those of `probe_pages` that were zero.
+    #[serde(default)]
+    pub probe_zero_pages: u64,
+    /// Since they were armed.
+    #[serde(default)]
+    pub probe_ns: u64,
+    /// What the lanes are held to; 0 where nothing is set.
+    #[serde(default)]
+    pub limit_bytes_per_second: u64,
+    /// Both ends are of one host, with no network between them: what is not held to a limit is held up by processors alone.
+    #[serde(default)]
+    pub within_host: bool,
     /// What a handoff costs besides pages: pause, state, its loading, a round trip and a half. An estimate from this
     /// session's own round trips.
     pub handoff_ns: u64,
@@ -259,17 +281,33 @@ impl Monitor {
             self.bytes_per_data_page = Some(bytes);
         }
         let later = (sample.round > 1 && sent).then(|| sane(sample.bytes_per_page)).flatten();
-        let data_bytes = self.bytes_per_data_page.or(later).unwrap_or(RAW_PAGE);
+        let whole_bytes = self.bytes_per_data_page.or(later).unwrap_or(RAW_PAGE);
+        let difference = sane(sample.bytes_per_difference);
+        let data_bytes = difference.unwrap_or(whole_bytes);
         let average =
-            if sample.bytes_per_page.is_finite() { sample.bytes_per_page.clamp(0.0, LARGEST_PAGE) } else { data_bytes };
-        let left_bytes = match (sent, sample.round > 1) {
-            (true, true) => average,
-            (false, true) => data_bytes,
+            if sample.bytes_per_page.is_finite() { sample.bytes_per_page.clamp(0.0, LARGEST_PAGE) } else { whole_bytes };
+        let zero = self.curve.zero_share_of_left();
+        let left_bytes = match (sent, sample.round > 1, zero) {
+            // In a later round the difference is measured on what is left, too.
+            (true, true, _) => difference.unwrap_or(average),
+            (false, true, _) => data_bytes,
+            (_, false, Some(zero)) => whole_bytes * (1.0 - zero),
             // What was sent first may have been zero pages by chance.
-            (_, false) => self.curve.guessed(average, data_bytes),
+            (_, false, None) => self.curve.guessed(average, whole_bytes),
         };
         let rate = self.bytes_per_second.max(1) as f64;
-        Link { data_page: data_bytes / rate, left_page: left_bytes / rate, handoff: sample.handoff_ns as f64 / 1e9 }
+        let paused = |bytes| paused_page(bytes, rate, sample.limit_bytes_per_second as f64, sample.within_host);
+        let paused_left_page = match zero {
+            Some(zero) if sample.within_host => zero * PAUSED_ZERO + (1.0 - zero) * paused(whole_bytes),
+            _ => paused(left_bytes),
+        };
+        Link {
+            data_page: data_bytes / rate,
+            left_page: left_bytes / rate,
+            paused_data_page: paused(data_bytes),
+            paused_left_page,
+            handoff: sample.handoff_ns as f64 / 1e9,
+        }
     }
 
     fn ends(&self, sample: &Sample) -> Ends {
