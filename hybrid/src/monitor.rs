@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use self::costs::{Link, PAUSED_ZERO, RAW_PAGE, paused_page};
+use self::costs::{Link, PAUSED_ZERO, RAW_PAGE, SETTLES, paused_page};
 use self::curve::Curve;
 use self::outlook::{Ends, Outlook};
 
@@ -191,6 +191,8 @@ pub struct Monitor {
 /// How much dearer going on must be than an end that cannot be taken back. On the tuning seeds 1.02 was no better, and 1.08
 /// worse.
 const RELUCTANCE: f64 = 1.0;
+/// The same of a post-copy that is chosen for what a sample shows, before the first round has sent enough to tell.
+const EARLY_RELUCTANCE: f64 = 1.3;
 /// By how many guest-seconds post-copy must beat a stop that fits: within the target a stop is the surer end.
 const PREFERENCE: f64 = 2e-3;
 /// A page and what it can grow by in its frame: more than this is no measurement.
@@ -214,7 +216,9 @@ impl Monitor {
         let link = self.link(sample);
         let written = sample.dirty_pages as f64 + sample.unacknowledged_pages as f64;
         let left = sample.left_pages as f64;
-        let outlook = outlook::look(written, left, &link, &self.curve, &self.ends(sample));
+        let under_way = sample.unacknowledged_pages as f64;
+        let settled = if under_way * link.data_page <= SETTLES { under_way } else { 0.0 };
+        let outlook = outlook::look(written, settled, left, &link, &self.curve, &self.ends(sample));
         let spent = self.spent(sample);
         let choice = self.choose(sample, &outlook, spent.is_some());
         let seen = reason::Seen { limits: &self.limits, sample, spent, measured: self.bytes_per_second > 0 };
@@ -236,7 +240,9 @@ impl Monitor {
         let hybrid = self.limits.mode == Mode::Hybrid;
         let rest = sample.left_pages != 0 || sample.dirty_pages != 0 || sample.unacknowledged_pages != 0;
         let measured = self.bytes_per_second > 0;
-        let fits = (measured || !rest) && outlook.stop_blackout <= self.limits.stop_limit().as_secs_f64();
+        // What is stopped for cannot be taken back: not before the lanes were measured for a while.
+        let hasty = sample.round == 1 && sample.left_pages > 0 && !self.curve.is_seasoned();
+        let fits = (measured || !rest) && (!hasty || spent) && outlook.stop_blackout <= self.limits.stop_limit().as_secs_f64();
         if self.limits.mode == Mode::Postcopy {
             return Choice::Postcopy;
         }
@@ -264,8 +270,9 @@ impl Monitor {
             (Some(only), None) | (None, Some(only)) => only,
             (None, None) => return Choice::AnotherRound,
         };
+        let reluctance = if self.curve.is_seasoned() { RELUCTANCE } else { early() };
         match outlook.on {
-            Some(on) if on.cost < end.0 * RELUCTANCE && rest && !idles(sample) => Choice::AnotherRound,
+            Some(on) if on.cost < end.0 * reluctance && rest && !idles(sample) => Choice::AnotherRound,
             _ => end.1,
         }
     }
@@ -371,4 +378,8 @@ impl fmt::Display for Choice {
             Self::GiveUp => "give up",
         })
     }
+}
+
+fn early() -> f64 {
+    std::env::var("EARLY").ok().and_then(|value| value.parse().ok()).unwrap_or(EARLY_RELUCTANCE)
 }

@@ -84,6 +84,10 @@ pub(super) fn paused_page(bytes: f64, rate: f64, limit: f64, within_host: bool) 
     }
 }
 
+/// Seconds that a handoff waits, the guest running on, for what is under way: what takes no longer is not copied in a blackout.
+/// The rounds' own patience with it is as long.
+pub(super) const SETTLES: f64 = 0.05;
+
 /// Seconds of a link's time.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(super) struct Link {

@@ -195,14 +195,9 @@ impl Curve {
     ///
     /// What was seen so far says little of the rest of RAM while little was sent, so it is mixed with a guess; and a part of
     /// RAM that was hot lately says no more than all that was sent.
-    /// While the sample of what is left is large enough, that tells it all.
+    /// The sample of what is left is a better guess.
     pub fn share_of_left(&self, seconds: f64) -> f64 {
         let Some(last) = self.points.last() else { return 0.0 };
-        if let Some(probe) = self.probes.last() {
-            let power = self.probed_power().or(self.power()).unwrap_or(POWER_UNKNOWN);
-            // Half of the time, on average, is what a page of those has after it was sent.
-            return (probe.written * (seconds / 2.0 / probe.seconds).powf(power)).min(1.0);
-        }
         let overall = if last.sent > 0.0 { (last.dirty / last.sent).min(1.0) } else { 0.0 };
         // The share grows as the pages sent first get their time to be written.
         let growth = if last.seconds > 0.0 {
@@ -211,7 +206,17 @@ impl Curve {
             1.0
         };
         let seen = (f64::midpoint(self.marginal(), overall) * growth).min(1.0);
-        self.guessed(seen, GUESS[usize::from(self.round > 1)])
+        let guess = self.probed_share(seconds).filter(|_| !self.is_seasoned());
+        self.guessed(seen, guess.unwrap_or(GUESS[usize::from(self.round > 1)]))
+    }
+
+    /// What the sample shows of the pages left: at least the share that was written already, where there will be more time for
+    /// them than it has had. How much more will be written is not known so early, and it is the least that is hoped for.
+    fn probed_share(&self, seconds: f64) -> Option<f64> {
+        let probe = self.probes.last()?;
+        // Half of the time, on average, is what a page has after it was sent.
+        let shorter = (seconds / 2.0 / probe.seconds).min(1.0);
+        Some(probe.written * shorter.powf(self.probed_power().unwrap_or(POWER_UNKNOWN)))
     }
 
     /// What was `seen` of the pages sent in this round, mixed with the `guess` that was made before any was.

@@ -150,13 +150,10 @@ impl<'a> Replay<'a> {
         self.position
     }
 
-    /// What a handoff now leaves to be copied, zero pages left out.
+    /// What a handoff now leaves to be copied, zero pages left out. What is in flight arrives before the guest is paused.
     #[must_use]
     pub fn rest(&self) -> Vec<u64> {
         let mut rest: Vec<u64> = self.left.iter().zip(&self.dirty).map(|(left, dirty)| left | dirty).collect();
-        for (_, word, pages) in &self.in_flight {
-            rest[*word] |= pages;
-        }
         for (pages, zero) in rest.iter_mut().zip(&self.guest.zero) {
             *pages &= !zero;
         }
