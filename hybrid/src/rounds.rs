@@ -428,7 +428,11 @@ impl<'a> Conductor<'a> {
     fn until_next_look(&self, round: &Round) -> Duration {
         let age = Duration::from_nanos(Nanos::now().since(round.began));
         // A look that costs so much that it is not taken every few milliseconds is not taken early either.
-        if round.number > 1 || self.look_every > LOOK_EVERY { self.look_every } else { age.clamp(FIRST_LOOK, LOOK_EVERY) }
+        if round.number > 1 || self.look_every > LOOK_EVERY {
+            self.look_every
+        } else {
+            age.clamp(FIRST_LOOK, LOOK_EVERY)
+        }
     }
 
     /// Whether the second round is still to show what differences save: the link is slow enough for them to pay, and versions
@@ -440,7 +444,7 @@ impl<'a> Conductor<'a> {
         let sent = self.precopy.rounds.sent().data_pages;
         sample.at_ns < nanos(self.settings.limits.time_budget)
             && keeps
-            && differences_pay(sample.bytes_per_second)
+            && differences_pay(sample.bytes_per_second, sample.limit_bytes_per_second, sample.within_host)
             && is_untried(sample, sent, self.precopy.rounds.kept_pages())
     }
 
@@ -468,7 +472,8 @@ impl<'a> Conductor<'a> {
         fresh.subtract(left);
         let seen = self.probe.as_ref().filter(|_| round.number == 1).map(|probe| probe.look(left, &noted, now));
         let seen = seen.unwrap_or_default();
-        let differences = rounds.bytes_of_differences(&again(&noted, left, round.number), DIFFERENCES, &mut self.differences);
+        let differences =
+            rounds.bytes_of_differences(&again(&noted, left, round.number), DIFFERENCES, &mut self.differences);
         let sample = Sample {
             at_ns: now.since(self.start),
             round: round.number,

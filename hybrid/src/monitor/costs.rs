@@ -51,11 +51,16 @@ pub const RAW_PAGE: f64 = 4096.0;
 /// the destination. 8 to 10 µs on the development hosts.
 pub const DIFFERENCE: f64 = 9e-6;
 
-/// Whether the link is slow enough for differences to pay: a page as it is takes longer on it than packing one does. Where
-/// nothing was measured they may.
+/// Whether differences pay: a page as it is takes longer on the link, which carries so many bytes a second, than packing it does.
+///
+/// Between two ends of one host only a limit makes a link slow: whatever else holds the lanes up is the processors, which packing
+/// would hold up more. Elsewhere they may pay as long as nothing was measured. 0 means not measured, or no limit.
 #[must_use]
-pub fn differences_pay(bytes_per_second: u64) -> bool {
-    bytes_per_second == 0 || RAW_PAGE / bytes_per_second as f64 > DIFFERENCE
+pub fn differences_pay(bytes_per_second: u64, limit: u64, within_host: bool) -> bool {
+    match if within_host { limit } else { bytes_per_second } {
+        0 => !within_host,
+        carried => RAW_PAGE / carried as f64 > DIFFERENCE,
+    }
 }
 
 /// Seconds for a page with bytes, and for a zero page, that a paused guest's copy takes where both ends are of one host and
@@ -170,10 +175,12 @@ mod tests {
 
     #[test]
     fn differences_pay_on_slow_links_only() {
-        for (bits_per_second, pay) in [(100e6, true), (1e9, true), (5e9, false), (12e9, false)] {
-            assert_eq!(differences_pay((bits_per_second / 8.0) as u64), pay, "{bits_per_second}");
+        for (bytes, pay) in [(12_500_000, true), (125_000_000, true), (625_000_000, false), (1_500_000_000, false)] {
+            assert_eq!(differences_pay(bytes, 0, false), pay, "{bytes} measured");
+            assert_eq!(differences_pay(12_500_000, bytes, true), pay, "{bytes} allowed");
         }
-        assert!(differences_pay(0));
+        assert!(differences_pay(0, 0, false), "nothing was measured yet");
+        assert!(!differences_pay(12_500_000, 0, true), "it is the processors that are slow");
     }
 
     #[test]

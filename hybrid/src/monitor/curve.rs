@@ -18,8 +18,8 @@ use super::Sample;
 const POINTS: usize = 32;
 /// Pages that must have been sent before a share of them means anything.
 const EVIDENCE: f64 = 256.0;
-/// Samples within a round that it takes to see a form.
-const LOOKS: usize = 3;
+/// Samples within a round that it takes to see a form: 30 ms of it. The first round is looked at more often in the beginning.
+const LOOKS: [usize; 2] = [5, 3];
 /// Share of a round's dirty pages that it had sent itself, where no round has told yet. The first round sends all.
 const REWRITTEN_UNKNOWN: f64 = 0.7;
 /// How much the two points must lie apart for the curve between them to mean anything.
@@ -167,7 +167,7 @@ impl Curve {
     /// Enough was sent in this round to tell what it does, and how fast.
     pub fn is_seasoned(&self) -> bool {
         let sent = self.points.last().map_or(0.0, |point| point.sent);
-        let looks = self.points.len() > LOOKS;
+        let looks = self.points.len() > LOOKS[usize::from(self.round > 1)];
         sent >= self.round_pages || (looks && sent >= EVIDENCE.max(self.round_pages * YOUNG))
     }
 

@@ -276,8 +276,7 @@ impl<'a> Replay<'a> {
                 self.dirty[word] |= new;
                 newly += u64::from(new.count_ones());
                 if self.round == 1 && self.probe[word] != 0 {
-                    let probed =
-                        stretch.written(word) & self.probe[word] & self.left[word] & !self.probe_written[word];
+                    let probed = stretch.written(word) & self.probe[word] & self.left[word] & !self.probe_written[word];
                     self.probe_written[word] |= probed;
                     faults += u64::from(probed.count_ones());
                 }
