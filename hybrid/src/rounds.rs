@@ -578,11 +578,11 @@ impl<'a> Conductor<'a> {
 
 /// Whether nothing has shown yet what differences save. A measured sample of them shows it when the first round is over, and
 /// the second round by itself in two looks.
-const fn is_untried(sample: &Sample, sent: u64, kept: u64) -> bool {
+fn is_untried(sample: &Sample, sent: u64, kept: u64) -> bool {
     match sample.round {
         1 if sample.round_over && sample.bytes_per_difference > 0.0 => false,
         1 => sent < UNDECIDED || kept > sent / 2,
-        2 => sample.round_ns < 2 * LOOK_EVERY.as_nanos() as u64 && !sample.round_over && kept > sent / 2,
+        2 => sample.round_ns < 2 * nanos(LOOK_EVERY) && !sample.round_over && kept > sent / 2,
         _ => false,
     }
 }
@@ -663,4 +663,36 @@ fn per_second(count: u64, span_ns: u64) -> u64 {
 
 fn nanos(span: Duration) -> u64 {
     u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn differences_are_waited_for_until_they_have_shown_what_they_save() {
+        let of = |round, round_over, round_ns| Sample { round, round_over, round_ns, ..Sample::default() };
+        let early = of(1, false, 2_500_000);
+        assert!(is_untried(&early, UNDECIDED - 1, 0), "too early to tell");
+        assert!(!is_untried(&early, UNDECIDED, UNDECIDED / 2), "half of them are not kept");
+        assert!(is_untried(&early, UNDECIDED, UNDECIDED / 2 + 1));
+        let over = of(1, true, 1_000_000_000);
+        assert!(is_untried(&over, 9000, 9000));
+        assert!(!is_untried(&Sample { bytes_per_difference: 300.0, ..over }, 9000, 9000), "it was measured");
+        assert!(is_untried(&of(2, false, nanos(LOOK_EVERY)), 9000, 9000));
+        assert!(!is_untried(&of(2, false, 2 * nanos(LOOK_EVERY)), 9000, 9000));
+        assert!(!is_untried(&of(3, false, 1), 9000, 9000));
+    }
+
+    #[test]
+    fn what_is_sent_again_is_not_what_was_never_sent() {
+        let set = |pages: &[u64]| {
+            let mut set = PageBitmap::new(PageCount(64));
+            pages.iter().for_each(|page| assert!(set.insert(PageIndex(*page))));
+            set
+        };
+        let (noted, left) = (set(&[1, 2, 3]), set(&[3, 4]));
+        assert_eq!(again(&noted, &left, 1).words(), set(&[1, 2]).words());
+        assert_eq!(again(&noted, &left, 2).words(), set(&[1, 2, 3, 4]).words());
+    }
 }

@@ -17,7 +17,7 @@ pub fn spread(pages: PageCount, count: u64) -> PageBitmap {
     let mut sample = PageBitmap::new(pages);
     let stretch = pages.0 / count.max(1);
     for index in 0..pages.0 / stretch {
-        let place = (index.wrapping_mul(STEP) & 0xFFFF_FFFF) * stretch >> 32;
+        let place = ((index.wrapping_mul(STEP) & 0xFFFF_FFFF) * stretch) >> 32;
         sample.insert(PageIndex(index * stretch + place));
     }
     sample
