@@ -12,8 +12,8 @@
 //! end behind them, so a round is begun, or finished, only if it pays.
 //!
 //! Against an oracle that knows the future and tries each end at each sample, on made-up guests whose seeds were not used for
-//! tuning, at 1, 5 and 20 Gbit/s: median regret 0.1 %, 3 of 168 above 25 %, worst 43 %. At 100 Mbit/s, where a round outlasts
-//! what the guest is doing: median 2.3 %, worst 157 %. The tables by pattern and link are in `docs/monitor.md`.
+//! tuning, at 1, 5 and 20 Gbit/s: median regret 0.1 %, 8 of 168 above 25 %, worst 210 %. The tables by pattern and link are in
+//! `docs/monitor.md`.
 
 pub mod costs;
 mod curve;
