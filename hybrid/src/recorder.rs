@@ -12,6 +12,9 @@ use crate::report::{CpuSeconds, Instants, Interruption, PhaseSpan, Side, SideRep
 use crate::settings::{Notice, Observer};
 use crate::status::MigrationStatus;
 
+/// Spans and interruptions kept: a link may be lost and joined for ever. What came first is kept.
+const SPANS_KEPT: usize = 4096;
+
 /// One side's record, written by its session thread and read by whoever watches.
 pub struct Recorder {
     record: Mutex<Record>,
@@ -129,7 +132,7 @@ impl Recorder {
             }
             if status.is_final() {
                 record.ended = Some(now);
-            } else {
+            } else if record.phases.len() < SPANS_KEPT {
                 record.status_span = Some(record.phases.len());
                 record.phases.push(PhaseSpan { name: status.name().to_owned(), start_ns: now.0, end_ns: None });
             }
@@ -157,7 +160,8 @@ impl Recorder {
         self.write(|record| {
             let lost_ns = Nanos::now().0;
             // A rejoin that fails is no interruption of its own.
-            if record.interruptions.last().is_none_or(|last| last.joined_ns.is_some()) {
+            let joined = record.interruptions.last().is_none_or(|last| last.joined_ns.is_some());
+            if joined && record.interruptions.len() < SPANS_KEPT {
                 record.interruptions.push(Interruption {
                     lost_ns,
                     joined_ns: None,
@@ -232,6 +236,7 @@ impl Record {
             cpu: CpuSeconds::default(),
             precopy: None,
             interruptions: self.interruptions,
+            unacknowledged: self.unacknowledged,
         }
     }
 

@@ -301,6 +301,10 @@ pub struct SideReport {
     /// Where the link was lost after the commit, in order.
     #[serde(default)]
     pub interruptions: Vec<Interruption>,
+    /// The guest is complete here, but the link was lost, for this reason, before its source could say that it knows; the
+    /// destination's.
+    #[serde(default)]
+    pub unacknowledged: Option<String>,
 }
 
 /// A link that was lost after the commit.

@@ -20,6 +20,9 @@ pub const MAX_MESSAGE: usize = 16 << 20;
 
 const HEADER: usize = 8;
 
+/// What is received of a body at once, in bytes.
+const PIECE: usize = 64 << 10;
+
 /// A message on the control lane.
 ///
 /// On the wire a variant is its number in this list and a field its place: add at the end, never change.
@@ -281,13 +284,20 @@ impl ControlReader {
 
     fn fill(&mut self, part: &'static str, buffer: &mut [u8]) -> Result<(), MessageError> {
         let length = buffer.len();
-        match self.ring.recv_exact(self.socket.as_fd(), &mut [IoSliceMut::new(buffer)]) {
-            Ok(()) => {
-                self.socket.counters().add_received(length as u64);
-                Ok(())
-            }
-            Err(RingError::Closed { got, wanted }) => {
-                Err(MessageError::Closed { peer: self.peer(), part, got, wanted })
+        // Piece by piece, since what has come of a long body is a sign of life.
+        let counters = Arc::clone(self.socket.counters());
+        let mut pieces = buffer.chunks_mut(PIECE);
+        let mut got_before = 0;
+        let received = pieces.try_for_each(|piece| {
+            self.ring.recv_exact(self.socket.as_fd(), &mut [IoSliceMut::new(piece)])?;
+            counters.add_received(piece.len() as u64);
+            got_before += piece.len();
+            Ok(())
+        });
+        match received {
+            Ok(()) => Ok(()),
+            Err(RingError::Closed { got, .. }) => {
+                Err(MessageError::Closed { peer: self.peer(), part, got: got_before + got, wanted: length })
             }
             Err(RingError::Io { source, .. }) if source.kind() == io::ErrorKind::ConnectionReset => {
                 Err(MessageError::Closed { peer: self.peer(), part, got: 0, wanted: length })

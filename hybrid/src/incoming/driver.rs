@@ -32,6 +32,9 @@ const FIRST_ENTRY_PAUSE: Duration = Duration::from_micros(200);
 /// The session could not even begin.
 pub(super) const NO_THREAD: FailureView = FailureView { kind: FailureKind::Machine, guest: GuestAfter::OnSource };
 
+/// Messages, beside heartbeats, that a source may send over one link: rounds, mostly.
+const MESSAGES: u32 = 1 << 16;
+
 /// What a session's thread needs besides what it shares.
 struct Session {
     link: Link,
@@ -65,9 +68,11 @@ impl Shared {
                 self.recorder.fail(NO_THREAD, reason);
             }
         }
-        // A source that does not know yet that its guest is complete here may come to ask.
+        // A source that does not know yet that its guest is complete here may come to ask, and may have come already.
         if self.recorder.read().unacknowledged.is_none() {
             self.close_listeners();
+        } else if let Some(lanes) = self.take_joined() {
+            self.answer_at_last(&lanes);
         }
     }
 
@@ -99,13 +104,16 @@ impl Shared {
         arriving: &Arc<Mutex<Option<Vec<u8>>>>,
     ) -> Result<Link, String> {
         let reader = ControlReader::new(Arc::clone(&control)).map_err(|error| error.to_string())?;
-        let writer = ControlWriter::new(control).map_err(|error| error.to_string())?;
+        let writer = ControlWriter::new(Arc::clone(&control)).map_err(|error| error.to_string())?;
+        // With a ring of its own: a ring that changes threads is made anew, which the handoff must not wait for.
+        let mut heart = ControlWriter::new(control).map_err(|error| error.to_string())?;
         let control = Arc::new(Mutex::new(writer));
         let events = self.events.of_link();
         let silence = self.settings.silence;
         let (speaker, told) = (Arc::clone(&control), events.clone());
         let beat = move || {
-            let _ = speaker.lock().unwrap_or_else(PoisonError::into_inner).send(&ControlMessage::Heartbeat);
+            let _one_at_a_time = speaker.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ = heart.send(&ControlMessage::Heartbeat);
         };
         let silent = move || {
             let _ = told.tell(DestinationEvent::Lost(format!("nothing was heard of the source for {silence:?}")));
@@ -150,9 +158,17 @@ impl Shared {
         arriving: &Mutex<Option<Vec<u8>>>,
     ) {
         let mut handoff = MissingPages::new(self.machine.ram().pages());
+        let mut budget = MESSAGES;
         loop {
+            budget = budget.saturating_sub(1);
             let event = match reader.recv() {
-                Ok(ControlMessage::Heartbeat) => continue,
+                Ok(ControlMessage::Heartbeat) => {
+                    budget = MESSAGES.min(budget + 1);
+                    continue;
+                }
+                Ok(_) if budget == 0 => {
+                    DestinationEvent::Lost("the source talks and talks on the control lane".to_owned())
+                }
                 Ok(ControlMessage::Round { number }) => {
                     if let Some(pager) = self.pager().as_ref() {
                         pager.begin_round(number);
@@ -321,8 +337,7 @@ impl Shared {
     /// Takes up the lanes of a source that has joined again, and says where this side stands.
     fn send_standing(self: &Arc<Self>, session: &mut Session, committed: bool) -> Result<(), DestinationEvent> {
         let lost = |reason: String| DestinationEvent::Lost(reason);
-        let joined = self.joined.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let joined = joined.ok_or_else(|| lost("its lanes were taken up already".to_owned()))?;
+        let joined = self.take_joined().ok_or_else(|| lost("its lanes were taken up already".to_owned()))?;
         self.lanes.add(LaneId { role: LaneRole::Control, index: 0 }, Arc::clone(&joined.control));
         for (id, socket) in joined.pages {
             self.lanes.add(id, Arc::clone(&socket));

@@ -126,12 +126,14 @@ impl Shared {
             SourceAction::SendState => return Some(self.send_state(session)),
             SourceAction::SurrenderRightToRun => self.machine.surrender_right_to_run(),
             SourceAction::TakeBackRightToRun => {
-                tracing::warn!("the destination refused the guest for good: it goes on here");
+                tracing::warn!("the destination does not run the guest and never will: it goes on here");
                 self.machine.take_back_right_to_run();
             }
             SourceAction::SendCommit => {
                 session.patience = Patience::endless();
-                self.recorder.write(|record| record.instants.commit_ns = Some(Nanos::now().0));
+                // The first one counts, whichever of them arrives.
+                let now = Nanos::now().0;
+                self.recorder.write(|record| record.instants.commit_ns = record.instants.commit_ns.or(Some(now)));
                 if let Err(error) = session.link.send(&ControlMessage::Commit) {
                     return Some(SourceEvent::Lost(error.to_string()));
                 }
@@ -152,11 +154,11 @@ impl Shared {
                 self.recorder.interrupt(kind, &reason);
             }
             SourceAction::OpenLanes => {
-                session.patience = Patience::until(Instant::now() + REJOIN_PATIENCE);
                 match self.open_again() {
                     Ok(link) => session.link = link,
                     Err(Unopened { reason, .. }) => return Some(SourceEvent::RejoinFailed(reason)),
                 }
+                session.patience = Patience::until(Instant::now() + REJOIN_PATIENCE);
             }
             SourceAction::ServeAgain => {
                 session.patience = Patience::endless();
@@ -238,11 +240,13 @@ impl Shared {
             session.link.send(&message).map_err(|error| error.to_string())?;
         }
         let first = self.machine.first_pages();
+        // Read before the pager is locked: whoever changes it locks them in this order.
+        let before_handoff = self.tunables().bandwidth.precopy;
         if let Some(pager) = self.pager().as_mut() {
             pager.start_serving(&first, rest);
             if ending == Ending::StopAndCopy {
                 // The guest does not run yet: the bound for the time before the handoff still holds.
-                pager.set_max_bandwidth(self.tunables().bandwidth.precopy);
+                pager.set_max_bandwidth(before_handoff);
                 pager.start_sweep();
             }
         }
@@ -328,6 +332,7 @@ impl Shared {
         if let Some(pager) = self.pager().as_mut() {
             pager.start_serving(&[], rest);
         }
+        *self.left_before.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 

@@ -30,6 +30,10 @@ use crate::settings::Settings;
 /// How long the destination's host may take to accept a connection.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 
+/// Messages, beside heartbeats, that a destination may send over one link. A well-behaved one sends a few, and one for each 2^26
+/// pages that it lacks.
+const MESSAGES: u32 = 1 << 16;
+
 /// What there is of an open link besides its page lanes.
 pub(super) struct Link {
     control: Arc<Mutex<ControlWriter>>,
@@ -112,12 +116,12 @@ impl Shared {
         }
         self.start_pager(pages, tunables.bandwidth.postcopy, &notify)?;
         drop(tunables);
-        self.begin_link(control, self.settings.silence, events)
+        self.begin_link(&control, self.settings.silence, events)
     }
 
     /// Opens new lanes in place of those that were lost, to a destination that is to say first where it stands.
     pub(super) fn open_again(self: &Arc<Self>) -> Result<Link, Unopened> {
-        let rejoin = self.rejoin.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let rejoin = self.rejoin().take();
         let Rejoin { to, settings } =
             rejoin.ok_or_else(|| "nobody has said where the destination is now".to_owned())?;
         let session = *self.name.get().ok_or_else(|| "the session was never begun".to_owned())?;
@@ -128,7 +132,7 @@ impl Shared {
         tunables.bandwidth = settings.bandwidth;
         self.start_pager(pages, tunables.bandwidth.postcopy, &notify(events.clone()))?;
         drop(tunables);
-        self.begin_link(control, settings.silence, events)
+        self.begin_link(&control, settings.silence, events)
     }
 
     /// In place of the last link's pager, whose threads have ended.
@@ -137,6 +141,9 @@ impl Shared {
         let next = next.map_err(|error| error.to_string())?;
         if let Some(last) = self.pager().replace(next) {
             let done = last.progress();
+            // The new one knows nothing before it serves.
+            let mut left = self.left_before.lock().unwrap_or_else(PoisonError::into_inner);
+            left.get_or_insert(done.remaining);
             let mut past = self.past.lock().unwrap_or_else(PoisonError::into_inner);
             past.zero += done.zero;
             past.data += done.data;
@@ -181,17 +188,20 @@ impl Shared {
     /// Listens to the control lane, and for signs of life.
     fn begin_link(
         self: &Arc<Self>,
-        control: Arc<Socket>,
+        control: &Arc<Socket>,
         silence: Duration,
         events: LinkTeller<SourceEvent>,
     ) -> Result<Link, Unopened> {
-        let reader = ControlReader::new(Arc::clone(&control)).map_err(|error| error.to_string())?;
-        let writer = ControlWriter::new(control).map_err(|error| error.to_string())?;
+        let reader = ControlReader::new(Arc::clone(control)).map_err(|error| error.to_string())?;
+        let writer = ControlWriter::new(Arc::clone(control)).map_err(|error| error.to_string())?;
+        // With a ring of its own: a ring that changes threads is made anew, which the handoff must not wait for.
+        let mut heart = ControlWriter::new(Arc::clone(control)).map_err(|error| error.to_string())?;
         let control = Arc::new(Mutex::new(writer));
         let no_thread = |error| format!("cannot start a thread for the control lane: {error}");
         let (speaker, told) = (Arc::clone(&control), events.clone());
         let beat = move || {
-            let _ = speaker.lock().unwrap_or_else(PoisonError::into_inner).send(&ControlMessage::Heartbeat);
+            let _one_at_a_time = speaker.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ = heart.send(&ControlMessage::Heartbeat);
         };
         let silent = move || {
             let _ = told.tell(SourceEvent::Lost(format!("nothing was heard of the destination for {silence:?}")));
@@ -221,9 +231,17 @@ impl Shared {
     /// The control lane's thread: turns what the destination says into events.
     fn listen(&self, mut reader: ControlReader, events: &LinkTeller<SourceEvent>) {
         let mut standing = None;
+        let mut budget = MESSAGES;
         loop {
+            budget = budget.saturating_sub(1);
             let event = match reader.recv() {
-                Ok(ControlMessage::Heartbeat) => continue,
+                Ok(ControlMessage::Heartbeat) => {
+                    budget = MESSAGES.min(budget + 1);
+                    continue;
+                }
+                Ok(_) if budget == 0 => {
+                    SourceEvent::Lost("the destination talks and talks on the control lane".to_owned())
+                }
                 Ok(ControlMessage::Standing { committed, complete: true }) => {
                     SourceEvent::Standing { committed, complete: true }
                 }
@@ -248,9 +266,10 @@ impl Shared {
                 Ok(ControlMessage::Refused { reason }) => SourceEvent::Refused(reason),
                 Ok(ControlMessage::Running { first_entry_ns }) => {
                     let now = Nanos::now();
+                    // After a rejoin it is told again: the blackout ended with the first time.
                     self.recorder.write(|record| {
-                        record.running_heard = Some(now);
-                        record.instants.first_entry_ns = first_entry_ns;
+                        record.running_heard.get_or_insert(now);
+                        record.instants.first_entry_ns = record.instants.first_entry_ns.or(first_entry_ns);
                     });
                     SourceEvent::Running
                 }

@@ -103,6 +103,7 @@ pub fn sides(seed: u64) -> (SideReport, SideReport) {
         cpu: CpuSeconds { user: 0.05, system: 0.19 },
         precopy: None,
         interruptions: Vec::new(),
+        unacknowledged: None,
     };
     let destination = SideReport {
         side: Side::Destination,
