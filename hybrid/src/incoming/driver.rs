@@ -269,6 +269,10 @@ impl Shared {
                 session.joined.clear();
                 self.lanes.retire();
                 self.recorder.interrupt(kind, &reason);
+                // It may have joined again before this side noticed, and nobody says it twice.
+                if self.joined.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
+                    let _ = self.events.tell(DestinationEvent::Rejoined);
+                }
             }
             DestinationAction::SendStanding { committed } => return self.send_standing(session, committed).err(),
             DestinationAction::AttachLanes => {
