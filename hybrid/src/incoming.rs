@@ -6,7 +6,7 @@ mod driver;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crossbeam::channel::{Receiver, bounded};
+use crossbeam::channel::{Receiver, unbounded};
 use switchover_pager::cpu::CpuMeter;
 use switchover_pager::destination::{DestinationPager, DestinationProgress};
 use switchover_wire::address::Address;
@@ -24,9 +24,6 @@ use crate::report::{CpuSeconds, PageClasses, Side, SideReport, fault_report, rat
 use crate::session::destination::DestinationEvent;
 use crate::settings::{Observer, Settings};
 use crate::status::MigrationStatus;
-
-/// Messages of the source that may wait while the session is busy. A well-behaved one sends three in all.
-const EVENTS_ROOM: usize = 1024;
 
 /// A migration on its destination. Clones are handles to the same one; dropping them changes nothing.
 #[derive(Clone)]
@@ -64,7 +61,7 @@ impl Incoming {
         settings: Settings,
         observer: Observer,
     ) -> Result<Self, MigrationError> {
-        let (events, receiver) = bounded(EVENTS_ROOM);
+        let (events, receiver) = unbounded();
         let shared = Arc::new(Shared {
             machine,
             settings,
@@ -116,6 +113,12 @@ impl Incoming {
         shared.accept_at(&listener).map_err(MigrationError::Thread)?;
         let address = listener.address();
         *recovery = Some(listener);
+        drop(recovery);
+        // It may have come to its end meanwhile, which closed the listeners that there were.
+        if !shared.may_be_joined() {
+            shared.close_listeners();
+            return Err(MigrationError::NotLost { wish: "recover" });
+        }
         Ok(address)
     }
 
@@ -124,7 +127,8 @@ impl Incoming {
     /// # Errors
     /// When the guest does not run here, or is all here.
     pub fn pause(&self) -> Result<(), MigrationError> {
-        if self.shared.recorder.read().status != MigrationStatus::PostcopyActive {
+        let missing = self.shared.pager().as_ref().map_or(0, |pager| pager.progress().missing);
+        if self.shared.recorder.read().status != MigrationStatus::PostcopyActive || missing == 0 {
             return Err(MigrationError::TooLate { wish: "pause the migration", why: "it is not in post-copy" });
         }
         self.shared.events.of_link().tell(DestinationEvent::Lost("its controller paused the migration".to_owned()));
@@ -161,6 +165,7 @@ impl Incoming {
             normal_pages: seen.pushed + seen.requested + seen.precopied,
             postcopy_requests: seen.requests,
             error: record.error,
+            failure: record.failure,
             ..Progress::default()
         }
     }
@@ -196,10 +201,16 @@ impl Incoming {
         report
     }
 
-    /// Waits until it is over.
+    /// Waits until it is over. One whose link is lost after the commit is not: see [`wait_for`](Self::wait_for).
     #[must_use]
     pub fn wait(&self) -> MigrationStatus {
         self.shared.recorder.wait()
+    }
+
+    /// Waits until its status is one of those that are `wanted`, which it must come to.
+    #[must_use]
+    pub fn wait_for(&self, wanted: impl Fn(MigrationStatus) -> bool) -> MigrationStatus {
+        self.shared.recorder.wait_for(wanted)
     }
 }
 

@@ -31,42 +31,36 @@
 //!   it has them all.
 //! - *Mismatch fails first.* Two machines that do not match are told so before the guest is touched.
 //!
+//! # For embedders
+//! What runs the guest implements [`machine::Machine`]; a process that gives one away calls [`outgoing::Outgoing::start`], and one that
+//! takes one in [`incoming::Incoming::listen`]. From then on:
+//! - *observe* it by the [`settings::Observer`], or by [`outgoing::Outgoing::progress`];
+//! - *hurry* it with [`outgoing::Outgoing::start_postcopy`], *call it off* with [`outgoing::Outgoing::cancel`] as long as the commit
+//!   is not out;
+//! - *recover* a link that is lost after that: [`outgoing::Outgoing::resume`], and [`incoming::Incoming::recover`] where the
+//!   destination shall be reached at another address; as a last resort, with the destination fenced,
+//!   [`outgoing::Outgoing::reclaim`];
+//! - *act on failures* by their kind and by where the guest is ([`progress::Progress::failure`], [`failure`]), and show people the
+//!   sentence in [`progress::Progress::error`];
+//! - *read* what it cost in [`outgoing::Outgoing::report`] and [`incoming::Incoming::report`].
+//!
 //! # Example
-//! A guest that is a thread, moved between two machines of one process (an embedder brings its own [`machine::Machine`]):
+//! A machine without KVM whose guest is a thread, moved between two machines of one process (`cargo run --example toy`):
 //!
-//! ```no_run
-//! use std::sync::Arc;
-//! use switchover_hybrid::fake::FakeMachine;
-//! use switchover_hybrid::incoming::Incoming;
-//! use switchover_hybrid::machine::Machine;
-//! use switchover_hybrid::outgoing::Outgoing;
-//! use switchover_hybrid::settings::{Settings, no_observer};
-//! use switchover_hybrid::status::MigrationStatus;
-//! use switchover_wire::types::PageCount;
-//!
-//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let here = FakeMachine::new(PageCount(1024))?;
-//! let there = FakeMachine::incoming(PageCount(1024))?;
-//! here.resume()?;
-//!
-//! let incoming = Incoming::listen(there.clone(), &"tcp:127.0.0.1:0".parse()?, Settings::default(), no_observer())?;
-//! let outgoing = Outgoing::start(here, incoming.address(), Settings::default(), no_observer())?;
-//! outgoing.start_postcopy()?;
-//! assert_eq!(outgoing.wait(), MigrationStatus::Completed);
-//! assert_eq!(incoming.wait(), MigrationStatus::Completed);
-//! assert!(there.runs());
-//! # Ok(())
-//! # }
+//! ```
+#![doc = include_str!("../examples/toy.rs")]
 //! ```
 
 pub mod capability;
 pub mod error;
+pub mod failure;
 pub mod fake;
 pub mod incoming;
 mod lanes;
 mod link;
 pub mod machine;
-mod missing;
+#[doc(hidden)]
+pub mod missing;
 pub mod monitor;
 pub mod outgoing;
 mod patience;

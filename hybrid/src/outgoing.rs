@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use crossbeam::channel::bounded;
+use crossbeam::channel::unbounded;
 use switchover_pager::cpu::CpuMeter;
 use switchover_pager::source::{SourcePager, SourceProgress};
 use switchover_wire::address::Address;
-use switchover_wire::types::SessionId;
+use switchover_wire::types::{PageCount, SessionId};
 
 use crate::error::MigrationError;
 use crate::lanes::Lanes;
@@ -26,9 +26,6 @@ use crate::session::source::{Plan, SourceEvent, SourceSession, WishRefused};
 use crate::settings::{Observer, Settings, Tunables};
 use crate::status::MigrationStatus;
 use crate::watchdog::Watchdog;
-
-/// Messages of the destination that may wait while the session is busy. A well-behaved one sends five in all.
-const EVENTS_ROOM: usize = 1024;
 
 /// A migration on its source. Clones are handles to the same one; dropping them changes nothing.
 #[derive(Clone)]
@@ -55,6 +52,8 @@ struct Shared {
     pager: Mutex<Option<SourcePager>>,
     /// What the pagers of lost links had done.
     past: Mutex<SourceProgress>,
+    /// What was left to send when the link was lost, until a new pager knows better.
+    left_before: Mutex<Option<PageCount>>,
     precopy: Mutex<Option<Arc<Precopy>>>,
     /// The thread that conducts the rounds.
     conductor: Mutex<Option<JoinHandle<()>>>,
@@ -82,7 +81,7 @@ impl Outgoing {
     ) -> Result<Self, MigrationError> {
         settings.check()?;
         let plan = Plan { rounds: settings.limits.mode != Mode::Postcopy, hold: settings.pause_before_switchover };
-        let (events, receiver) = bounded(EVENTS_ROOM);
+        let (events, receiver) = unbounded();
         let lanes = Arc::new(Lanes::default());
         let shared = Arc::new(Shared {
             machine,
@@ -98,6 +97,7 @@ impl Outgoing {
             lanes,
             pager: Mutex::new(None),
             past: Mutex::default(),
+            left_before: Mutex::default(),
             precopy: Mutex::new(None),
             conductor: Mutex::new(None),
             tunables: Mutex::new(settings.tunables()),
@@ -161,13 +161,16 @@ impl Outgoing {
     /// When the commit has been sent, or the migration is over: nothing is changed then.
     pub fn cancel(&self) -> Result<(), MigrationError> {
         let too_late = |why| MigrationError::TooLate { wish: "cancel", why };
-        self.shared.session().can_cancel().map_err(|refused| {
+        // Held until it is noted: a commit cannot come in between.
+        let session = self.shared.session();
+        session.can_cancel().map_err(|refused| {
             too_late(match refused {
                 WishRefused::Committed => "the guest has been handed to the destination already",
                 WishRefused::Over | WishRefused::NotLost => "the migration is over",
             })
         })?;
         self.shared.cancelled.store(true, Ordering::Release);
+        drop(session);
         self.shared.tell(SourceEvent::Cancel).ok_or(too_late("the migration is over"))?;
         if self.shared.pager().is_none() {
             // The lanes are still being opened: whatever that waits for ends now.
@@ -182,7 +185,15 @@ impl Outgoing {
     /// # Errors
     /// When the guest does not run on the destination, or is all there.
     pub fn pause(&self) -> Result<(), MigrationError> {
-        if !self.shared.session().is_in_postcopy() {
+        let (is_in_postcopy, is_rejoining) = {
+            let session = self.shared.session();
+            (session.is_in_postcopy(), session.is_rejoining())
+        };
+        if is_rejoining {
+            self.shared.lanes.shut_down();
+            return Ok(());
+        }
+        if !is_in_postcopy {
             return Err(MigrationError::TooLate { wish: "pause the migration", why: "it is not in post-copy" });
         }
         self.shared.events.of_link().tell(SourceEvent::Lost("its controller paused the migration".to_owned()));
@@ -198,7 +209,7 @@ impl Outgoing {
     pub fn resume(&self, to: Address, settings: Settings) -> Result<(), MigrationError> {
         settings.check()?;
         self.shared.may_rejoin("resume")?;
-        *self.shared.rejoin.lock().unwrap_or_else(PoisonError::into_inner) = Some(Rejoin { to, settings });
+        *self.shared.rejoin() = Some(Rejoin { to, settings });
         self.shared.tell(SourceEvent::Rejoin).ok_or(MigrationError::NotLost { wish: "resume" })
     }
 
@@ -224,7 +235,9 @@ impl Outgoing {
         let pages = |of: fn(&SourceProgress) -> u64| pager.as_ref().map_or(0, of);
         let handed_over = record.instants.last_exit_ns.is_some();
         let rounds = precopy.unwrap_or_default();
+        let left_before = *shared.left_before.lock().unwrap_or_else(PoisonError::into_inner);
         let remaining = match (precopy, pager) {
+            _ if left_before.is_some() => left_before.unwrap_or_default().bytes(),
             (Some(precopy), _) if !handed_over => precopy.remaining,
             (_, Some(pager)) => pager.remaining.bytes(),
             _ => ram_total,
@@ -248,6 +261,7 @@ impl Outgoing {
             expected_downtime_ns: rounds.expected_downtime_ns.filter(|_| !handed_over),
             throttle_percent: if handed_over { 0 } else { rounds.throttle_percent },
             error: record.error,
+            failure: record.failure,
         }
     }
 
@@ -277,10 +291,16 @@ impl Outgoing {
         report
     }
 
-    /// Waits until it is over.
+    /// Waits until it is over. One whose link is lost after the commit is not: see [`wait_for`](Self::wait_for).
     #[must_use]
     pub fn wait(&self) -> MigrationStatus {
         self.shared.recorder.wait()
+    }
+
+    /// Waits until its status is one of those that are `wanted`, which it must come to.
+    #[must_use]
+    pub fn wait_for(&self, wanted: impl Fn(MigrationStatus) -> bool) -> MigrationStatus {
+        self.shared.recorder.wait_for(wanted)
     }
 }
 
@@ -311,6 +331,14 @@ impl Shared {
     }
 
     fn may_rejoin(&self, wish: &'static str) -> Result<(), MigrationError> {
-        self.session().is_lost().map_err(|_| MigrationError::NotLost { wish })
+        self.session().is_lost().map_err(|_| MigrationError::NotLost { wish })?;
+        if self.rejoin().is_some() {
+            return Err(MigrationError::TooLate { wish, why: "it is just being resumed" });
+        }
+        Ok(())
+    }
+
+    fn rejoin(&self) -> MutexGuard<'_, Option<Rejoin>> {
+        self.rejoin.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,5 +1,6 @@
 //! How far a migration has come, for those who watch it.
 
+use crate::failure::FailureView;
 use crate::status::MigrationStatus;
 
 /// A look at a migration. Byte counts are those of this side.
@@ -7,8 +8,10 @@ use crate::status::MigrationStatus;
 pub struct Progress {
     /// Where it stands.
     pub status: MigrationStatus,
-    /// Why it failed, and where that leaves the guest.
+    /// Why it failed or why its link is lost, and where that leaves the guest, as sentences.
     pub error: Option<String>,
+    /// The same, as a caller acts on it.
+    pub failure: Option<FailureView>,
     /// Bytes of RAM.
     pub ram_total: u64,
     /// Bytes that crossed all lanes, headers included.

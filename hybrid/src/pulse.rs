@@ -37,7 +37,7 @@ impl Pulse {
     pub fn start(
         lanes: &Arc<Lanes>,
         patience: Duration,
-        beat: impl Fn() + Send + 'static,
+        mut beat: impl FnMut() + Send + 'static,
         silent: impl FnOnce() + Send + 'static,
     ) -> io::Result<Self> {
         let patience = patience.max(LEAST_PATIENCE);

@@ -62,13 +62,13 @@ impl<S> Reception<S> {
     ) -> Result<(), String> {
         match self {
             Self::Taken(other) | Self::Gathering(Gathering { again: true, session: other, .. }) => {
-                return Err(format!("this destination already receives another guest (session {other})"));
+                return Err(format!("this destination already receives another guest (session {})", other.hint()));
             }
             Self::Gathering(other)
                 if now.duration_since(other.since) < GATHERING_PATIENCE && is_open(&other.control) =>
             {
-                let other = other.session;
-                return Err(format!("another source is connecting to this destination right now (session {other})"));
+                let hint = other.session.hint();
+                return Err(format!("another source is connecting to this destination right now (session {hint})"));
             }
             Self::Gathering(_) | Self::Waiting => {}
         }
@@ -190,9 +190,9 @@ mod tests {
         assert_eq!(lanes.control, "control");
         let names: Vec<_> = lanes.pages.iter().map(|(id, name)| (id.role, id.index, *name)).collect();
         assert_eq!(names, [(LaneRole::Fault, 0, "f0"), (LaneRole::Bulk, 0, "b0"), (LaneRole::Bulk, 1, "b1")]);
-        assert!(
-            reception.control(TWO, LANES, "late", Instant::now(), |_| true).unwrap_err().contains("already receives")
-        );
+        let refusal = reception.control(TWO, LANES, "late", Instant::now(), |_| true).unwrap_err();
+        assert!(refusal.contains("already receives"), "{refusal}");
+        assert!(!refusal.contains(&ONE.to_string()), "whoever knows a session's name may join it: {refusal}");
         assert!(reception.page_lane(ONE, id(LaneRole::Bulk, 0), "again").is_err());
     }
 

@@ -6,10 +6,14 @@ use std::time::Instant;
 use switchover_wire::clock::{HostClock, Nanos};
 use switchover_wire::types::PageCount;
 
+use crate::failure::{FailureKind, FailureView, GuestAfter};
 use crate::lanes::Lanes;
 use crate::report::{CpuSeconds, Instants, Interruption, PhaseSpan, Side, SideReport};
 use crate::settings::{Notice, Observer};
 use crate::status::MigrationStatus;
+
+/// Spans and interruptions kept: a link may be lost and joined for ever. What came first is kept.
+const SPANS_KEPT: usize = 4096;
 
 /// One side's record, written by its session thread and read by whoever watches.
 pub struct Recorder {
@@ -25,6 +29,8 @@ pub struct Record {
     pub status: MigrationStatus,
     /// Why it failed, or why its link is lost.
     pub error: Option<String>,
+    /// The same, as a caller acts on it.
+    pub failure: Option<FailureView>,
     /// The session's name, once there is one.
     pub session: Option<String>,
     /// When it began.
@@ -58,6 +64,7 @@ impl Recorder {
         let record = Record {
             status: MigrationStatus::None,
             error: None,
+            failure: None,
             session: None,
             started: Nanos::now(),
             ended: None,
@@ -113,7 +120,7 @@ impl Recorder {
             }
             record.status = status;
             if matches!(status, MigrationStatus::PostcopyActive | MigrationStatus::Completed) {
-                record.error = None;
+                (record.error, record.failure) = (None, None);
                 if let Some(last) = record.interruptions.last_mut().filter(|last| last.joined_ns.is_none()) {
                     last.joined_ns = Some(now.0);
                 }
@@ -125,7 +132,7 @@ impl Recorder {
             }
             if status.is_final() {
                 record.ended = Some(now);
-            } else {
+            } else if record.phases.len() < SPANS_KEPT {
                 record.status_span = Some(record.phases.len());
                 record.phases.push(PhaseSpan { name: status.name().to_owned(), start_ns: now.0, end_ns: None });
             }
@@ -149,11 +156,12 @@ impl Recorder {
     }
 
     /// The link is lost after the commit.
-    pub fn interrupt(&self, reason: &str) {
+    pub fn interrupt(&self, kind: FailureKind, reason: &str) {
         self.write(|record| {
             let lost_ns = Nanos::now().0;
             // A rejoin that fails is no interruption of its own.
-            if record.interruptions.last().is_none_or(|last| last.joined_ns.is_some()) {
+            let joined = record.interruptions.last().is_none_or(|last| last.joined_ns.is_some());
+            if joined && record.interruptions.len() < SPANS_KEPT {
                 record.interruptions.push(Interruption {
                     lost_ns,
                     joined_ns: None,
@@ -163,22 +171,30 @@ impl Recorder {
             } else if let Some(last) = record.interruptions.last_mut() {
                 last.attempts += 1;
             }
-            record.error = Some(reason.to_owned());
+            let guest = GuestAfter::Divided;
+            record.error = Some(format!("{reason}; {}", guest.sentence()));
+            record.failure = Some(FailureView { kind, guest });
         });
         self.set_status(MigrationStatus::PostcopyPaused);
     }
 
     /// Ends with a failure.
-    pub fn fail(&self, reason: String) {
-        self.write(|record| record.error = Some(reason));
+    pub fn fail(&self, failure: FailureView, reason: String) {
+        self.write(|record| (record.error, record.failure) = (Some(reason), Some(failure)));
         self.set_status(MigrationStatus::Failed);
     }
 
     /// Waits until the migration is over.
     #[must_use]
     pub fn wait(&self) -> MigrationStatus {
+        self.wait_for(MigrationStatus::is_final)
+    }
+
+    /// Waits until the status is one of those that are `wanted`.
+    #[must_use]
+    pub fn wait_for(&self, wanted: impl Fn(MigrationStatus) -> bool) -> MigrationStatus {
         let mut record = self.lock();
-        while !record.status.is_final() {
+        while !wanted(record.status) {
             record = self.changed.wait(record).unwrap_or_else(PoisonError::into_inner);
         }
         record.status
@@ -207,6 +223,7 @@ impl Record {
             session: self.session.unwrap_or_default(),
             status: self.status,
             error: self.error,
+            failure: self.failure,
             clock: HostClock::here(),
             phases: self.phases,
             instants: self.instants,
@@ -219,6 +236,7 @@ impl Record {
             cpu: CpuSeconds::default(),
             precopy: None,
             interruptions: self.interruptions,
+            unacknowledged: self.unacknowledged,
         }
     }
 
@@ -279,7 +297,9 @@ mod tests {
         }));
         recorder.begin();
         recorder.set_status(MigrationStatus::Setup);
-        recorder.fail("no".into());
+        let failure = FailureView { kind: FailureKind::Refused, guest: GuestAfter::OnSource };
+        recorder.fail(failure, "no".into());
+        assert_eq!(recorder.read().failure, Some(failure));
         assert_eq!(*told.lock().unwrap(), [MigrationStatus::Setup, MigrationStatus::Failed]);
         assert_eq!(recorder.wait(), MigrationStatus::Failed);
     }

@@ -14,6 +14,7 @@ use switchover_pager::stats::{self, FaultStats, SLICE_NS};
 use switchover_wire::clock::{HostClock, Nanos};
 use thiserror::Error;
 
+use crate::failure::FailureView;
 use crate::monitor::{Sample, Verdict};
 use crate::status::MigrationStatus;
 
@@ -269,8 +270,11 @@ pub struct SideReport {
     pub session: String,
     /// Where it ended, or where it stands.
     pub status: MigrationStatus,
-    /// Why it failed.
+    /// Why it failed, or why its link is lost.
     pub error: Option<String>,
+    /// The same, as a caller acts on it.
+    #[serde(default)]
+    pub failure: Option<FailureView>,
     /// Whose clock the instants are of.
     pub clock: HostClock,
     /// The stretches of time, in order of their start.
@@ -297,6 +301,10 @@ pub struct SideReport {
     /// Where the link was lost after the commit, in order.
     #[serde(default)]
     pub interruptions: Vec<Interruption>,
+    /// The guest is complete here, but the link was lost, for this reason, before its source could say that it knows; the
+    /// destination's.
+    #[serde(default)]
+    pub unacknowledged: Option<String>,
 }
 
 /// A link that was lost after the commit.

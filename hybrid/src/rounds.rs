@@ -3,6 +3,8 @@
 //! A thread of its own begins each round with what the machine has noted, looks every few milliseconds at how it goes, and
 //! asks the monitor. What the monitor decides goes to the session as an event; the session may also end the rounds itself.
 
+mod probe;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,12 +15,15 @@ use switchover_pager::source::Rest;
 use switchover_precopy::bitmap::PageBitmap;
 use switchover_precopy::dirty::{DirtyLog, DirtyLogError};
 use switchover_precopy::heat::Heat;
-use switchover_precopy::rounds::{Rounds, SentSoFar};
+use switchover_precopy::pack::Compression;
+use switchover_precopy::rounds::{DifferenceMeter, Rounds, SentSoFar};
 use switchover_precopy::throttle::AutoConverge;
 use switchover_wire::clock::Nanos;
 use switchover_wire::types::{PAGE_SIZE_U64, PageCount, PageIndex};
 
+use self::probe::Probe;
 use crate::machine::Machine;
+use crate::monitor::costs::differences_pay;
 use crate::monitor::{Choice, Monitor, Sample, Verdict};
 use crate::report::{DecisionReport, EncodingCounts, PrecopyReport, RoundReport};
 use crate::session::source::Ending;
@@ -28,6 +33,16 @@ use crate::settings::{Settings, Throttling, Tunables};
 /// more than this share of a processor.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 const LOOK_SHARE: u32 = 20;
+
+/// When the first round is looked at first; then again whenever it is twice as old, until looks are as far apart as they should
+/// be. Which guests are better handed off at once is seen by then.
+const FIRST_LOOK: Duration = Duration::from_micros(2500);
+
+/// Written pages of which a look measures the difference to the version that was sent, on average: some 2 µs each.
+const DIFFERENCES: u64 = 64;
+
+/// Data pages that the lanes send before it shows whether they keep what they send: by then they know their link.
+const UNDECIDED: u64 = 1024;
 
 /// How long the lanes are measured before their rate is believed.
 const MEASURE_FOR: Duration = Duration::from_millis(20);
@@ -225,6 +240,8 @@ impl Precopy {
         }
         let mut missing = PageBitmap::new(pages);
         self.log.peek(&mut missing)?;
+        // After the book was read: what was armed before a lane had taken it is left.
+        missing.unite(&self.rounds.left());
         let under_way = self.rounds.under_way();
         missing.unite(&under_way);
         self.book().report.handoff_pages = missing.count().0;
@@ -264,6 +281,10 @@ pub struct Conductor<'a> {
     start: Nanos,
     meter: Meter,
     look_every: Duration,
+    probe: Option<Probe>,
+    differences: DifferenceMeter,
+    /// Bound on the lanes' bytes a second; 0 where there is none.
+    limit: u64,
 }
 
 /// The lanes' rate, measured while they are busy.
@@ -279,6 +300,8 @@ struct Meter {
     /// Nothing was measured of this round yet. Rounds may differ in what bounds them, link or processor, as their encodings do:
     /// what one measures counts nothing in the next.
     fresh: bool,
+    /// The rate was taken from less time than it should be, and is taken again at the next look.
+    preliminary: bool,
     /// Bytes and data pages handed to the lanes at the last measurement.
     sent: (u64, u64),
     /// Bytes of a data page over the last stretches; 0 before anything was measured.
@@ -313,8 +336,11 @@ impl<'a> Conductor<'a> {
             throttle,
             pages: machine.ram().pages(),
             start: now,
-            meter: Meter { since: now, busy_ns: 0, taken: 0, rate: 0.0, fresh: true, sent: (0, 0), page_bytes: 0.0 },
+            meter: Meter::new(now),
             look_every: LOOK_EVERY,
+            probe: None,
+            differences: DifferenceMeter::default(),
+            limit: settings.bandwidth.precopy,
         }
     }
 
@@ -335,9 +361,13 @@ impl<'a> Conductor<'a> {
         }
         let mut noted = PageBitmap::new(self.pages);
         self.precopy.log.peek(&mut noted)?;
+        self.probe = Some(Probe::arm(&self.precopy.rounds, &noted)?);
         loop {
             let mut round = self.begin(noted);
             begun(round.number);
+            if let Some(probe) = self.probe.as_mut().filter(|_| round.number == 1) {
+                probe.find_zeros(&self.machine.ram());
+            }
             let (verdict, now_noted) = self.watch(&mut round)?;
             if self.precopy.ended.load(Ordering::Acquire) {
                 return Ok(RoundsEnd::Ended);
@@ -368,7 +398,7 @@ impl<'a> Conductor<'a> {
     /// Looks at the round until it is over, or the monitor wants none of its rest. Returns the last verdict, and what is noted.
     fn watch(&mut self, round: &mut Round) -> Result<(Verdict, PageBitmap), DirtyLogError> {
         loop {
-            let over = self.precopy.rounds.wait(self.look_every);
+            let over = self.precopy.rounds.wait(self.until_next_look(round));
             let sent = self.precopy.rounds.sent();
             self.meter.measure(Nanos::now(), &sent, &round.sent_before, over);
             if over && Nanos::now().since(round.began) < nanos(LEAST_ROUND) {
@@ -395,22 +425,34 @@ impl<'a> Conductor<'a> {
         }
     }
 
-    /// Whether the second round is still to show what differences save, which takes two looks: versions are kept of most of
-    /// what was sent, so that whatever is sent again may be far smaller than it was.
+    fn until_next_look(&self, round: &Round) -> Duration {
+        let age = Duration::from_nanos(Nanos::now().since(round.began));
+        // A look that costs so much that it is not taken every few milliseconds is not taken early either.
+        if round.number > 1 || self.look_every > LOOK_EVERY {
+            self.look_every
+        } else {
+            age.clamp(FIRST_LOOK, LOOK_EVERY)
+        }
+    }
+
+    /// Whether the second round is still to show what differences save: the link is slow enough for them to pay, and versions
+    /// are kept of most of what was sent, or it is too early to tell, so that whatever is sent again may be far smaller than it
+    /// was.
     fn may_differ(&self, sample: &Sample) -> bool {
+        let packing = &self.settings.packing;
+        let keeps = packing.compression == Compression::Adaptive && packing.delta_cache_bytes > 0;
         let sent = self.precopy.rounds.sent().data_pages;
-        let untried = match sample.round {
-            1 => true,
-            2 => sample.round_ns < 2 * nanos(LOOK_EVERY) && !sample.round_over,
-            _ => false,
-        };
-        untried && sample.at_ns < nanos(self.settings.limits.time_budget) && self.precopy.rounds.kept_pages() > sent / 2
+        sample.at_ns < nanos(self.settings.limits.time_budget)
+            && keeps
+            && differences_pay(sample.bytes_per_second, sample.limit_bytes_per_second, sample.within_host)
+            && is_untried(sample, sent, self.precopy.rounds.kept_pages())
     }
 
     fn take_up_tunables(&mut self) {
         let tunables = *self.precopy.tunables.lock().unwrap_or_else(PoisonError::into_inner);
         self.monitor.set_limits(tunables.limits);
-        self.precopy.rounds.set_rate(tunables.bandwidth.precopy);
+        self.limit = tunables.bandwidth.precopy;
+        self.precopy.rounds.set_rate(self.limit);
     }
 
     fn look(&mut self, round: &mut Round, over: bool) -> Result<(Sample, PageBitmap), DirtyLogError> {
@@ -428,6 +470,10 @@ impl<'a> Conductor<'a> {
         let mut fresh = std::mem::replace(&mut round.left, left);
         let left = &round.left;
         fresh.subtract(left);
+        let seen = self.probe.as_ref().filter(|_| round.number == 1).map(|probe| probe.look(left, &noted, now));
+        let seen = seen.unwrap_or_default();
+        let differences =
+            rounds.bytes_of_differences(&again(&noted, left, round.number), DIFFERENCES, &mut self.differences);
         let sample = Sample {
             at_ns: now.since(self.start),
             round: round.number,
@@ -443,6 +489,13 @@ impl<'a> Conductor<'a> {
             fresh_dirty_pages: fresh.intersect_count(&noted).0,
             bytes_per_page: bytes_per_page(&sent, &round.sent_before),
             bytes_per_data_page: self.meter.page_bytes,
+            bytes_per_difference: differences.unwrap_or(0.0),
+            probe_pages: seen.pages,
+            probe_dirty_pages: seen.dirty,
+            probe_zero_pages: seen.zero,
+            probe_ns: seen.ns,
+            limit_bytes_per_second: self.limit,
+            within_host: rounds.is_within_host(),
             handoff_ns: nanos(HANDOFF_BASE + self.precopy.round_trip * 5 / 2),
         };
         Ok((sample, noted))
@@ -523,7 +576,34 @@ impl<'a> Conductor<'a> {
     }
 }
 
+/// Whether nothing has shown yet what differences save. A measured sample of them shows it when the first round is over, and
+/// the second round by itself in two looks.
+fn is_untried(sample: &Sample, sent: u64, kept: u64) -> bool {
+    match sample.round {
+        1 if sample.round_over && sample.bytes_per_difference > 0.0 => false,
+        1 => sent < UNDECIDED || kept > sent / 2,
+        2 => sample.round_ns < 2 * nanos(LOOK_EVERY) && !sample.round_over && kept > sent / 2,
+        _ => false,
+    }
+}
+
+/// The pages that were sent before and are to be sent again: in the first round none of those left.
+fn again(noted: &PageBitmap, left: &PageBitmap, round: u32) -> PageBitmap {
+    let mut again = noted.clone();
+    if round == 1 {
+        again.subtract(left);
+    } else {
+        again.unite(left);
+    }
+    again
+}
+
 impl Meter {
+    fn new(now: Nanos) -> Self {
+        let (taken, sent) = (0, (0, 0));
+        Self { since: now, busy_ns: 0, taken, rate: 0.0, fresh: true, preliminary: false, sent, page_bytes: 0.0 }
+    }
+
     fn begin(&mut self, now: Nanos, sent: &SentSoFar) {
         (self.since, self.busy_ns, self.taken, self.fresh) = (now, 0, sent.taken_bytes, true);
         self.sent = (sent.wire_bytes, sent.data_pages);
@@ -541,13 +621,16 @@ impl Meter {
         self.since = now;
         let bytes = if over && self.fresh { sent } else { taken.saturating_sub(self.taken) };
         let due = self.busy_ns >= nanos(MEASURE_FOR) || (self.fresh && over && self.busy_ns >= nanos(LEAST_MEASURED));
-        let first = self.rate == 0.0 && bytes > 0;
-        if !due && !first {
-            return;
-        }
         // Spans are milliseconds to seconds, and bytes below 2^52.
         let rate = bytes as f64 * 1e9 / self.busy_ns.max(1) as f64;
-        (self.busy_ns, self.taken) = (0, taken);
+        if !due {
+            // Better than nothing, until there is a measurement.
+            if (self.rate == 0.0 || self.preliminary) && bytes > 0 {
+                (self.rate, self.preliminary) = (rate, true);
+            }
+            return;
+        }
+        (self.busy_ns, self.taken, self.preliminary) = (0, taken, false);
         self.rate = if self.fresh { rate } else { self.rate + NEW_RATE_WEIGHT * (rate - self.rate) };
         let (bytes, data_pages) = (so_far.wire_bytes - self.sent.0, so_far.data_pages - self.sent.1);
         self.sent = (so_far.wire_bytes, so_far.data_pages);
@@ -580,4 +663,36 @@ fn per_second(count: u64, span_ns: u64) -> u64 {
 
 fn nanos(span: Duration) -> u64 {
     u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn differences_are_waited_for_until_they_have_shown_what_they_save() {
+        let of = |round, round_over, round_ns| Sample { round, round_over, round_ns, ..Sample::default() };
+        let early = of(1, false, 2_500_000);
+        assert!(is_untried(&early, UNDECIDED - 1, 0), "too early to tell");
+        assert!(!is_untried(&early, UNDECIDED, UNDECIDED / 2), "half of them are not kept");
+        assert!(is_untried(&early, UNDECIDED, UNDECIDED / 2 + 1));
+        let over = of(1, true, 1_000_000_000);
+        assert!(is_untried(&over, 9000, 9000));
+        assert!(!is_untried(&Sample { bytes_per_difference: 300.0, ..over }, 9000, 9000), "it was measured");
+        assert!(is_untried(&of(2, false, nanos(LOOK_EVERY)), 9000, 9000));
+        assert!(!is_untried(&of(2, false, 2 * nanos(LOOK_EVERY)), 9000, 9000));
+        assert!(!is_untried(&of(3, false, 1), 9000, 9000));
+    }
+
+    #[test]
+    fn what_is_sent_again_is_not_what_was_never_sent() {
+        let set = |pages: &[u64]| {
+            let mut set = PageBitmap::new(PageCount(64));
+            pages.iter().for_each(|page| assert!(set.insert(PageIndex(*page))));
+            set
+        };
+        let (noted, left) = (set(&[1, 2, 3]), set(&[3, 4]));
+        assert_eq!(again(&noted, &left, 1).words(), set(&[1, 2]).words());
+        assert_eq!(again(&noted, &left, 2).words(), set(&[1, 2, 3, 4]).words());
+    }
 }

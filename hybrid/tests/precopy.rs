@@ -291,6 +291,29 @@ fn whatever_the_moment_of_the_handoff_memory_is_the_same() {
     }
 }
 
+/// The sample that was armed before the first round is not noted where the guest did not write it, and goes along all the same.
+#[test]
+fn a_handoff_amid_the_first_round_loses_no_page_of_the_sample() {
+    if !userfaultfd_or_skip("a_handoff_amid_the_first_round_loses_no_page_of_the_sample") {
+        return;
+    }
+    let pair = pair();
+    // What it writes would be noted again.
+    pair.from.freeze();
+    let slow = Bandwidth { precopy: 4 << 20, postcopy: 0 };
+    let limits = Limits { mode: Mode::Precopy, downtime_limit: Duration::ZERO, ..Limits::default() };
+    let settings = Settings { limits, bandwidth: slow, ..settings(Mode::Precopy, 2) };
+    let outgoing = start(&pair.from, pair.incoming.address(), settings);
+    until("it has looked at the sample", || {
+        outgoing.report().precopy.is_some_and(|precopy| precopy.samples.iter().any(|sample| sample.probe_pages > 0))
+    });
+    outgoing.start_postcopy().unwrap();
+    let report = moved_whole(&pair, &outgoing, "a handoff amid the first round");
+    let last = report.samples.last().unwrap();
+    assert!(last.round == 1 && last.left_pages > 0, "this tested nothing: {last:?}");
+    assert!(report.handoff_pages >= last.left_pages / 2, "{} of {last:?}", report.handoff_pages);
+}
+
 #[test]
 fn a_lane_that_is_lost_in_the_rounds_leaves_the_guest_where_it_is() {
     if !userfaultfd_or_skip("a_lane_that_is_lost_in_the_rounds_leaves_the_guest_where_it_is") {

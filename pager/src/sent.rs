@@ -1,9 +1,9 @@
 //! Which pages the source has sent, claimed chunk by chunk so that no two threads send the same page unasked.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use switchover_wire::frame::bulk::CHUNK_PAGES;
 use switchover_wire::types::{PageCount, PageIndex};
+
+use crate::sync::{AtomicU64, Ordering};
 
 /// The index of a run of [`CHUNK_PAGES`] pages, which travel in one frame.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -116,3 +116,7 @@ mod tests {
         assert_eq!(sent.claim(ChunkIndex(9), u64::MAX), 0);
     }
 }
+
+#[cfg(test)]
+#[cfg(feature = "loom")]
+mod models;

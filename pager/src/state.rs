@@ -283,3 +283,7 @@ impl PageStates {
         &self.states[usize::try_from(page.0).unwrap_or(usize::MAX)]
     }
 }
+
+#[cfg(test)]
+#[cfg(feature = "loom")]
+mod models;

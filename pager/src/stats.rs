@@ -131,6 +131,12 @@ impl RateSeries {
         Self { start: None, counts: Vec::with_capacity(4096) }
     }
 
+    /// Nothing was counted.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.start.is_none()
+    }
+
     /// Counts `count` at `at`.
     pub fn add(&mut self, at: Nanos, count: u32) {
         let start = *self.start.get_or_insert(at);

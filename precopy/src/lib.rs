@@ -32,4 +32,5 @@ pub mod heat;
 mod live;
 pub mod pack;
 pub mod rounds;
+mod sync;
 pub mod throttle;

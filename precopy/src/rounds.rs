@@ -13,32 +13,38 @@
 //! - *No page is under way in two versions.* A page whose last frame was not acknowledged is passed over, and stays noted
 //!   in the machine's book of written pages, so that a later round takes it.
 //! - *Nothing is forgotten.* At any moment, what the destination lacks or has in an old version is what the machine has
-//!   noted, and what is under way.
+//!   noted, what no lane has taken yet, and what is under way.
 //! - *A slow lane stops nobody.* A round is over when its work is given out; the next begins without waiting for frames.
 
 mod books;
+mod differences;
 mod lane;
+pub mod probe;
 mod receipts;
 
 use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{AddressFamily, SockaddrLike as _, SockaddrStorage, getpeername};
 use switchover_pager::cpu::{CpuMeter, CpuTime};
 use switchover_pager::lane::{Notify, PageLane, PagerEvent};
 use switchover_pager::pace::Pacer;
 use switchover_pager::ram::Ram;
 use switchover_pager::source::{ChunkEncoder, UnderWay};
-use switchover_wire::types::{LaneId, PageCount};
+use switchover_wire::socket::Socket;
+use switchover_wire::types::{LaneId, PageCount, PageIndex};
 use thiserror::Error;
 
 use self::books::Books;
+pub use self::differences::DifferenceMeter;
 use self::lane::LaneSender;
 use self::receipts::Receipts;
 use crate::bitmap::{AtomicPageBitmap, PageBitmap};
-use crate::dirty::DirtyLog;
+use crate::dirty::{DirtyLog, DirtyLogError};
 use crate::pack::{LastRound, PackCounts, PackSettings, Packer, SentVersions};
 
 /// How many chunks of 64 pages a lane takes at a time: 4 MiB. Each span costs one rearming, which at 1024 pages costs a quarter of
@@ -76,6 +82,7 @@ struct Shared {
     books: Books,
     versions: Arc<SentVersions>,
     packing: PackSettings,
+    within_host: bool,
     pacer: Pacer,
     /// Bytes a second as measured lately; 0 before that.
     bytes_per_second: AtomicU64,
@@ -158,6 +165,7 @@ impl Rounds {
             books: Books::new(pages, lanes, Arc::clone(&versions)),
             versions,
             packing,
+            within_host: lanes.iter().all(|lane| is_within_host(&lane.socket)),
             pacer: Pacer::new(settings.bytes_per_second),
             bytes_per_second: AtomicU64::new(0),
             gate: Mutex::new(Gate { sending: lanes.len(), ..Gate::default() }),
@@ -199,6 +207,29 @@ impl Rounds {
             thread::Builder::new().name(format!("precopy {index}")).spawn(body).map_err(RoundsError::Thread)?;
         self.threads().push(thread);
         Ok(())
+    }
+
+    /// Arms `sample` of the first round's pages `noted`, before any lane takes one, so that it shows how soon they are written
+    /// again. After the first round has begun it does nothing: a page that a lane has read must not be armed by another.
+    ///
+    /// What was armed here and not written is no longer noted, and the destination lacks it all the same: it is
+    /// [`left`](Self::left) until a lane takes it.
+    ///
+    /// # Errors
+    /// When the machine cannot rearm pages.
+    pub fn probe(&self, noted: &PageBitmap, sample: &PageBitmap) -> Result<(), DirtyLogError> {
+        let gate = self.shared.gate();
+        if gate.round > 0 {
+            return Ok(());
+        }
+        // Before the machine forgets a page it is left.
+        self.shared.work.unite(noted);
+        let mut armed = sample.clone();
+        armed.intersect(noted);
+        // With the gate held, so that no round can begin meanwhile.
+        let armed = self.shared.log.rearm(PageIndex(0), armed.words());
+        drop(gate);
+        armed
     }
 
     /// Begins the next round, whose pages are `noted`; returns its number, counted from 1. The round before must be over.
@@ -250,6 +281,22 @@ impl Rounds {
     #[must_use]
     pub fn kept_pages(&self) -> u64 {
         self.shared.versions.kept_pages()
+    }
+
+    /// Wire bytes that a page of `among` would take if it were sent now, as a difference where its version is kept, on average of
+    /// about `most` of them. `None` where none of those is kept.
+    #[must_use]
+    pub fn bytes_of_differences(&self, among: &PageBitmap, most: u64, meter: &mut DifferenceMeter) -> Option<f64> {
+        if self.kept_pages() == 0 {
+            return None;
+        }
+        meter.bytes_per_page(&self.shared.ram, &self.shared.versions, among, most)
+    }
+
+    /// Whether nothing but this host is between the two ends: each lane is a Unix socket, or goes over loopback.
+    #[must_use]
+    pub fn is_within_host(&self) -> bool {
+        self.shared.within_host
     }
 
     /// Whether all of the first round was given out to the lanes.
@@ -356,6 +403,16 @@ impl Rounds {
 impl Drop for Rounds {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+/// Whether `socket` reaches no farther than this host.
+fn is_within_host(socket: &Socket) -> bool {
+    let Ok(peer) = getpeername::<SockaddrStorage>(socket.as_fd().as_raw_fd()) else { return false };
+    match (peer.as_sockaddr_in(), peer.as_sockaddr_in6()) {
+        (Some(peer), _) => peer.ip().is_loopback(),
+        (None, Some(peer)) => peer.ip().is_loopback(),
+        (None, None) => peer.family() == Some(AddressFamily::Unix),
     }
 }
 

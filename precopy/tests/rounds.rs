@@ -14,6 +14,7 @@ use switchover_pager::ram::Ram;
 use switchover_precopy::bitmap::PageBitmap;
 use switchover_precopy::dirty::{DirtyLog, DirtyLogError};
 use switchover_precopy::pack::{Compression, PackSettings};
+use switchover_precopy::rounds::probe::spread;
 use switchover_precopy::rounds::{Rounds, RoundsSettings};
 use switchover_wire::socket::Socket;
 use switchover_wire::types::{LaneId, LaneRole, PAGE_SIZE, PageCount, PageIndex};
@@ -136,6 +137,35 @@ fn round(rounds: &Rounds, source: &Source) -> u32 {
     number
 }
 
+/// What is noted; and where a sample was armed, what no lane has taken.
+fn lacking(source: &Source, rounds: &Rounds, probed: bool) -> PageBitmap {
+    let mut lacking = source.noted();
+    if probed {
+        lacking.unite(&rounds.left());
+    }
+    lacking
+}
+
+#[test]
+fn a_sample_is_armed_before_the_first_round_only_and_stays_left() {
+    let mut source = Source::new(11, Duration::ZERO);
+    source.pause();
+    let (near, beyond) = lanes(1);
+    let far = Far::new(PAGES, beyond, &[Manner::Late], 11);
+    let (rounds, _) = start(&source, &near, RoundsSettings::default());
+    let sample = spread(PAGES, 512);
+    rounds.probe(&source.noted(), &sample).unwrap();
+    assert_eq!(source.noted().count().0, PAGES.0 - sample.count().0);
+    assert_eq!(rounds.left().count(), PAGES, "nothing was sent yet");
+    assert_eq!(round(&rounds, &source), 1);
+    assert!(rounds.left().is_empty() && source.noted().is_empty());
+    source.book.start().unwrap();
+    rounds.probe(&source.noted(), &sample).unwrap();
+    assert_eq!(source.noted().count(), PAGES, "a lane may have read these");
+    drop(rounds);
+    far.end();
+}
+
 #[test]
 fn at_any_halt_what_the_destination_lacks_is_noted_or_under_way() {
     let mut late = 0;
@@ -153,7 +183,12 @@ fn at_any_halt_what_the_destination_lacks_is_noted_or_under_way() {
         let (near, beyond) = lanes(count);
         let far = Far::new(PAGES, beyond, &vec![Manner::Late; usize::from(count)], seed);
         let (rounds, failures) = start(&source, &near, settings);
-        for _ in 0..dice.below(8) {
+        // What was armed as a sample is not noted, and what is left of the first round says so.
+        let probed = dice.below(2) == 0;
+        if probed {
+            rounds.probe(&source.noted(), &spread(PAGES, 512)).unwrap();
+        }
+        for _ in 0..dice.below(4) * dice.below(3) {
             round(&rounds, &source);
         }
         rounds.begin(&source.noted());
@@ -163,7 +198,7 @@ fn at_any_halt_what_the_destination_lacks_is_noted_or_under_way() {
         assert!(rounds.wait_halted(Instant::now() + PATIENCE), "{context}");
         source.pause();
 
-        let mut missing = source.noted();
+        let mut missing = lacking(&source, &rounds, probed);
         let under_way = rounds.under_way();
         let streams = rounds.in_streams();
         missing.unite(&under_way);
@@ -187,7 +222,7 @@ fn at_any_halt_what_the_destination_lacks_is_noted_or_under_way() {
         // All that was sent is acknowledged in the end, and then only what is noted is missing, or was taken and not sent.
         assert!(rounds.wait_taken(Instant::now() + PATIENCE), "{context}");
         assert!(rounds.in_streams().iter().all(|stream| stream.chunks.is_empty()));
-        missing = source.noted();
+        missing = lacking(&source, &rounds, probed);
         missing.unite(&rounds.under_way());
         for index in (0..PAGES.0).map(PageIndex).filter(|index| !missing.contains(*index)) {
             let mut bytes = [0; PAGE_SIZE];

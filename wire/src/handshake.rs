@@ -287,7 +287,7 @@ fn greet_within(socket: &Socket, hello: &Hello, limit: Duration) -> Result<Welco
             Ok(welcome)
         }
         Ok((Answer::Refused { reason }, _)) => {
-            let reason = printable(cut(&reason, MAX_REASON));
+            let reason = tame(&reason);
             Err(HandshakeError::Refused { peer: peer(), reason })
         }
         Err(error) => Err(malformed(error.to_string())),
@@ -342,13 +342,22 @@ fn answer(socket: &Socket, answer: &Answer, deadline: &Deadline) -> Result<(), H
     envelope::write(socket, envelope::ANSWER, &body, deadline)
 }
 
-/// Text from outside, with what could move a terminal's cursor escaped.
-pub(crate) fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() }).collect()
+/// A reason from outside, with what could move a terminal's cursor escaped, and no longer than [`MAX_REASON`] even so.
+pub(crate) fn tame(reason: &str) -> String {
+    let mut tamed = String::new();
+    for character in reason.chars() {
+        let escaped =
+            if character.is_control() { character.escape_default().to_string() } else { character.to_string() };
+        if tamed.len() + escaped.len() > MAX_REASON {
+            break;
+        }
+        tamed.push_str(&escaped);
+    }
+    tamed
 }
 
 /// As much of the front as fits `limit` bytes without a character cut in two.
-pub(crate) fn cut(text: &str, limit: usize) -> &str {
+fn cut(text: &str, limit: usize) -> &str {
     let end = (0..=limit.min(text.len())).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
     &text[..end]
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::clock::HostClock;
-use crate::handshake::{MAX_REASON, cut, printable};
+use crate::handshake::tame;
 use crate::ring::{Ring, RingError};
 use crate::socket::Socket;
 use crate::types::{PageCount, PageIndex};
@@ -19,6 +19,9 @@ use crate::types::{PageCount, PageIndex};
 pub const MAX_MESSAGE: usize = 16 << 20;
 
 const HEADER: usize = 8;
+
+/// What is received of a body at once, in bytes.
+const PIECE: usize = 64 << 10;
 
 /// A message on the control lane.
 ///
@@ -178,9 +181,20 @@ pub enum MessageError {
 }
 
 impl ControlMessage {
+    /// The message that this body of at most [`MAX_MESSAGE`] bytes is.
+    ///
+    /// # Errors
+    /// What is wrong, when it is none.
+    pub fn decode(body: &[u8]) -> Result<Self, String> {
+        match postcard::take_from_bytes::<Self>(body) {
+            Ok((message, [])) => Ok(message.tamed()),
+            Ok((_, rest)) => Err(format!("{} bytes are left over", rest.len())),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
     /// The message with its text cut to a length, and harmless on a terminal: it ends up in logs and errors.
     fn tamed(self) -> Self {
-        let tame = |reason: &str| printable(cut(reason, MAX_REASON));
         match self {
             Self::Refused { reason } => Self::Refused { reason: tame(&reason) },
             Self::Abort { reason } => Self::Abort { reason: tame(&reason) },
@@ -265,25 +279,25 @@ impl ControlReader {
         if actual != announced {
             return Err(MessageError::Checksum { peer: self.peer(), actual, announced });
         }
-        match postcard::take_from_bytes::<ControlMessage>(&body) {
-            Ok((message, [])) => Ok(message.tamed()),
-            Ok((_, rest)) => {
-                let reason = format!("{} bytes are left over", rest.len());
-                Err(MessageError::Malformed { peer: self.peer(), reason })
-            }
-            Err(error) => Err(MessageError::Malformed { peer: self.peer(), reason: error.to_string() }),
-        }
+        ControlMessage::decode(&body).map_err(|reason| MessageError::Malformed { peer: self.peer(), reason })
     }
 
     fn fill(&mut self, part: &'static str, buffer: &mut [u8]) -> Result<(), MessageError> {
         let length = buffer.len();
-        match self.ring.recv_exact(self.socket.as_fd(), &mut [IoSliceMut::new(buffer)]) {
-            Ok(()) => {
-                self.socket.counters().add_received(length as u64);
-                Ok(())
-            }
-            Err(RingError::Closed { got, wanted }) => {
-                Err(MessageError::Closed { peer: self.peer(), part, got, wanted })
+        // Piece by piece, since what has come of a long body is a sign of life.
+        let counters = Arc::clone(self.socket.counters());
+        let mut pieces = buffer.chunks_mut(PIECE);
+        let mut got_before = 0;
+        let received = pieces.try_for_each(|piece| {
+            self.ring.recv_exact(self.socket.as_fd(), &mut [IoSliceMut::new(piece)])?;
+            counters.add_received(piece.len() as u64);
+            got_before += piece.len();
+            Ok(())
+        });
+        match received {
+            Ok(()) => Ok(()),
+            Err(RingError::Closed { got, .. }) => {
+                Err(MessageError::Closed { peer: self.peer(), part, got: got_before + got, wanted: length })
             }
             Err(RingError::Io { source, .. }) if source.kind() == io::ErrorKind::ConnectionReset => {
                 Err(MessageError::Closed { peer: self.peer(), part, got: 0, wanted: length })
@@ -478,6 +492,6 @@ mod tests {
         let reason = format!("\u{1b}[2J{}", "x".repeat(1 << 15));
         let body = postcard::to_stdvec(&ControlMessage::Abort { reason }).unwrap();
         let Ok(ControlMessage::Abort { reason }) = receive(&framed(&body)) else { panic!("it is a message") };
-        assert!(!reason.contains('\u{1b}') && reason.len() < 2 * MAX_REASON, "{} bytes", reason.len());
+        assert!(!reason.contains('\u{1b}') && reason.len() <= crate::handshake::MAX_REASON, "{} bytes", reason.len());
     }
 }

@@ -37,6 +37,8 @@ const CONGESTION_CONTROL: &str = "cubic";
 const KEEPALIVE_IDLE_S: u32 = 5;
 const KEEPALIVE_INTERVAL_S: u32 = 2;
 const KEEPALIVE_PROBES: u32 = 5;
+/// How long what was sent may stay unacknowledged, or unread by the other side, in milliseconds.
+const UNACKNOWLEDGED_MS: u32 = 15_000;
 
 /// What can go wrong with a socket before it is a lane.
 #[derive(Debug, Error)]
@@ -199,7 +201,10 @@ impl Socket {
         self.set("SO_KEEPALIVE", sockopt::KeepAlive, &true)?;
         self.set("TCP_KEEPIDLE", sockopt::TcpKeepIdle, &KEEPALIVE_IDLE_S)?;
         self.set("TCP_KEEPINTVL", sockopt::TcpKeepInterval, &KEEPALIVE_INTERVAL_S)?;
-        self.set("TCP_KEEPCNT", sockopt::TcpKeepCount, &KEEPALIVE_PROBES)
+        self.set("TCP_KEEPCNT", sockopt::TcpKeepCount, &KEEPALIVE_PROBES)?;
+        // Probes are not sent while data waits to be acknowledged. Without this one a lane whose route alone is gone, beside
+        // others that live, would be retried for a quarter of an hour.
+        self.set("TCP_USER_TIMEOUT", sockopt::TcpUserTimeout, &UNACKNOWLEDGED_MS)
     }
 
     /// Whether the other side still holds its end, as far as this host's kernel knows. Bytes that wait do not count

@@ -113,6 +113,16 @@ impl SessionId {
     }
 }
 
+impl SessionId {
+    /// Its beginning, to tell sessions apart by: for those to whom the whole must not be told, because whoever names it may join
+    /// its lost link.
+    #[must_use]
+    pub fn hint(&self) -> String {
+        let [a, b, c, d, ..] = self.0;
+        format!("{a:02x}{b:02x}{c:02x}{d:02x}…")
+    }
+}
+
 impl fmt::Display for SessionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))

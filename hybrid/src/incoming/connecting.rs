@@ -15,8 +15,10 @@ use switchover_wire::socket::{Listener, Socket};
 use switchover_wire::types::{LaneId, LaneRole};
 
 use super::Shared;
+use super::driver::NO_THREAD;
 use crate::capability;
 use crate::lanes::BULK_LANES_LIMIT;
+use crate::pulse::Pulse;
 use crate::reception;
 use crate::recorder::Record;
 use crate::session::destination::DestinationEvent;
@@ -149,6 +151,8 @@ impl Shared {
             return Ok(());
         }
         self.events.of_link().tell(DestinationEvent::Lost("the source has lost the link, and joins again".to_owned()));
+        // The session may be sending over it.
+        self.lanes.shut_down();
         let waits = |record: &Record| record.status.is_final() || record.status == MigrationStatus::PostcopyPaused;
         self.recorder.wait_until(Instant::now() + LETTING_GO_PATIENCE, waits);
         if self.may_be_joined() {
@@ -162,15 +166,28 @@ impl Shared {
     /// A source has joined again over new lanes.
     fn join(self: &Arc<Self>, lanes: reception::Lanes<Arc<Socket>>) {
         if self.recorder.read().unacknowledged.is_some() {
-            self.answer_at_last(lanes);
+            self.answer_at_last(&lanes);
             return;
         }
         *self.joined.lock().unwrap_or_else(PoisonError::into_inner) = Some(lanes);
-        let _ = self.events.tell(DestinationEvent::Rejoined);
+        // Where the session has ended meanwhile, nobody else takes them.
+        if !self.events.tell(DestinationEvent::Rejoined)
+            && let Some(lanes) = self.take_joined()
+        {
+            self.answer_at_last(&lanes);
+        }
+    }
+
+    /// The lanes of a source that has joined again, for whoever is first.
+    pub(super) fn take_joined(&self) -> Option<reception::Lanes<Arc<Socket>>> {
+        self.joined.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// The guest is complete and the session over; only its source does not know.
-    fn answer_at_last(&self, lanes: reception::Lanes<Arc<Socket>>) {
+    pub(super) fn answer_at_last(&self, lanes: &reception::Lanes<Arc<Socket>>) {
+        // One that says nothing is given up, as ever.
+        self.lanes.add(LaneId { role: LaneRole::Control, index: 0 }, Arc::clone(&lanes.control));
+        let pulse = Pulse::start(&self.lanes, self.settings.silence, || {}, || {});
         let answer = || -> Result<(), MessageError> {
             let standing = ControlMessage::Standing { committed: true, complete: true };
             ControlWriter::new(Arc::clone(&lanes.control))?.send(&standing)?;
@@ -188,7 +205,10 @@ impl Shared {
             }
             Err(error) => tracing::warn!(%error, "the source still does not know that its guest is complete here"),
         }
-        lanes.control.shutdown();
+        self.lanes.retire();
+        if let Ok(pulse) = pulse {
+            pulse.end();
+        }
         lanes.pages.iter().for_each(|(_, socket)| socket.shutdown());
     }
 
@@ -209,7 +229,7 @@ impl Shared {
         if let Err(error) = spawned {
             self.lanes.shut_down();
             self.close_listeners();
-            self.recorder.fail(format!("cannot start the migration's thread: {error}"));
+            self.recorder.fail(NO_THREAD, format!("cannot start the migration's thread: {error}"));
         }
     }
 }

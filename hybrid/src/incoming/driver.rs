@@ -15,6 +15,7 @@ use switchover_wire::socket::Socket;
 use switchover_wire::types::{LaneId, LaneRole};
 
 use super::Shared;
+use crate::failure::{FailureKind, FailureView, GuestAfter};
 use crate::link::{LinkTeller, Told};
 use crate::missing::{MissingPages, tell_missing};
 use crate::patience::{Patience, Rank, next_event};
@@ -27,6 +28,12 @@ use crate::status::MigrationStatus;
 /// between two looks: a wake-up takes some ten microseconds where a processor is free.
 const FIRST_ENTRY_PATIENCE: Duration = Duration::from_millis(100);
 const FIRST_ENTRY_PAUSE: Duration = Duration::from_micros(200);
+
+/// The session could not even begin.
+pub(super) const NO_THREAD: FailureView = FailureView { kind: FailureKind::Machine, guest: GuestAfter::OnSource };
+
+/// Messages, beside heartbeats, that a source may send over one link: rounds, mostly.
+const MESSAGES: u32 = 1 << 16;
 
 /// What a session's thread needs besides what it shares.
 struct Session {
@@ -58,12 +65,14 @@ impl Shared {
             (Ok(_), None) => unreachable!("a destination has one session"),
             (Err(reason), _) => {
                 self.lanes.shut_down();
-                self.recorder.fail(reason);
+                self.recorder.fail(NO_THREAD, reason);
             }
         }
-        // A source that does not know yet that its guest is complete here may come to ask.
+        // A source that does not know yet that its guest is complete here may come to ask, and may have come already.
         if self.recorder.read().unacknowledged.is_none() {
             self.close_listeners();
+        } else if let Some(lanes) = self.take_joined() {
+            self.answer_at_last(&lanes);
         }
     }
 
@@ -95,13 +104,16 @@ impl Shared {
         arriving: &Arc<Mutex<Option<Vec<u8>>>>,
     ) -> Result<Link, String> {
         let reader = ControlReader::new(Arc::clone(&control)).map_err(|error| error.to_string())?;
-        let writer = ControlWriter::new(control).map_err(|error| error.to_string())?;
+        let writer = ControlWriter::new(Arc::clone(&control)).map_err(|error| error.to_string())?;
+        // With a ring of its own: a ring that changes threads is made anew, which the handoff must not wait for.
+        let mut heart = ControlWriter::new(control).map_err(|error| error.to_string())?;
         let control = Arc::new(Mutex::new(writer));
         let events = self.events.of_link();
         let silence = self.settings.silence;
         let (speaker, told) = (Arc::clone(&control), events.clone());
         let beat = move || {
-            let _ = speaker.lock().unwrap_or_else(PoisonError::into_inner).send(&ControlMessage::Heartbeat);
+            let _one_at_a_time = speaker.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ = heart.send(&ControlMessage::Heartbeat);
         };
         let silent = move || {
             let _ = told.tell(DestinationEvent::Lost(format!("nothing was heard of the source for {silence:?}")));
@@ -146,9 +158,17 @@ impl Shared {
         arriving: &Mutex<Option<Vec<u8>>>,
     ) {
         let mut handoff = MissingPages::new(self.machine.ram().pages());
+        let mut budget = MESSAGES;
         loop {
+            budget = budget.saturating_sub(1);
             let event = match reader.recv() {
-                Ok(ControlMessage::Heartbeat) => continue,
+                Ok(ControlMessage::Heartbeat) => {
+                    budget = MESSAGES.min(budget + 1);
+                    continue;
+                }
+                Ok(_) if budget == 0 => {
+                    DestinationEvent::Lost("the source talks and talks on the control lane".to_owned())
+                }
                 Ok(ControlMessage::Round { number }) => {
                     if let Some(pager) = self.pager().as_ref() {
                         pager.begin_round(number);
@@ -239,7 +259,7 @@ impl Shared {
             DestinationAction::SendRefused(reason) => {
                 let _ = session.link.say(&ControlMessage::Refused { reason });
             }
-            DestinationAction::AwaitRejoin(reason) => {
+            DestinationAction::AwaitRejoin { kind, reason } => {
                 self.lanes.shut_down();
                 if let Some(pager) = self.pager().as_mut() {
                     pager.detach();
@@ -248,7 +268,11 @@ impl Shared {
                 session.link.end();
                 session.joined.clear();
                 self.lanes.retire();
-                self.recorder.interrupt(&reason);
+                self.recorder.interrupt(kind, &reason);
+                // It may have joined again before this side noticed, and nobody says it twice.
+                if self.joined.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
+                    let _ = self.events.tell(DestinationEvent::Rejoined);
+                }
             }
             DestinationAction::SendStanding { committed } => return self.send_standing(session, committed).err(),
             DestinationAction::AttachLanes => {
@@ -317,8 +341,7 @@ impl Shared {
     /// Takes up the lanes of a source that has joined again, and says where this side stands.
     fn send_standing(self: &Arc<Self>, session: &mut Session, committed: bool) -> Result<(), DestinationEvent> {
         let lost = |reason: String| DestinationEvent::Lost(reason);
-        let joined = self.joined.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let joined = joined.ok_or_else(|| lost("its lanes were taken up already".to_owned()))?;
+        let joined = self.take_joined().ok_or_else(|| lost("its lanes were taken up already".to_owned()))?;
         self.lanes.add(LaneId { role: LaneRole::Control, index: 0 }, Arc::clone(&joined.control));
         for (id, socket) in joined.pages {
             self.lanes.add(id, Arc::clone(&socket));
@@ -357,9 +380,7 @@ impl Shared {
                 self.recorder.set_status(MigrationStatus::Completed);
             }
             Outcome::Cancelled => self.recorder.set_status(MigrationStatus::Cancelled),
-            Outcome::Failed(failure) => {
-                self.recorder.fail(format!("{}; {}", failure.reason, failure.guest.sentence()));
-            }
+            Outcome::Failed(failure) => self.recorder.fail(failure.view(), failure.sentence()),
         }
     }
 }
@@ -403,6 +424,7 @@ impl Link {
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
 fn no_thread(error: io::Error) -> String {
     format!("cannot start a thread of the session: {error}")
 }

@@ -6,6 +6,9 @@
 //! and over, straight for a guest that writes ever new pages. The next round is shorter if all goes well, so the prediction
 //! rests on the left end.
 //!
+//! Before the first round has sent enough to tell, a sample of RAM does that was armed when it began: the share of it that
+//! was written since is that of all RAM, and of what was not sent yet it goes on to tell.
+//!
 //! Pages sent in a round have had half of it, on average, to be written again; pages that were clean when it began have had
 //! all of it. That makes a difference of up to two where the curve is straight: see `whole_time`.
 
@@ -15,8 +18,8 @@ use super::Sample;
 const POINTS: usize = 32;
 /// Pages that must have been sent before a share of them means anything.
 const EVIDENCE: f64 = 256.0;
-/// Samples within a round that it takes to see a form.
-const LOOKS: usize = 3;
+/// Samples within a round that it takes to see a form: 30 ms of it. The first round is looked at more often in the beginning.
+const LOOKS: [usize; 2] = [5, 3];
 /// Share of a round's dirty pages that it had sent itself, where no round has told yet. The first round sends all.
 const REWRITTEN_UNKNOWN: f64 = 0.7;
 /// How much the two points must lie apart for the curve between them to mean anything.
@@ -32,6 +35,24 @@ const GUESS_WEIGHT: f64 = 0.2;
 const GUESS: [f64; 2] = [0.15, 0.5];
 /// How far the share of pages written again may grow until the round ends.
 const MOST_GROWTH: f64 = 4.0;
+
+/// Pages of the sample that it takes for a share of them to mean anything: 48 are 7 points in a hundred.
+const PROBED: u64 = 48;
+/// Looks at the sample that are remembered.
+const PROBES: usize = 64;
+
+/// The sample of RAM, at one look.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+struct Probe {
+    /// Since it was armed.
+    seconds: f64,
+    /// Its pages that no lane had taken.
+    pages: f64,
+    /// The share of those that was written since.
+    written: f64,
+    /// The share of those that was zero.
+    zero: f64,
+}
 
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 struct Point {
@@ -64,6 +85,7 @@ pub(super) struct Curve {
     round: u32,
     round_pages: f64,
     points: Vec<Point>,
+    probes: Vec<Probe>,
     fresh: Fresh,
     last_ns: u64,
     rewritten: Option<f64>,
@@ -81,6 +103,7 @@ impl Curve {
                 self.now.take().map(|now| Power { power: now.power.or_else(|| self.power()), ..now }).or(self.before);
             self.round = sample.round;
             self.points.clear();
+            self.probes.clear();
             self.points.push(Point::default());
             self.fresh = Fresh::default();
             self.last_ns = 0;
@@ -91,6 +114,7 @@ impl Curve {
         self.fresh.pages += sample.fresh_pages as f64;
         self.fresh.dirty += sample.fresh_dirty_pages.min(sample.fresh_pages) as f64;
         self.fresh.page_seconds += sample.fresh_pages as f64 * between;
+        self.probe(sample);
         self.note(Point {
             seconds: sample.round_ns as f64 / 1e9,
             sent: sample.round_pages.saturating_sub(sample.left_pages) as f64,
@@ -100,6 +124,23 @@ impl Curve {
             self.rewritten = Some((sample.rewritten_pages as f64 / sample.dirty_pages as f64).min(1.0));
         }
         self.now = self.read();
+    }
+
+    fn probe(&mut self, sample: &Sample) {
+        if sample.probe_pages < PROBED || sample.probe_ns == 0 || self.round > 1 {
+            self.probes.clear();
+            return;
+        }
+        if self.probes.len() >= PROBES {
+            self.probes.remove(0);
+        }
+        let pages = sample.probe_pages as f64;
+        self.probes.push(Probe {
+            seconds: sample.probe_ns as f64 / 1e9,
+            pages,
+            written: (sample.probe_dirty_pages as f64 / pages).min(1.0),
+            zero: (sample.probe_zero_pages as f64 / pages).min(1.0),
+        });
     }
 
     fn note(&mut self, point: Point) {
@@ -118,10 +159,15 @@ impl Curve {
         }
     }
 
-    /// Enough was sent in this round to leave it for what was seen in it.
+    /// Enough was seen in this round to leave it: a sample of what it has not sent, or what became of what it has.
     pub fn is_evident(&self) -> bool {
+        !self.probes.is_empty() || self.is_seasoned()
+    }
+
+    /// Enough was sent in this round to tell what it does, and how fast.
+    pub fn is_seasoned(&self) -> bool {
         let sent = self.points.last().map_or(0.0, |point| point.sent);
-        let looks = self.points.len() > LOOKS;
+        let looks = self.points.len() > LOOKS[usize::from(self.round > 1)];
         sent >= self.round_pages || (looks && sent >= EVIDENCE.max(self.round_pages * YOUNG))
     }
 
@@ -149,6 +195,7 @@ impl Curve {
     ///
     /// What was seen so far says little of the rest of RAM while little was sent, so it is mixed with a guess; and a part of
     /// RAM that was hot lately says no more than all that was sent.
+    /// The sample of what is left is a better guess.
     pub fn share_of_left(&self, seconds: f64) -> f64 {
         let Some(last) = self.points.last() else { return 0.0 };
         let overall = if last.sent > 0.0 { (last.dirty / last.sent).min(1.0) } else { 0.0 };
@@ -159,7 +206,17 @@ impl Curve {
             1.0
         };
         let seen = (f64::midpoint(self.marginal(), overall) * growth).min(1.0);
-        self.guessed(seen, GUESS[usize::from(self.round > 1)])
+        let guess = self.probed_share(seconds).filter(|_| !self.is_seasoned());
+        self.guessed(seen, guess.unwrap_or(GUESS[usize::from(self.round > 1)]))
+    }
+
+    /// What the sample shows of the pages left: at least the share that was written already, where there will be more time for
+    /// them than it has had. How much more will be written is not known so early, and it is the least that is hoped for.
+    fn probed_share(&self, seconds: f64) -> Option<f64> {
+        let probe = self.probes.last()?;
+        // Half of the time, on average, is what a page has after it was sent.
+        let shorter = (seconds / 2.0 / probe.seconds).min(1.0);
+        Some(probe.written * shorter.powf(self.probed_power().unwrap_or(POWER_UNKNOWN)))
     }
 
     /// What was `seen` of the pages sent in this round, mixed with the `guess` that was made before any was.
@@ -199,15 +256,39 @@ impl Curve {
         1.0 + self.power().unwrap_or(POWER_UNKNOWN)
     }
 
+    /// Share of the pages left in this round that are zero, where a sample tells.
+    pub fn zero_share_of_left(&self) -> Option<f64> {
+        self.probes.last().map(|probe| probe.zero)
+    }
+
+    fn is_young(&self) -> bool {
+        self.points.last().map_or(0.0, |point| point.sent) < self.round_pages * YOUNG
+    }
+
     fn known(&self) -> Option<Power> {
-        let sent = self.points.last().map_or(0.0, |point| point.sent);
-        if sent < self.round_pages * YOUNG { self.before.or(self.now) } else { self.now.or(self.before) }
+        if self.is_young() { self.before.or(self.probed()).or(self.now) } else { self.now.or(self.before) }
     }
 
     /// The power of the time with which the curve grows.
     fn power(&self) -> Option<f64> {
         let of = |known: Option<Power>| known.and_then(|known| known.power);
-        of(self.now).or(of(self.before))
+        let probed = if self.is_young() { of(self.probed()) } else { None };
+        probed.or(of(self.now)).or(of(self.before))
+    }
+
+    /// What the sample tells of all RAM.
+    fn probed(&self) -> Option<Power> {
+        let probe = self.probes.last()?;
+        Some(Power { seconds: probe.seconds, pages: probe.written * self.ram, power: self.probed_power() })
+    }
+
+    /// The power of the time with which the written share of the sample grew over the last half of its age, or more.
+    fn probed_power(&self) -> Option<f64> {
+        let late = self.probes.last()?;
+        let early = self.probes.iter().rev().find(|early| early.seconds <= late.seconds / 2.0)?;
+        // One page more on both sides: where few are written, few more are no news.
+        let of = |probe: &Probe| probe.written + 1.0 / probe.pages;
+        Some(((of(late) / of(early)).ln() / (late.seconds / early.seconds).ln()).clamp(0.0, 1.0))
     }
 
     /// What this round tells.

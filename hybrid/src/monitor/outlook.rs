@@ -53,14 +53,16 @@ pub(super) struct Ends {
     pub seconds: f64,
 }
 
-/// Looks ahead from a state in which `written` pages are dirty or in flight and `left` are to be sent in this round.
-pub(super) fn look(written: f64, left: f64, link: &Link, curve: &Curve, ends: &Ends) -> Outlook {
+/// Looks ahead from a state in which `written` pages are dirty or in flight and `left` are to be sent in this round. Of those
+/// written, `settled` will have been acknowledged when the guest is paused.
+pub(super) fn look(written: f64, settled: f64, left: f64, link: &Link, curve: &Curve, ends: &Ends) -> Outlook {
     let left_seconds = left * link.left_page;
     let rest = Rest { written, left, hot_share: curve.share_of_left(left_seconds) };
+    let paused = Rest { written: (written - settled).max(0.0), ..rest };
     let round_end = if left > 0.0 { curve.at_round_end(left, left_seconds) } else { written };
     let mut outlook = Outlook {
-        stop: costs::stop_and_copy(&rest, link),
-        stop_blackout: costs::stop_blackout(&rest, link),
+        stop: costs::stop_and_copy(&paused, link),
+        stop_blackout: costs::stop_blackout(&paused, link),
         postcopy: costs::postcopy(&rest, link, curve),
         round_end,
         next_end: round_end,

@@ -45,7 +45,7 @@ fn stop(outlook: &Outlook, seen: &Seen<'_>) -> String {
 }
 
 fn postcopy(outlook: &Outlook, seen: &Seen<'_>) -> String {
-    let rest = format!("{} pages are left", rest(seen.sample));
+    let rest = format!("{} pages are left{}", rest(seen.sample), probe(seen.sample));
     match (seen.spent, outlook.on) {
         (Some(_), _) => format!("{}: {rest} for post-copy", spent(seen)),
         (None, Some(on)) => format!(
@@ -57,6 +57,15 @@ fn postcopy(outlook: &Outlook, seen: &Seen<'_>) -> String {
         ),
         (None, None) => format!("{rest}, and neither a round nor a stop fits into what is allowed"),
     }
+}
+
+/// What a sample of RAM has shown, where there is one.
+fn probe(sample: &Sample) -> String {
+    if sample.probe_pages == 0 {
+        return String::new();
+    }
+    let (pages, dirty) = (sample.probe_pages, sample.probe_dirty_pages);
+    format!(" ({dirty} of {pages} sampled ones were written within {})", time(sample.probe_ns as f64 / 1e9))
 }
 
 fn go_on(outlook: &Outlook, seen: &Seen<'_>) -> String {

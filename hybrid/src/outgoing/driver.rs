@@ -13,7 +13,8 @@ use switchover_wire::clock::Nanos;
 use switchover_wire::message::ControlMessage;
 
 use super::Shared;
-use super::opening::Link;
+use super::opening::{Link, Unopened};
+use crate::failure::{FailureKind, FailureView};
 use crate::link::Told;
 use crate::machine::MachineError;
 use crate::missing::tell_missing;
@@ -51,12 +52,13 @@ impl Shared {
     pub(super) fn migrate(self: &Arc<Self>, to: &Address, events: &Receiver<Told<SourceEvent>>) {
         match self.open(to) {
             Ok(link) => self.drive(Session { link, patience: Patience::endless() }, events),
-            Err(reason) => {
+            Err(unopened) => {
                 self.lanes.shut_down();
                 // Ends its threads, if it was started.
                 drop(self.pager().take());
                 *self.session() = SourceSession::Over;
-                self.finish(Outcome::Failed(Failure { reason, guest: GuestAfter::OnSource }), None);
+                let Unopened { kind, reason } = unopened;
+                self.finish(Outcome::Failed(Failure { kind, reason, guest: GuestAfter::OnSource }), None);
             }
         }
     }
@@ -104,7 +106,7 @@ impl Shared {
     fn perform(self: &Arc<Self>, action: SourceAction, session: &mut Session) -> Option<SourceEvent> {
         match action {
             SourceAction::Status(status) => self.recorder.set_status(status),
-            SourceAction::BeginRounds => return self.begin_rounds(session).err().map(SourceEvent::GaveUp),
+            SourceAction::BeginRounds => return self.begin_rounds(session).err().map(SourceEvent::RoundsFailed),
             SourceAction::EndRounds => self.end_rounds(),
             SourceAction::Pause => return Some(self.pause()),
             SourceAction::ServePages(ending) => {
@@ -124,12 +126,14 @@ impl Shared {
             SourceAction::SendState => return Some(self.send_state(session)),
             SourceAction::SurrenderRightToRun => self.machine.surrender_right_to_run(),
             SourceAction::TakeBackRightToRun => {
-                tracing::warn!("the destination refused the guest for good: it goes on here");
+                tracing::warn!("the destination does not run the guest and never will: it goes on here");
                 self.machine.take_back_right_to_run();
             }
             SourceAction::SendCommit => {
                 session.patience = Patience::endless();
-                self.recorder.write(|record| record.instants.commit_ns = Some(Nanos::now().0));
+                // The first one counts, whichever of them arrives.
+                let now = Nanos::now().0;
+                self.recorder.write(|record| record.instants.commit_ns = record.instants.commit_ns.or(Some(now)));
                 if let Err(error) = session.link.send(&ControlMessage::Commit) {
                     return Some(SourceEvent::Lost(error.to_string()));
                 }
@@ -140,21 +144,21 @@ impl Shared {
                     tracing::warn!(%error, "the destination has everything, but could not be told that we know");
                 }
             }
-            SourceAction::AwaitRejoin(reason) => {
+            SourceAction::AwaitRejoin { kind, reason } => {
                 self.events.end_link();
                 session.link.end();
                 self.lanes.retire();
                 self.release_rounds();
                 // A cancel that the commit has overtaken is forgotten.
                 self.cancelled.store(false, Ordering::Release);
-                self.recorder.interrupt(&reason);
+                self.recorder.interrupt(kind, &reason);
             }
             SourceAction::OpenLanes => {
-                session.patience = Patience::until(Instant::now() + REJOIN_PATIENCE);
                 match self.open_again() {
                     Ok(link) => session.link = link,
-                    Err(reason) => return Some(SourceEvent::RejoinFailed(reason)),
+                    Err(Unopened { reason, .. }) => return Some(SourceEvent::RejoinFailed(reason)),
                 }
+                session.patience = Patience::until(Instant::now() + REJOIN_PATIENCE);
             }
             SourceAction::ServeAgain => {
                 session.patience = Patience::endless();
@@ -198,7 +202,8 @@ impl Shared {
             let end = Conductor::new(&precopy, &*shared.machine, &shared.settings).conduct(tell);
             let event = match end {
                 RoundsEnd::SwitchOver(ending) => SourceEvent::SwitchOver(ending),
-                RoundsEnd::GaveUp(reason) | RoundsEnd::Failed(reason) => SourceEvent::GaveUp(reason),
+                RoundsEnd::GaveUp(reason) => SourceEvent::GaveUp(reason),
+                RoundsEnd::Failed(reason) => SourceEvent::RoundsFailed(reason),
                 RoundsEnd::Ended => return,
             };
             let _ = shared.events.tell(event);
@@ -235,11 +240,13 @@ impl Shared {
             session.link.send(&message).map_err(|error| error.to_string())?;
         }
         let first = self.machine.first_pages();
+        // Read before the pager is locked: whoever changes it locks them in this order.
+        let before_handoff = self.tunables().bandwidth.precopy;
         if let Some(pager) = self.pager().as_mut() {
             pager.start_serving(&first, rest);
             if ending == Ending::StopAndCopy {
                 // The guest does not run yet: the bound for the time before the handoff still holds.
-                pager.set_max_bandwidth(self.tunables().bandwidth.precopy);
+                pager.set_max_bandwidth(before_handoff);
                 pager.start_sweep();
             }
         }
@@ -277,13 +284,15 @@ impl Shared {
         self.release_rounds();
         match (outcome, left_paused) {
             (Outcome::Completed | Outcome::Unacknowledged(_), _) => {
-                self.recorder.set_status(MigrationStatus::Completed)
+                self.recorder.set_status(MigrationStatus::Completed);
             }
             (Outcome::Cancelled, Some(error)) => {
-                self.recorder.fail(format!("cancelled, but the guest stays paused: {error}"));
+                let view = FailureView { kind: FailureKind::Machine, guest: GuestAfter::PausedOnSource };
+                self.recorder.fail(view, format!("cancelled, but the guest stays paused: {error}"));
             }
             (Outcome::Failed(failure), Some(error)) => {
-                self.recorder.fail(format!("{}; and the guest stays paused: {error}", failure.reason));
+                let view = FailureView { kind: failure.kind, guest: GuestAfter::PausedOnSource };
+                self.recorder.fail(view, format!("{}; and the guest stays paused: {error}", failure.reason));
             }
             (Outcome::Cancelled, None) => self.recorder.set_status(MigrationStatus::Cancelled),
             // What a cancellation tears down on its way is no failure of its own.
@@ -292,9 +301,7 @@ impl Shared {
             {
                 self.recorder.set_status(MigrationStatus::Cancelled);
             }
-            (Outcome::Failed(failure), None) => {
-                self.recorder.fail(format!("{}; {}", failure.reason, failure.guest.sentence()));
-            }
+            (Outcome::Failed(failure), None) => self.recorder.fail(failure.view(), failure.sentence()),
         }
     }
 
@@ -325,6 +332,7 @@ impl Shared {
         if let Some(pager) = self.pager().as_mut() {
             pager.start_serving(&[], rest);
         }
+        *self.left_before.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 

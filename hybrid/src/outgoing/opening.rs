@@ -1,5 +1,6 @@
 //! Opening a source's lanes, for the first time and in place of lost ones, and listening to them.
 
+use std::error::Error;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -10,13 +11,14 @@ use switchover_pager::source::SourcePager;
 use switchover_precopy::rounds::{Rounds, RoundsSettings};
 use switchover_wire::address::Address;
 use switchover_wire::clock::{HostClock, Nanos};
-use switchover_wire::handshake::{Hello, LaneCounts, VERSION_MAX, VERSION_MIN, greet};
+use switchover_wire::handshake::{HandshakeError, Hello, LaneCounts, VERSION_MAX, VERSION_MIN, greet};
 use switchover_wire::message::{ControlMessage, ControlReader, ControlWriter, MessageError};
 use switchover_wire::socket::Socket;
 use switchover_wire::types::{LaneId, LaneRole, SessionId};
 
 use super::{Rejoin, Shared};
 use crate::capability;
+use crate::failure::FailureKind;
 use crate::link::LinkTeller;
 use crate::missing::MissingPages;
 use crate::monitor::Mode;
@@ -27,6 +29,10 @@ use crate::settings::Settings;
 
 /// How long the destination's host may take to accept a connection.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Messages, beside heartbeats, that a destination may send over one link. A well-behaved one sends a few, and one for each 2^26
+/// pages that it lacks.
+const MESSAGES: u32 = 1 << 16;
 
 /// What there is of an open link besides its page lanes.
 pub(super) struct Link {
@@ -52,6 +58,33 @@ impl Link {
     }
 }
 
+/// Why a link could not be opened.
+pub(super) struct Unopened {
+    pub kind: FailureKind,
+    pub reason: String,
+}
+
+impl From<String> for Unopened {
+    /// Something that this side lacks.
+    fn from(reason: String) -> Self {
+        Self { kind: FailureKind::Machine, reason }
+    }
+}
+
+impl Unopened {
+    fn unreachable(error: &dyn Error) -> Self {
+        Self { kind: FailureKind::Unreachable, reason: error.to_string() }
+    }
+
+    fn handshake(lane: LaneId, error: &HandshakeError) -> Self {
+        let kind = match error {
+            HandshakeError::Refused { .. } => FailureKind::Refused,
+            _ => FailureKind::Unreachable,
+        };
+        Self { kind, reason: format!("cannot open the {lane}: {error}") }
+    }
+}
+
 /// Open lanes.
 struct Opened {
     control: Arc<Socket>,
@@ -62,7 +95,7 @@ struct Opened {
 
 impl Shared {
     /// Opens all lanes and starts what serves them.
-    pub(super) fn open(self: &Arc<Self>, to: &Address) -> Result<Link, String> {
+    pub(super) fn open(self: &Arc<Self>, to: &Address) -> Result<Link, Unopened> {
         let session = SessionId::random().map_err(|error| format!("cannot name the session: {error}"))?;
         let session = *self.name.get_or_init(|| session);
         self.recorder.write(|record| record.session = Some(session.to_string()));
@@ -83,14 +116,15 @@ impl Shared {
         }
         self.start_pager(pages, tunables.bandwidth.postcopy, &notify)?;
         drop(tunables);
-        self.begin_link(control, self.settings.silence, events)
+        self.begin_link(&control, self.settings.silence, events)
     }
 
     /// Opens new lanes in place of those that were lost, to a destination that is to say first where it stands.
-    pub(super) fn open_again(self: &Arc<Self>) -> Result<Link, String> {
-        let rejoin = self.rejoin.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Rejoin { to, settings } = rejoin.ok_or("nobody has said where the destination is now")?;
-        let session = *self.name.get().ok_or("the session was never begun")?;
+    pub(super) fn open_again(self: &Arc<Self>) -> Result<Link, Unopened> {
+        let rejoin = self.rejoin().take();
+        let Rejoin { to, settings } =
+            rejoin.ok_or_else(|| "nobody has said where the destination is now".to_owned())?;
+        let session = *self.name.get().ok_or_else(|| "the session was never begun".to_owned())?;
         let capabilities = capability::POSTCOPY | capability::REJOIN;
         let Opened { control, pages, .. } = self.open_lanes(&to, session, &settings, capabilities)?;
         let events = self.events.of_link();
@@ -98,7 +132,7 @@ impl Shared {
         tunables.bandwidth = settings.bandwidth;
         self.start_pager(pages, tunables.bandwidth.postcopy, &notify(events.clone()))?;
         drop(tunables);
-        self.begin_link(control, settings.silence, events)
+        self.begin_link(&control, settings.silence, events)
     }
 
     /// In place of the last link's pager, whose threads have ended.
@@ -107,6 +141,9 @@ impl Shared {
         let next = next.map_err(|error| error.to_string())?;
         if let Some(last) = self.pager().replace(next) {
             let done = last.progress();
+            // The new one knows nothing before it serves.
+            let mut left = self.left_before.lock().unwrap_or_else(PoisonError::into_inner);
+            left.get_or_insert(done.remaining);
             let mut past = self.past.lock().unwrap_or_else(PoisonError::into_inner);
             past.zero += done.zero;
             past.data += done.data;
@@ -122,7 +159,7 @@ impl Shared {
         session: SessionId,
         settings: &Settings,
         capabilities: u64,
-    ) -> Result<Opened, String> {
+    ) -> Result<Opened, Unopened> {
         let lanes = LaneCounts { fault: 1, bulk: settings.bulk_lanes };
         let hello = |role, index| Hello {
             version_min: VERSION_MIN,
@@ -151,17 +188,20 @@ impl Shared {
     /// Listens to the control lane, and for signs of life.
     fn begin_link(
         self: &Arc<Self>,
-        control: Arc<Socket>,
+        control: &Arc<Socket>,
         silence: Duration,
         events: LinkTeller<SourceEvent>,
-    ) -> Result<Link, String> {
-        let reader = ControlReader::new(Arc::clone(&control)).map_err(|error| error.to_string())?;
-        let writer = ControlWriter::new(control).map_err(|error| error.to_string())?;
+    ) -> Result<Link, Unopened> {
+        let reader = ControlReader::new(Arc::clone(control)).map_err(|error| error.to_string())?;
+        let writer = ControlWriter::new(Arc::clone(control)).map_err(|error| error.to_string())?;
+        // With a ring of its own: a ring that changes threads is made anew, which the handoff must not wait for.
+        let mut heart = ControlWriter::new(Arc::clone(control)).map_err(|error| error.to_string())?;
         let control = Arc::new(Mutex::new(writer));
         let no_thread = |error| format!("cannot start a thread for the control lane: {error}");
         let (speaker, told) = (Arc::clone(&control), events.clone());
         let beat = move || {
-            let _ = speaker.lock().unwrap_or_else(PoisonError::into_inner).send(&ControlMessage::Heartbeat);
+            let _one_at_a_time = speaker.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ = heart.send(&ControlMessage::Heartbeat);
         };
         let silent = move || {
             let _ = told.tell(SourceEvent::Lost(format!("nothing was heard of the destination for {silence:?}")));
@@ -175,14 +215,14 @@ impl Shared {
         Ok(Link { control, pulse: Some(pulse) })
     }
 
-    fn open_lane(&self, to: &Address, hello: &Hello) -> Result<Arc<Socket>, String> {
+    fn open_lane(&self, to: &Address, hello: &Hello) -> Result<Arc<Socket>, Unopened> {
         if self.cancelled.load(Ordering::Acquire) && hello.capabilities & capability::REJOIN == 0 {
-            return Err("cancelled".to_owned());
+            return Err("cancelled".to_owned().into());
         }
-        let socket = Arc::new(Socket::connect(to, CONNECT_PATIENCE).map_err(|error| error.to_string())?);
+        let socket = Arc::new(Socket::connect(to, CONNECT_PATIENCE).map_err(|error| Unopened::unreachable(&error))?);
         self.lanes.add(hello.lane, Arc::clone(&socket));
         socket.tune(hello.lane.role).map_err(|error| error.to_string())?;
-        let welcome = greet(&socket, hello).map_err(|error| format!("cannot open the {}: {error}", hello.lane))?;
+        let welcome = greet(&socket, hello).map_err(|error| Unopened::handshake(hello.lane, &error))?;
         let same_clock = welcome.clock.same_host(&hello.clock);
         self.recorder.write(|record| record.same_clock = same_clock);
         Ok(socket)
@@ -191,9 +231,17 @@ impl Shared {
     /// The control lane's thread: turns what the destination says into events.
     fn listen(&self, mut reader: ControlReader, events: &LinkTeller<SourceEvent>) {
         let mut standing = None;
+        let mut budget = MESSAGES;
         loop {
+            budget = budget.saturating_sub(1);
             let event = match reader.recv() {
-                Ok(ControlMessage::Heartbeat) => continue,
+                Ok(ControlMessage::Heartbeat) => {
+                    budget = MESSAGES.min(budget + 1);
+                    continue;
+                }
+                Ok(_) if budget == 0 => {
+                    SourceEvent::Lost("the destination talks and talks on the control lane".to_owned())
+                }
                 Ok(ControlMessage::Standing { committed, complete: true }) => {
                     SourceEvent::Standing { committed, complete: true }
                 }
@@ -218,9 +266,10 @@ impl Shared {
                 Ok(ControlMessage::Refused { reason }) => SourceEvent::Refused(reason),
                 Ok(ControlMessage::Running { first_entry_ns }) => {
                     let now = Nanos::now();
+                    // After a rejoin it is told again: the blackout ended with the first time.
                     self.recorder.write(|record| {
-                        record.running_heard = Some(now);
-                        record.instants.first_entry_ns = first_entry_ns;
+                        record.running_heard.get_or_insert(now);
+                        record.instants.first_entry_ns = record.instants.first_entry_ns.or(first_entry_ns);
                     });
                     SourceEvent::Running
                 }

@@ -1,6 +1,6 @@
 //! The destination's end.
 
-use super::{Failure, GuestAfter, Outcome};
+use super::{Failure, FailureKind, GuestAfter, Outcome};
 use crate::status::MigrationStatus;
 
 /// What happens to a destination.
@@ -55,7 +55,12 @@ pub enum DestinationAction {
     /// Tell the source, finally, that we never ran and never will.
     SendRefused(String),
     /// The link is lost, for this reason: close its lanes, serve what is here, and wait for the source.
-    AwaitRejoin(String),
+    AwaitRejoin {
+        /// What kind of loss it is.
+        kind: FailureKind,
+        /// What happened.
+        reason: String,
+    },
     /// Tell the source over its new lanes where we stand, what is missing included.
     SendStanding {
         /// We have the commit.
@@ -226,7 +231,7 @@ impl Loading {
             DestinationEvent::Commit if self.restored => run(self.complete),
             // The commit may have been sent, and lost: neither running nor giving up is for this side to decide.
             DestinationEvent::Lost(reason) if self.restored => {
-                lost(Standing { committed: false, complete: self.complete }, reason)
+                lost(Standing { committed: false, complete: self.complete }, FailureKind::LinkLost, reason)
             }
             other => never_ran(other),
         }
@@ -252,12 +257,13 @@ impl Postcopy {
             DestinationEvent::Complete => {
                 (DestinationSession::Drained(Drained(())), vec![DestinationAction::SendDrained])
             }
-            DestinationEvent::RunFailed(reason) | DestinationEvent::PagerBroken(reason) => stopped(reason),
+            DestinationEvent::RunFailed(reason) => stopped(FailureKind::Machine, reason),
+            DestinationEvent::PagerBroken(reason) => stopped(FailureKind::Pager, reason),
             DestinationEvent::LaneLost(reason) | DestinationEvent::Lost(reason) | DestinationEvent::Aborted(reason) => {
-                lost(Standing { committed: true, complete: false }, reason)
+                lost(Standing { committed: true, complete: false }, FailureKind::LinkLost, reason)
             }
             DestinationEvent::Rejoined => (DestinationSession::Postcopy(self), Vec::new()),
-            other => lost(Standing { committed: true, complete: false }, breach(&other)),
+            other => lost(Standing { committed: true, complete: false }, FailureKind::Protocol, breach(&other)),
         }
     }
 }
@@ -306,11 +312,11 @@ impl Rejoining {
             }
             DestinationEvent::RunFailed(reason) | DestinationEvent::PagerBroken(reason) => broken(standing, reason),
             DestinationEvent::Lost(reason) | DestinationEvent::LaneLost(reason) | DestinationEvent::Aborted(reason) => {
-                lost(standing, reason)
+                lost(standing, FailureKind::LinkLost, reason)
             }
             // One attempt after another may have been told of before the first was heard of: its lanes were the latest.
             DestinationEvent::Rejoined => (DestinationSession::Rejoining(self), Vec::new()),
-            other => lost(standing, breach(&other)),
+            other => lost(standing, FailureKind::Protocol, breach(&other)),
         }
     }
 }
@@ -322,7 +328,8 @@ impl Drained {
                 DestinationSession::Over,
                 vec![DestinationAction::FinishPager, DestinationAction::Finish(Outcome::Completed)],
             ),
-            DestinationEvent::RunFailed(reason) | DestinationEvent::PagerBroken(reason) => stopped(reason),
+            DestinationEvent::RunFailed(reason) => stopped(FailureKind::Machine, reason),
+            DestinationEvent::PagerBroken(reason) => stopped(FailureKind::Pager, reason),
             // The source closes its page lanes behind its acknowledgement, and may be seen doing so first.
             DestinationEvent::LaneLost(_) | DestinationEvent::Rejoined => {
                 (DestinationSession::Drained(self), Vec::new())
@@ -348,8 +355,8 @@ fn run(complete: bool) -> Step {
 }
 
 /// The link is lost, and what follows is not this side's to decide.
-fn lost(standing: Standing, reason: String) -> Step {
-    (DestinationSession::Paused(Paused(standing)), vec![DestinationAction::AwaitRejoin(reason)])
+fn lost(standing: Standing, kind: FailureKind, reason: String) -> Step {
+    (DestinationSession::Paused(Paused(standing)), vec![DestinationAction::AwaitRejoin { kind, reason }])
 }
 
 /// The guest is whole and runs, so it needs nothing from the source any more. That the source may not know is the source's
@@ -363,32 +370,38 @@ fn complete_alone(reason: String) -> Step {
 
 /// The pager or the machine has failed for good.
 fn broken(standing: Standing, reason: String) -> Step {
-    if standing.committed { stopped(reason) } else { never_ran(DestinationEvent::PagerBroken(reason)) }
+    if standing.committed {
+        stopped(FailureKind::Pager, reason)
+    } else {
+        never_ran(DestinationEvent::PagerBroken(reason))
+    }
 }
 
 /// Ends a session without the commit: the guest never ran here, and this process never will run it.
 fn never_ran(event: DestinationEvent) -> Step {
-    let (reason, refuse) = match event {
-        DestinationEvent::PrepareFailed(reason)
-        | DestinationEvent::LoadFailed(reason)
-        | DestinationEvent::PagerBroken(reason) => (reason, true),
-        DestinationEvent::LaneLost(reason) => (reason, true),
-        DestinationEvent::Lost(reason) => (reason, false),
-        DestinationEvent::Aborted(reason) => (format!("the source gave up: {reason}"), false),
-        other => (breach(&other), true),
+    let (kind, reason, refuse) = match event {
+        // Memory, mostly.
+        DestinationEvent::PrepareFailed(reason) | DestinationEvent::PagerBroken(reason) => {
+            (FailureKind::Pager, reason, true)
+        }
+        DestinationEvent::LoadFailed(reason) => (FailureKind::Machine, reason, true),
+        DestinationEvent::LaneLost(reason) => (FailureKind::LinkLost, reason, true),
+        DestinationEvent::Lost(reason) => (FailureKind::LinkLost, reason, false),
+        DestinationEvent::Aborted(reason) => (FailureKind::Refused, format!("the source gave up: {reason}"), false),
+        other => (FailureKind::Protocol, breach(&other), true),
     };
     let mut actions = Vec::new();
     if refuse {
         actions.push(DestinationAction::SendRefused(reason.clone()));
     }
     actions.push(DestinationAction::Abandon);
-    let failure = Failure { reason, guest: GuestAfter::OnSource };
+    let failure = Failure { kind, reason, guest: GuestAfter::OnSource };
     actions.push(DestinationAction::Finish(Outcome::Failed(failure)));
     (DestinationSession::Over, actions)
 }
 
-fn stopped(reason: String) -> Step {
-    let failure = Failure { reason: reason.clone(), guest: GuestAfter::Stopped };
+fn stopped(kind: FailureKind, reason: String) -> Step {
+    let failure = Failure { kind, reason: reason.clone(), guest: GuestAfter::Lost };
     (
         DestinationSession::Over,
         vec![DestinationAction::StopForGood(reason), DestinationAction::Finish(Outcome::Failed(failure))],

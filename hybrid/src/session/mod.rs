@@ -26,32 +26,31 @@ mod simulation;
 #[cfg(test)]
 mod together;
 
+use crate::failure::FailureView;
+pub use crate::failure::{FailureKind, GuestAfter};
+
 /// Why a migration did not complete, and where that leaves the guest.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Failure {
+    /// What kind of thing happened.
+    pub kind: FailureKind,
     /// What happened.
     pub reason: String,
     /// Where the guest is now, as far as this side can know.
     pub guest: GuestAfter,
 }
 
-/// Where a migration that did not complete leaves the guest.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum GuestAfter {
-    /// It runs on the source (or stays paused there, if its user had paused it).
-    OnSource,
-    /// It is on the destination, stopped, because its memory cannot be completed.
-    Stopped,
-}
-
-impl GuestAfter {
-    /// The sentence that goes with a reason.
+impl Failure {
+    /// As a caller acts on it.
     #[must_use]
-    pub const fn sentence(self) -> &'static str {
-        match self {
-            Self::OnSource => "the guest is unharmed on the source",
-            Self::Stopped => "the guest was stopped on the destination, because parts of its memory can no longer come",
-        }
+    pub const fn view(&self) -> FailureView {
+        FailureView { kind: self.kind, guest: self.guest }
+    }
+
+    /// What happened, and where that leaves the guest.
+    #[must_use]
+    pub fn sentence(&self) -> String {
+        format!("{}; {}", self.reason, self.guest.sentence())
     }
 }
 

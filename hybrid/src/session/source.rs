@@ -1,6 +1,6 @@
 //! The source's end.
 
-use super::{Failure, GuestAfter, Outcome};
+use super::{Failure, FailureKind, GuestAfter, Outcome};
 use crate::status::MigrationStatus;
 
 /// What happens to a source.
@@ -14,6 +14,8 @@ pub enum SourceEvent {
     SwitchOver(Ending),
     /// Pre-copy does not converge, and nothing else is allowed.
     GaveUp(String),
+    /// Pre-copy could not go on: the machine cannot tell what it writes.
+    RoundsFailed(String),
     /// The controller lets a paused guest go on to its handoff.
     Proceed,
     /// The controller wants out.
@@ -101,7 +103,12 @@ pub enum SourceAction {
     /// Acknowledge that the destination has everything. A failure changes nothing here.
     AcknowledgeDrained,
     /// The link is lost after the commit, for this reason: keep all pages, and wait for the controller.
-    AwaitRejoin(String),
+    AwaitRejoin {
+        /// What kind of loss it is.
+        kind: FailureKind,
+        /// What happened.
+        reason: String,
+    },
     /// Open new lanes to where the controller says; answer with `Standing`, `RejoinFailed` or `Lost`.
     OpenLanes,
     /// Serve what the destination has said that it lacks, over the new lanes. Failing is `Lost`.
@@ -247,6 +254,12 @@ impl SourceSession {
         matches!(self, Self::Postcopy(_))
     }
 
+    /// Whether new lanes are being opened in place of lost ones.
+    #[must_use]
+    pub const fn is_rejoining(&self) -> bool {
+        matches!(self, Self::Rejoining(_))
+    }
+
     /// Whether a rejoin or a reclaim can be carried out.
     ///
     /// # Errors
@@ -347,11 +360,17 @@ impl Handoff {
             ),
             (SourceEvent::Paused, None) => Self::go(ending),
             (SourceEvent::Paused, Some(outcome)) => give_up(outcome, true),
-            (SourceEvent::PauseFailed(reason), doomed) => give_up(doomed.unwrap_or_else(|| fail(reason)), false),
-            // The rounds' own decision may have crossed the controller's wish.
-            (SourceEvent::StartPostcopy | SourceEvent::SwitchOver(_) | SourceEvent::GaveUp(_), doomed) => {
-                (SourceSession::Handoff(Self::Pausing { ending, hold, doomed }), Vec::new())
+            (SourceEvent::PauseFailed(reason), doomed) => {
+                give_up(doomed.unwrap_or_else(|| fail(FailureKind::Machine, reason)), false)
             }
+            // The rounds' own decision may have crossed the controller's wish.
+            (
+                SourceEvent::StartPostcopy
+                | SourceEvent::SwitchOver(_)
+                | SourceEvent::GaveUp(_)
+                | SourceEvent::RoundsFailed(_),
+                doomed,
+            ) => (SourceSession::Handoff(Self::Pausing { ending, hold, doomed }), Vec::new()),
             (event, doomed) => {
                 let doomed = Some(doomed.unwrap_or_else(|| self::ending(event)));
                 (SourceSession::Handoff(Self::Pausing { ending, hold, doomed }), Vec::new())
@@ -366,9 +385,10 @@ impl Handoff {
                 actions.insert(0, SourceAction::Status(MigrationStatus::Device));
                 (next, actions)
             }
-            SourceEvent::StartPostcopy | SourceEvent::SwitchOver(_) | SourceEvent::GaveUp(_) => {
-                (SourceSession::Handoff(Self::Held { ending }), Vec::new())
-            }
+            SourceEvent::StartPostcopy
+            | SourceEvent::SwitchOver(_)
+            | SourceEvent::GaveUp(_)
+            | SourceEvent::RoundsFailed(_) => (SourceSession::Handoff(Self::Held { ending }), Vec::new()),
             other => give_up(self::ending(other), true),
         }
     }
@@ -383,6 +403,7 @@ impl Handoff {
             SourceEvent::StartPostcopy
             | SourceEvent::SwitchOver(_)
             | SourceEvent::GaveUp(_)
+            | SourceEvent::RoundsFailed(_)
             | SourceEvent::Proceed
             | SourceEvent::StateSent => (SourceSession::Handoff(Self::Paused { ending }), Vec::new()),
             // The point of no return. The right to run goes before the commit is submitted: whatever becomes of the
@@ -415,8 +436,8 @@ impl Committed {
             }
             event if comes_late(&event) => (SourceSession::Committed(self), Vec::new()),
             SourceEvent::Refused(reason) => taken_back(&reason),
-            SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => lost(reason),
-            other => lost(breach(&other)),
+            SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => lost(FailureKind::LinkLost, reason),
+            other => lost(FailureKind::Protocol, breach(&other)),
         }
     }
 }
@@ -426,13 +447,14 @@ impl Postcopy {
         match event {
             SourceEvent::Drained => drained(),
             event if comes_late(&event) => (SourceSession::Postcopy(self), Vec::new()),
-            SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => lost(reason),
-            other => lost(breach(&other)),
+            SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => lost(FailureKind::LinkLost, reason),
+            other => lost(FailureKind::Protocol, breach(&other)),
         }
     }
 }
 
 impl Paused {
+    #[expect(clippy::needless_pass_by_value, reason = "as in every other phase")]
     fn on(self, event: SourceEvent) -> Step {
         match event {
             SourceEvent::Rejoin => (
@@ -444,7 +466,7 @@ impl Paused {
                 vec![
                     SourceAction::TakeBackRightToRun,
                     SourceAction::Resume,
-                    SourceAction::Finish(fail("it was reclaimed on the source".to_owned())),
+                    SourceAction::Finish(fail(FailureKind::Reclaimed, "it was reclaimed on the source".to_owned())),
                 ],
             ),
             // There is no link, so nothing else can mean anything.
@@ -463,13 +485,14 @@ impl Rejoining {
                 SourceSession::Committed(Committed { ending: Ending::Postcopy }),
                 vec![SourceAction::ServeAgain, SourceAction::SendCommit],
             ),
-            SourceEvent::HandoffTimedOut => lost("the destination did not say in time where it stands".to_owned()),
+            SourceEvent::HandoffTimedOut => {
+                lost(FailureKind::TimedOut, "the destination did not say in time where it stands".to_owned())
+            }
             event if comes_late(&event) => (SourceSession::Rejoining(self), Vec::new()),
             SourceEvent::Refused(reason) => taken_back(&reason),
-            SourceEvent::RejoinFailed(reason) | SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => {
-                lost(reason)
-            }
-            other => lost(breach(&other)),
+            SourceEvent::RejoinFailed(reason) => lost(FailureKind::Unreachable, reason),
+            SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => lost(FailureKind::LinkLost, reason),
+            other => lost(FailureKind::Protocol, breach(&other)),
         }
     }
 }
@@ -483,6 +506,7 @@ const fn comes_late(event: &SourceEvent) -> bool {
             | SourceEvent::StartPostcopy
             | SourceEvent::SwitchOver(_)
             | SourceEvent::GaveUp(_)
+            | SourceEvent::RoundsFailed(_)
             | SourceEvent::Proceed
             | SourceEvent::HandoffTimedOut
             | SourceEvent::Rejoin
@@ -499,8 +523,8 @@ fn drained() -> Step {
 }
 
 /// The link is lost after the commit. The guest is the destination's, and what it still lacks is only here.
-fn lost(reason: String) -> Step {
-    (SourceSession::Paused(Paused(())), vec![SourceAction::CloseLanes, SourceAction::AwaitRejoin(reason)])
+fn lost(kind: FailureKind, reason: String) -> Step {
+    (SourceSession::Paused(Paused(())), vec![SourceAction::CloseLanes, SourceAction::AwaitRejoin { kind, reason }])
 }
 
 /// A destination refuses only where it has not acted on the commit, and never acts on one afterwards. So its word, which
@@ -512,7 +536,7 @@ fn taken_back(reason: &str) -> Step {
             SourceAction::CloseLanes,
             SourceAction::TakeBackRightToRun,
             SourceAction::Resume,
-            SourceAction::Finish(fail(refusal(reason))),
+            SourceAction::Finish(fail(FailureKind::Refused, refusal(reason))),
         ],
     )
 }
@@ -526,13 +550,14 @@ fn before_pause(event: SourceEvent) -> Step {
 fn ending(event: SourceEvent) -> Outcome {
     match event {
         SourceEvent::Cancel => Outcome::Cancelled,
-        SourceEvent::Lost(reason)
-        | SourceEvent::LaneLost(reason)
-        | SourceEvent::StateFailed(reason)
-        | SourceEvent::GaveUp(reason) => fail(reason),
-        SourceEvent::Refused(reason) => fail(refusal(&reason)),
-        SourceEvent::HandoffTimedOut => fail("the destination did not confirm the guest's state in time".to_owned()),
-        other => fail(breach(&other)),
+        SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => fail(FailureKind::LinkLost, reason),
+        SourceEvent::StateFailed(reason) | SourceEvent::RoundsFailed(reason) => fail(FailureKind::Machine, reason),
+        SourceEvent::GaveUp(reason) => fail(FailureKind::NotConverging, reason),
+        SourceEvent::Refused(reason) => fail(FailureKind::Refused, refusal(&reason)),
+        SourceEvent::HandoffTimedOut => {
+            fail(FailureKind::TimedOut, "the destination did not confirm the guest's state in time".to_owned())
+        }
+        other => fail(FailureKind::Protocol, breach(&other)),
     }
 }
 
@@ -550,8 +575,8 @@ fn give_up(outcome: Outcome, paused: bool) -> Step {
     (SourceSession::Over, actions)
 }
 
-fn fail(reason: String) -> Outcome {
-    Outcome::Failed(Failure { reason, guest: GuestAfter::OnSource })
+fn fail(kind: FailureKind, reason: String) -> Outcome {
+    Outcome::Failed(Failure { kind, reason, guest: GuestAfter::OnSource })
 }
 
 fn refusal(reason: &str) -> String {

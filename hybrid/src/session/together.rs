@@ -252,7 +252,7 @@ impl World {
                 self.commit_submitted = true;
                 self.tell_destination(DestinationEvent::Commit);
             }
-            SourceAction::AwaitRejoin(_) => {
+            SourceAction::AwaitRejoin { .. } => {
                 assert!(self.commit_submitted, "waits for a destination that was never committed to");
                 // The other side sees the lanes close.
                 self.cut();
@@ -301,7 +301,7 @@ impl World {
                 self.refused = true;
                 self.tell_source(SourceEvent::Refused(reason));
             }
-            DestinationAction::AwaitRejoin(_) => {
+            DestinationAction::AwaitRejoin { .. } => {
                 assert!(self.watch_registered || self.pages_complete, "waits without serving what is here");
                 self.cut();
                 self.to_destination
@@ -373,7 +373,7 @@ impl World {
         if self.source_waits {
             assert!(!self.source_may_run, "{context}: it waits, and could run");
             let gone = self.destination_outcome.as_ref().is_some_and(|outcome| {
-                matches!(outcome, Outcome::Failed(failure) if !self.commit_arrived || failure.guest == GuestAfter::Stopped)
+                matches!(outcome, Outcome::Failed(failure) if !self.commit_arrived || failure.guest == GuestAfter::Lost)
             });
             assert!(gone, "{context}: two that could have met wait for each other");
         }
@@ -383,7 +383,8 @@ impl World {
         if let Some(Outcome::Failed(failure)) = &self.destination_outcome {
             match failure.guest {
                 GuestAfter::OnSource => assert!(!self.commit_arrived, "{context}"),
-                GuestAfter::Stopped => assert!(self.commit_arrived && !self.destination_runs, "{context}"),
+                GuestAfter::Lost => assert!(self.commit_arrived && !self.destination_runs, "{context}"),
+                other => panic!("{context}: a destination cannot know that the guest is {other:?}"),
             }
         }
     }

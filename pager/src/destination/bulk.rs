@@ -125,7 +125,10 @@ impl BulkReceiver {
     pub fn run(mut self) -> Result<(), BulkError> {
         let result = self.receive();
         let shared = &self.shared;
-        shared.pushed_rates.lock().unwrap_or_else(PoisonError::into_inner).push(std::mem::take(&mut self.rate));
+        // Links may be lost and joined for ever, most of which bring nothing.
+        if !self.rate.is_empty() {
+            shared.pushed_rates.lock().unwrap_or_else(PoisonError::into_inner).push(std::mem::take(&mut self.rate));
+        }
         result?;
         if shared.bulk_lanes_open.fetch_sub(1, Ordering::AcqRel) == 1 {
             check_nothing_forgotten(shared, self.lane.id);

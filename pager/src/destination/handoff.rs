@@ -7,13 +7,15 @@
 //! A lane looks at the phase under the lock when it claims a frame's pages, and again when they have landed: a frame of
 //! pre-copy that is still landing at the handoff makes nothing present. The fault thread never takes this lock.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use switchover_wire::types::{PageCount, PageIndex};
 
 use super::{DestinationPagerError, Shared};
 use crate::runs::runs;
+use crate::state::PageStates;
+use crate::sync::{Condvar, Mutex, MutexGuard};
 
 /// Before or after the handoff.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -81,6 +83,32 @@ impl Handoff {
         self.change(|stage| stage.stopping = true);
     }
 
+    /// Forgets what must come again, and lets the phase after the handoff begin. Returns how many pages are to come; `absent`
+    /// counts those that are not here.
+    fn cross(&self, states: &PageStates, absent: &AtomicU64, missing: &[u64]) -> Result<u64, DestinationPagerError> {
+        let mut stage = self.stage();
+        if stage.phase == Phase::Postcopy {
+            return Err(DestinationPagerError::HandedOver);
+        }
+        let (mut to_come, mut forgotten) = (0_u64, 0_u64);
+        for (first, mask) in within(missing, states.pages()).filter(|(_, mask)| *mask != 0) {
+            for (bit, count) in runs(mask) {
+                for page in (first + u64::from(bit)..first + u64::from(bit + count)).map(PageIndex) {
+                    forgotten += u64::from(states.forget(page));
+                }
+                to_come += u64::from(count);
+            }
+        }
+        let absent = absent.fetch_add(forgotten, Ordering::AcqRel) + forgotten;
+        if absent != to_come {
+            return Err(DestinationPagerError::Forgotten { missing: to_come, absent });
+        }
+        stage.phase = Phase::Postcopy;
+        drop(stage);
+        self.changed.notify_all();
+        Ok(to_come)
+    }
+
     fn change(&self, change: impl FnOnce(&mut Stage)) {
         change(&mut self.stage());
         self.changed.notify_all();
@@ -94,27 +122,8 @@ pub fn hand_over(shared: &Shared, missing: &[u64]) -> Result<(), DestinationPage
     shared.handoff.begun.store(true, Ordering::Release);
     // First this one: the mapper must not map what is about to be forgotten.
     let mapped = shared.ahead.hold();
-    let mut stage = shared.handoff.stage();
-    if stage.phase == Phase::Postcopy {
-        return Err(DestinationPagerError::HandedOver);
-    }
-    let (mut to_come, mut forgotten) = (0_u64, 0_u64);
-    for (first, mask) in within(missing, shared.states.pages()).filter(|(_, mask)| *mask != 0) {
-        for (bit, count) in runs(mask) {
-            for page in (first + u64::from(bit)..first + u64::from(bit + count)).map(PageIndex) {
-                forgotten += u64::from(shared.states.forget(page));
-            }
-            to_come += u64::from(count);
-        }
-    }
-    let absent = shared.missing.fetch_add(forgotten, Ordering::AcqRel) + forgotten;
-    if absent != to_come {
-        return Err(DestinationPagerError::Forgotten { missing: to_come, absent });
-    }
-    stage.phase = Phase::Postcopy;
+    let to_come = shared.handoff.cross(&shared.states, &shared.missing, missing)?;
     shared.counts.kept.store(shared.states.pages().0 - to_come, Ordering::Relaxed);
-    drop(stage);
-    shared.handoff.changed.notify_all();
     // What is mapped would be read, old as it is. Nobody runs or loads a state before this returns. A lane that brings a new
     // version meanwhile may see it unmapped again: then a fault finds it here and maps it.
     for (first, mask) in within(missing, shared.states.pages()) {
@@ -137,3 +146,7 @@ fn within(words: &[u64], pages: PageCount) -> impl Iterator<Item = (u64, u64)> {
         (first, if left >= 64 { *word } else { *word & ((1 << left) - 1) })
     })
 }
+
+#[cfg(test)]
+#[cfg(feature = "loom")]
+mod models;

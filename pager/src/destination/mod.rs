@@ -30,7 +30,7 @@ use switchover_wire::clock::Nanos;
 use switchover_wire::types::{LaneRole, PAGE_SIZE, PageIndex};
 use thiserror::Error;
 
-use self::bulk::BulkReceiver;
+use self::bulk::{BulkError, BulkReceiver};
 use self::fault::FaultService;
 use self::handoff::Handoff;
 use self::mapper::MappedAhead;
@@ -410,18 +410,19 @@ impl DestinationPager {
             }
         };
         let body = move || {
-            let result = cpu.measure(|| match service {
-                Service::Bulk(receiver) => receiver.run().map_err(|error| error.to_string()),
-                Service::Fault(service) => service.run().map_err(|error| error.to_string()),
+            let failed = cpu.measure(|| match service {
+                Service::Bulk(receiver) => receiver.run().err().map(|error| match error {
+                    // What is here cannot be mapped, and who waits for it is not woken: no other lane helps.
+                    BulkError::Watch(error) => PagerEvent::Broken { reason: error.to_string() },
+                    error => PagerEvent::LaneFailed { lane: id, reason: error.to_string() },
+                }),
+                // The fault thread ends only when faults can no longer be served at all.
+                Service::Fault(service) => {
+                    service.run().err().map(|error| PagerEvent::Broken { reason: error.to_string() })
+                }
             });
-            if let Err(reason) = result
-                && !shared.stopping.load(Ordering::Acquire)
-            {
-                (shared.notify)(match id.role {
-                    // The fault thread ends only when faults can no longer be served at all.
-                    LaneRole::Fault => PagerEvent::Broken { reason },
-                    _ => PagerEvent::LaneFailed { lane: id, reason },
-                });
+            if let Some(event) = failed.filter(|_| !shared.stopping.load(Ordering::Acquire)) {
+                (shared.notify)(event);
             }
             if id.role == LaneRole::Fault {
                 shared.seat.leave();

@@ -1,15 +1,14 @@
 //! In which order pages are pushed: what is known to be wanted, then around the latest faults, then a sweep.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 use std::time::Duration;
 
-use crossbeam::queue::{ArrayQueue, SegQueue};
 use switchover_wire::frame::bulk::CHUNK_PAGES;
 use switchover_wire::types::{LaneId, PageCount, PageIndex};
 
 use crate::sent::ChunkIndex;
+use crate::sync::{ArrayQueue, AtomicU64, Condvar, Mutex, MutexGuard, Ordering, SegQueue};
 
 /// Faults remembered for pushing around them. Older ones give way: the latest matter most.
 const RECENT_FAULTS: usize = 64;
@@ -171,3 +170,7 @@ mod tests {
         assert_eq!(queue.urgent(), Some(Next::Around(ChunkIndex(1000 - RECENT_FAULTS as u64))));
     }
 }
+
+#[cfg(test)]
+#[cfg(feature = "loom")]
+mod models;

@@ -78,21 +78,63 @@ pub struct Hand {
     receipts: Vec<Receiver<Taken>>,
 }
 
-impl Hand {
-    /// A destination of this size that waits for pre-copy over `lanes` bulk lanes.
-    pub fn new(pages: u64, lanes: u8, lazy: bool) -> Self {
-        let ram = Ram::new(PageCount(pages)).unwrap();
+/// Both ends of the lanes of a link, and what comes to the source's.
+struct Ends {
+    near: Vec<PageLane>,
+    beyond: Vec<PageLane>,
+    fault: PageLane,
+    far_fault: PageLane,
+    requests: Receiver<FaultRequest>,
+    receipts: Vec<Receiver<Taken>>,
+}
+
+impl Ends {
+    fn new(pages: u64, lanes: u8) -> Self {
         let (fault, far_fault) = lane_pair(LaneRole::Fault, 0);
         let (near, beyond): (Vec<_>, Vec<_>) = (0..lanes).map(|index| lane_pair(LaneRole::Bulk, index)).unzip();
-        let (notify, events) = events();
-        let all = std::iter::once(far_fault).chain(beyond.iter().cloned()).collect();
-        let pager = DestinationPager::start(ram.clone(), all, lazy, &notify).unwrap();
         let requests = listen(&fault, move |bytes: &[u8; FaultRequest::LEN]| {
             FaultRequest::decode(bytes, PageCount(pages)).unwrap()
         });
         let receipts = near.iter().map(|lane| listen(lane, |bytes| Taken::decode(bytes).unwrap())).collect();
+        Self { near, beyond, fault, far_fault, requests, receipts }
+    }
+
+    fn far(&self) -> Vec<PageLane> {
+        std::iter::once(&self.far_fault).chain(&self.beyond).cloned().collect()
+    }
+}
+
+impl Hand {
+    /// A destination of this size that waits for pre-copy over `lanes` bulk lanes.
+    pub fn new(pages: u64, lanes: u8, lazy: bool) -> Self {
+        let ram = Ram::new(PageCount(pages)).unwrap();
+        let (notify, events) = events();
+        let ends = Ends::new(pages, lanes);
+        let pager = DestinationPager::start(ram.clone(), ends.far(), lazy, &notify).unwrap();
+        let Ends { near, beyond, fault, requests, receipts, .. } = ends;
         let ring = Ring::new(2).unwrap();
         Self { ram, events, pager: Some(pager), lanes: near, beyond, ring, fault, requests, receipts }
+    }
+
+    /// The link is lost, and what it reported is looked at no more.
+    pub fn detach(&mut self) {
+        self.lanes.iter().chain([&self.fault]).for_each(|lane| lane.socket.shutdown());
+        self.pager.as_mut().unwrap().detach();
+        let lost = self.events.try_iter().filter(|event| !matches!(event, PagerEvent::LaneFailed { .. }));
+        assert_eq!(lost.collect::<Vec<_>>(), []);
+    }
+
+    /// New lanes in place of lost ones.
+    pub fn attach(&mut self, lanes: u8) {
+        let ends = Ends::new(self.ram.pages().0, lanes);
+        self.pager.as_mut().unwrap().attach(ends.far()).unwrap();
+        let Ends { near, beyond, fault, requests, receipts, .. } = ends;
+        (self.lanes, self.beyond, self.fault, self.requests, self.receipts) = (near, beyond, fault, requests, receipts);
+    }
+
+    /// Bytes on the fault lane, of part of an answer perhaps.
+    pub fn send_fault_bytes(&mut self, bytes: &[u8]) {
+        self.ring.send_all(self.fault.socket.as_fd(), &[IoSlice::new(bytes)]).unwrap();
     }
 
     pub fn pager(&self) -> &DestinationPager {

@@ -1,10 +1,9 @@
 //! A set of pages that several threads add to and take from at once.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use switchover_wire::types::{PageCount, PageIndex};
 
 use super::{PageBitmap, bits_of};
+use crate::sync::{AtomicU64, Ordering};
 
 /// A set of pages shared by threads: the list of what is still to be done to which pages.
 ///
@@ -199,3 +198,7 @@ mod tests {
         assert_eq!((taken, set.count()), (pages.0, PageCount(0)));
     }
 }
+
+#[cfg(test)]
+#[cfg(feature = "loom")]
+mod models;

@@ -117,6 +117,17 @@ impl DeltaCache {
         self.room.fetch_add(taken.room, Ordering::Relaxed);
     }
 
+    /// Shows the version of `page`, where it is kept and nobody has taken it out.
+    pub fn look<R>(&self, page: PageIndex, look: impl FnOnce(&Page) -> R) -> Option<R> {
+        if self.is_empty() {
+            return None;
+        }
+        let chunk = page.0 / CHUNK_PAGES;
+        let place = usize::try_from(page.0 % CHUNK_PAGES).ok()?;
+        let shard = self.shard(chunk);
+        shard.chunks.get(&chunk)?.pages.get(place)?.as_deref().map(look)
+    }
+
     /// Pages that are kept, or taken out to be packed.
     pub fn len(&self) -> u64 {
         self.most - self.room.load(Ordering::Relaxed).min(self.most)
@@ -215,6 +226,8 @@ mod tests {
     fn what_is_forgotten_makes_room() {
         let cache = DeltaCache::new(64 * 4096);
         assert!(put(&cache, 5, u64::MAX, 2));
+        assert_eq!(cache.look(PageIndex(321), |page| page[7]), Some(1));
+        assert_eq!(cache.look(PageIndex(319), |page| page[7]), None);
         cache.forget(PageIndex(320), 0xFF);
         assert_eq!(cache.held(), 56);
         let taken = cache.take(PageIndex(320), 0xFFFF, 0xF << 20, 3).unwrap();

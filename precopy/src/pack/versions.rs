@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use switchover_wire::types::PageIndex;
+use switchover_wire::encoding::{Page, PageEncoder};
+use switchover_wire::types::{PAGE_SIZE, PageIndex};
 
 use super::PackSettings;
 use super::delta_cache::DeltaCache;
@@ -29,6 +30,21 @@ impl SentVersions {
     #[must_use]
     pub fn kept_pages(&self) -> u64 {
         self.kept.len()
+    }
+
+    /// The bytes that `page` would take as a difference to its kept version, being `now`: a whole page where a difference would
+    /// be no shorter, and `None` where no version is kept. `body` is room to encode into.
+    pub(crate) fn difference(
+        &self,
+        page: PageIndex,
+        now: &Page,
+        encoder: &mut PageEncoder,
+        body: &mut Vec<u8>,
+    ) -> Option<usize> {
+        self.kept.look(page, |old| {
+            body.clear();
+            if encoder.delta(old, now, PAGE_SIZE, body) { body.len() } else { PAGE_SIZE }
+        })
     }
 
     /// Forgets all that is known, and gives its memory back. Nothing may be packed afterwards.

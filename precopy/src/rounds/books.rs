@@ -1,8 +1,7 @@
 //! What is under way: which pages, in which lane's stream, in which order.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use switchover_pager::lane::PageLane;
 use switchover_pager::sent::ChunkIndex;
@@ -11,6 +10,7 @@ use switchover_wire::types::{LaneId, PageCount, PageIndex};
 
 use crate::bitmap::{AtomicPageBitmap, PageBitmap};
 use crate::pack::SentVersions;
+use crate::sync::{AtomicU64, Mutex, MutexGuard, Ordering};
 
 /// A frame that the destination has not acknowledged.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -203,3 +203,7 @@ mod tests {
         assert_eq!(books.taken(7, 0), Err(NeverSent));
     }
 }
+
+#[cfg(test)]
+#[cfg(feature = "loom")]
+mod models;

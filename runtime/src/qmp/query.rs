@@ -110,6 +110,7 @@ mod tests {
         let progress = Progress {
             status,
             error: None,
+            failure: None,
             ram_total: 8 * PAGE_SIZE_U64,
             transferred: 20_000,
             remaining: 3 * PAGE_SIZE_U64,

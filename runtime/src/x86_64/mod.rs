@@ -14,13 +14,18 @@ mod layout;
 mod msrs;
 mod platform;
 mod ports;
+mod saved;
 mod start;
 mod vcpu_state;
 mod walk;
 
 pub use boot::BootError;
+#[doc(hidden)]
+pub use boot::load as load_kernel;
 pub use elf::ElfError;
 pub use layout::{LEAST_MEMORY, MOST_MEMORY, ram_regions};
 pub use platform::Platform;
 pub use ports::Ports;
+#[doc(hidden)]
+pub use saved::SavedMachine;
 pub use vcpu_state::CpuStateError;

@@ -8,14 +8,15 @@ use switchover_wire::description::MachineDescription;
 use switchover_wire::types::{PAGE_SIZE_U64, PageIndex};
 
 use super::boot::{self, BootError};
-use super::chipset::{self, SavedChipset};
+use super::chipset;
 use super::clock::SavedClock;
-use super::vcpu_state::{self, CpuStateError, SavedVcpu, VcpuPlan};
+use super::saved::{self, SavedMachine};
+use super::vcpu_state::{self, CpuStateError, VcpuPlan};
 use super::{cpuid, ioctls, msrs, ports::Ports, start, walk};
 use crate::error::VmError;
 use crate::lock;
 use crate::memory::GuestMemory;
-use crate::state::{Kind, STATE_VERSION, SectionId, StateError, StateReader, StateWriter};
+use crate::state::{STATE_VERSION, StateError};
 
 /// The devices whose state travels.
 const DEVICES: [&str; 6] = ["serial", "pic", "ioapic", "pit", "lapic", "clock"];
@@ -92,24 +93,16 @@ impl Platform {
     /// # Errors
     /// When KVM does not give a part of it.
     pub fn save(&self, vcpus: &[&Mutex<VcpuFd>], ports: &Ports) -> Result<Vec<u8>, VmError> {
-        let mut writer = StateWriter::new();
         // Before the TSCs are read: what passes between the two is then counted twice rather than lost, and is some µs.
         let tsc_khz = self.plans.first().map_or(0, |plan| plan.tsc_khz);
         let clock = SavedClock::now(&self.vm, &self.host, tsc_khz).map_err(VmError::kvm("read the clock"))?;
-        for (number, (fd, plan)) in (0..).zip(vcpus.iter().zip(&self.plans)) {
-            let saved =
-                vcpu_state::save(&lock(fd), plan).map_err(|what| CpuStateError { vcpu: usize::from(number), what })?;
-            writer.add(SectionId::new(Kind::Vcpu, number), &saved)?;
+        let mut saved = Vec::with_capacity(vcpus.len());
+        for (index, (fd, plan)) in vcpus.iter().zip(&self.plans).enumerate() {
+            let vcpu = vcpu_state::save(&lock(fd), plan).map_err(|what| CpuStateError { vcpu: index, what })?;
+            saved.push(vcpu);
         }
         let chipset = chipset::save(&self.vm)?;
-        for (number, pic) in (0..).zip(&chipset.pics) {
-            writer.add(SectionId::new(Kind::Pic, number), pic)?;
-        }
-        writer.add(SectionId::new(Kind::Ioapic, 0), &chipset.ioapic)?;
-        writer.add(SectionId::new(Kind::Pit, 0), &chipset.pit)?;
-        writer.add(SectionId::new(Kind::Clock, 0), &clock)?;
-        writer.add(SectionId::new(Kind::Serial, 0), &ports.serial.save())?;
-        Ok(writer.finish())
+        Ok(SavedMachine { vcpus: saved, chipset, clock, serial: ports.serial.save() }.write()?)
     }
 
     /// Makes the machine what [`Self::save`] wrote down. No vCPU has ever run.
@@ -119,19 +112,7 @@ impl Platform {
     /// # Errors
     /// When the bytes are not such a state, or KVM refuses it.
     pub fn load(&self, state: &[u8], vcpus: &[&Mutex<VcpuFd>], ports: &Ports) -> Result<(), VmError> {
-        let reader = StateReader::new(state, &self.sections())?;
-        let one = |kind| SectionId::new(kind, 0);
-        let saved: Vec<SavedVcpu> = (0..)
-            .zip(vcpus)
-            .map(|(number, _)| reader.read(SectionId::new(Kind::Vcpu, number)))
-            .collect::<Result<_, _>>()?;
-        let chipset = SavedChipset {
-            pics: [reader.read(one(Kind::Pic))?, reader.read(SectionId::new(Kind::Pic, 1))?],
-            ioapic: reader.read(one(Kind::Ioapic))?,
-            pit: reader.read(one(Kind::Pit))?,
-        };
-        let clock: SavedClock = reader.read(one(Kind::Clock))?;
-        let serial = reader.read(one(Kind::Serial))?;
+        let SavedMachine { vcpus: saved, chipset, clock, serial } = SavedMachine::read(state, self.plans.len())?;
 
         // The clock first: what the TSCs are set to depends on when it was.
         let advance = clock.restore(&self.vm, &self.host).map_err(VmError::kvm("set the clock"))?;
@@ -139,7 +120,7 @@ impl Platform {
             vcpu_state::load(&lock(fd), saved, plan, advance).map_err(|what| CpuStateError { vcpu: index, what })?;
         }
         chipset::load(&self.vm, &chipset)?;
-        ports.serial.load(&serial).map_err(|reason| StateError::Contents { section: one(Kind::Serial), reason })?;
+        ports.serial.load(&serial).map_err(|reason| StateError::Contents { section: saved::SERIAL, reason })?;
         Ok(())
     }
 
@@ -154,14 +135,6 @@ impl Platform {
             })
             .collect();
         walk::first_pages(&self.memory, registers.iter().map(|(regs, sregs)| (regs, sregs)))
-    }
-
-    /// The sections of this machine's state.
-    fn sections(&self) -> Vec<SectionId> {
-        let vcpus = (0..).zip(&self.plans).map(|(number, _)| SectionId::new(Kind::Vcpu, number));
-        let pics = (0..2).map(|number| SectionId::new(Kind::Pic, number));
-        let others = [Kind::Ioapic, Kind::Pit, Kind::Clock, Kind::Serial].map(|kind| SectionId::new(kind, 0));
-        vcpus.chain(pics).chain(others).collect()
     }
 }
 

@@ -74,6 +74,7 @@ pub fn sides(seed: u64) -> (SideReport, SideReport) {
         session: format!("{seed:032x}"),
         status: MigrationStatus::Completed,
         error: None,
+        failure: None,
         clock: clock.clone(),
         phases: vec![
             phase("setup", migrate + MS, migrate + 120 * MS),
@@ -102,6 +103,7 @@ pub fn sides(seed: u64) -> (SideReport, SideReport) {
         cpu: CpuSeconds { user: 0.05, system: 0.19 },
         precopy: None,
         interruptions: Vec::new(),
+        unacknowledged: None,
     };
     let destination = SideReport {
         side: Side::Destination,

@@ -4,12 +4,18 @@ use std::collections::VecDeque;
 
 use switchover_hybrid::monitor::Sample;
 use switchover_hybrid::monitor::costs::{PRECOPY_BROWNOUT, ROUND_OVERHEAD, WRITE_FAULT};
+use switchover_precopy::rounds::probe::spread;
+use switchover_wire::types::PageCount;
 
 use super::bits::{count, lowest, whole};
 use super::guest::{Guest, Position};
 
 /// How often the monitor is asked.
 pub const SAMPLE_NS: u64 = 10_000_000;
+/// When it is asked first; then whenever the first round is twice as old, until that is [`SAMPLE_NS`].
+const FIRST_SAMPLE_NS: u64 = 2_500_000;
+/// Pages of the sample that is armed before the first round.
+const PROBE_PAGES: u64 = 512;
 /// What is sent and what is written take turns of this length.
 const STEP_NS: u64 = 2_500_000;
 /// Wire bytes of 64 pages besides their contents.
@@ -65,6 +71,9 @@ pub struct Replay<'a> {
     /// Sent since the last sample.
     fresh: Vec<u64>,
     cursor: usize,
+    /// The sample that was armed before the first round, and its pages that were written before they were sent.
+    probe: Vec<u64>,
+    probe_written: Vec<u64>,
     dirty: Vec<u64>,
     dirty_pages: u64,
     in_flight: VecDeque<(u64, usize, u64)>,
@@ -82,7 +91,7 @@ impl<'a> Replay<'a> {
             guest,
             link,
             now_ns: 0,
-            next_sample_ns: SAMPLE_NS,
+            next_sample_ns: FIRST_SAMPLE_NS,
             position: Position::default(),
             lost: 0.0,
             owed: 0.0,
@@ -94,6 +103,8 @@ impl<'a> Replay<'a> {
             left_pages: guest.pages,
             fresh: vec![0; guest.words()],
             cursor: 0,
+            probe: spread(PageCount(guest.pages), PROBE_PAGES).words().to_vec(),
+            probe_written: vec![0; guest.words()],
             dirty: vec![0; guest.words()],
             dirty_pages: 0,
             in_flight: VecDeque::new(),
@@ -114,7 +125,7 @@ impl<'a> Replay<'a> {
             self.step(STEP_NS.min(self.next_sample_ns - self.now_ns));
         }
         if self.now_ns >= self.next_sample_ns {
-            self.next_sample_ns = self.now_ns + SAMPLE_NS;
+            self.next_sample_ns = self.now_ns + self.now_ns.min(SAMPLE_NS);
         }
         let sample = self.look();
         self.fresh.fill(0);
@@ -139,13 +150,10 @@ impl<'a> Replay<'a> {
         self.position
     }
 
-    /// What a handoff now leaves to be copied, zero pages left out.
+    /// What a handoff now leaves to be copied, zero pages left out. What is in flight arrives before the guest is paused.
     #[must_use]
     pub fn rest(&self) -> Vec<u64> {
         let mut rest: Vec<u64> = self.left.iter().zip(&self.dirty).map(|(left, dirty)| left | dirty).collect();
-        for (_, word, pages) in &self.in_flight {
-            rest[*word] |= pages;
-        }
         for (pages, zero) in rest.iter_mut().zip(&self.guest.zero) {
             *pages &= !zero;
         }
@@ -162,6 +170,9 @@ impl<'a> Replay<'a> {
         let in_flight = |(_, word, pages): &(u64, usize, u64)| u64::from((pages & !self.dirty[*word]).count_ones());
         let over = self.left_pages == 0;
         let sent = self.round_pages - self.left_pages;
+        let first = self.round == 1;
+        let left = |pages: &[u64]| if first { both(pages, &self.left) } else { 0 };
+        let zeros: Vec<u64> = self.probe.iter().zip(&self.guest.zero).map(|(probe, zero)| probe & zero).collect();
         Sample {
             at_ns: self.now_ns,
             round: self.round,
@@ -177,7 +188,12 @@ impl<'a> Replay<'a> {
             bytes_per_second: self.link.bytes_per_second,
             bytes_per_page: if sent > 0 { self.round_bytes / sent as f64 } else { 0.0 },
             bytes_per_data_page: if self.round_data > 0 { self.guest.bytes_per_page } else { 0.0 },
+            probe_pages: left(&self.probe),
+            probe_dirty_pages: left(&self.probe_written),
+            probe_zero_pages: left(&zeros),
+            probe_ns: if first { self.now_ns } else { 0 },
             handoff_ns: self.link.handoff_ns(self.guest),
+            ..Sample::default()
         }
     }
 
@@ -252,19 +268,24 @@ impl<'a> Replay<'a> {
         self.owed -= paid;
         self.lost += seconds * PRECOPY_BROWNOUT + paid;
         let mut run_ns = whole((seconds * (1.0 - PRECOPY_BROWNOUT) - paid).max(0.0) * 1e9);
-        let mut newly = 0;
+        let (mut newly, mut faults) = (0, 0);
         while run_ns > 0 {
             let (stretch, length) = self.guest.stretch(self.position, run_ns);
             for word in 0..self.dirty.len() {
                 let new = stretch.written(word) & !self.left[word] & !self.dirty[word];
                 self.dirty[word] |= new;
                 newly += u64::from(new.count_ones());
+                if self.round == 1 && self.probe[word] != 0 {
+                    let probed = stretch.written(word) & self.probe[word] & self.left[word] & !self.probe_written[word];
+                    self.probe_written[word] |= probed;
+                    faults += u64::from(probed.count_ones());
+                }
             }
             self.position = self.guest.after(self.position, length);
             run_ns -= length;
         }
         self.dirty_pages += newly;
-        self.owed += newly as f64 * WRITE_FAULT;
+        self.owed += (newly + faults) as f64 * WRITE_FAULT;
     }
 }
 

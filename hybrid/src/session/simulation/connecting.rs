@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::destination_side::{SESSION, counts, lane_id};
 use super::network::{CONTROL, End, FAULT, Link, Message};
-use super::source_side::Whither;
+use super::source_side::{REJOIN_PATIENCE, Whither};
 use super::world::{Happening, Time, World};
 use crate::session::destination::DestinationEvent;
 use crate::session::source::SourceEvent;
@@ -77,6 +77,9 @@ impl World {
         }
         if !self.may_be_joined() || self.destination.status == MigrationStatus::PostcopyRecover {
             self.tell_destination_of_link(DestinationEvent::Lost("its source joins again".into()));
+            if let Some(old) = self.destination.link {
+                self.shut_down(End::Destination, old);
+            }
             self.destination.letting_go.push(link);
             self.at(LETTING_GO_PATIENCE, Happening::LettingGoEnds { link });
             return;
@@ -136,6 +139,7 @@ impl World {
             return self.open_lane(link, lane + 1);
         } else {
             self.source.opening = None;
+            self.source.inbox.patience = Some(self.now + REJOIN_PATIENCE);
             self.source_listens(link);
         }
         self.wake(End::Source);
@@ -147,10 +151,7 @@ impl World {
             return;
         }
         if self.destination.unacknowledged {
-            self.destination.answering = Some(link);
-            self.read(End::Destination, link, CONTROL..FAULT);
-            self.send(End::Destination, link, CONTROL, Message::Standing { committed: true, complete: true, set: 0 });
-            return;
+            return self.answer_at_last(link);
         }
         if let Some(last) = self.destination.joined.replace(link) {
             self.shut_down(End::Destination, last);
@@ -161,10 +162,23 @@ impl World {
 
     /// The session is told of them.
     pub fn tell_rejoined(&mut self) {
-        if self.destination.alive {
-            self.destination.inbox.tell(DestinationEvent::Rejoined);
-            self.wake(End::Destination);
+        if !self.destination.alive {
+            return;
         }
+        if self.destination.over {
+            // Nobody else takes them.
+            let joined = self.destination.joined.take().filter(|_| self.destination.unacknowledged);
+            return joined.into_iter().for_each(|link| self.answer_at_last(link));
+        }
+        self.destination.inbox.tell(DestinationEvent::Rejoined);
+        self.wake(End::Destination);
+    }
+
+    /// The session is over and the guest complete; only its source does not know.
+    pub fn answer_at_last(&mut self, link: usize) {
+        self.destination.answering = Some(link);
+        self.read(End::Destination, link, CONTROL..FAULT);
+        self.send(End::Destination, link, CONTROL, Message::Standing { committed: true, complete: true, set: 0 });
     }
 
     /// The destination's guest is complete, and its source asks at last.

@@ -10,11 +10,11 @@ use super::inbox::{Inbox, Next, Speaker};
 use super::memory::{Machine, Pager};
 use super::mishaps::Moment;
 use super::network::{CONTROL, End, FIRST_BULK, Message};
-use super::world::{BREACH, Happening, Time, World};
+use super::world::{Happening, Time, World};
 use crate::patience::Rank;
 use crate::reception::Reception;
 use crate::session::destination::{DestinationAction, DestinationEvent, DestinationSession};
-use crate::session::{GuestAfter, Outcome};
+use crate::session::{FailureKind, GuestAfter, Outcome};
 use crate::status::MigrationStatus;
 
 /// The name of the session.
@@ -292,8 +292,8 @@ impl World {
                 self.destination.refused = true;
                 self.say(Message::Refused);
             }
-            DestinationAction::AwaitRejoin(reason) => {
-                self.must(!reason.contains(BREACH), &reason);
+            DestinationAction::AwaitRejoin { kind, reason } => {
+                self.must(kind != FailureKind::Protocol, &reason);
                 let in_vain = self.destination.aborted || !self.destination.confirmed;
                 self.must(!in_vain, "waits for a source that has not committed");
                 self.must(!self.destination.broken, "waits, and could not go on");
@@ -307,6 +307,9 @@ impl World {
                 }
                 self.destination.attachable = None;
                 self.destination.status = MigrationStatus::PostcopyPaused;
+                if self.destination.joined.is_some() {
+                    self.tell_destination(DestinationEvent::Rejoined);
+                }
             }
             DestinationAction::SendStanding { committed } => {
                 self.must(
@@ -390,7 +393,7 @@ impl World {
         self.destination.over = true;
         let (whole, ran) = (self.destination.pager.missing == 0, self.destination.ever_ran);
         if let Outcome::Failed(failure) = &outcome {
-            self.must(!failure.reason.contains(BREACH), &failure.reason);
+            self.must(failure.kind != FailureKind::Protocol, &failure.reason);
         }
         let true_words = match &outcome {
             Outcome::Completed | Outcome::Unacknowledged(_) => whole && self.destination.machine.runs,
@@ -400,7 +403,8 @@ impl World {
                 GuestAfter::OnSource => {
                     !ran && (!self.destination.confirmed || self.destination.refused || self.destination.aborted)
                 }
-                GuestAfter::Stopped => ran && !self.destination.machine.runs,
+                GuestAfter::Lost => ran && !self.destination.machine.runs,
+                _ => false,
             },
         };
         self.must(true_words, "the destination does not say truly where the guest is");
@@ -410,5 +414,8 @@ impl World {
             _ => MigrationStatus::Completed,
         };
         self.destination.outcome = Some(outcome);
+        if let Some(link) = self.destination.joined.take().filter(|_| self.destination.unacknowledged) {
+            self.answer_at_last(link);
+        }
     }
 }

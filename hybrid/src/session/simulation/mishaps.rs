@@ -86,7 +86,7 @@ impl Moment {
             SourceAction::ServePages(_) => Self::Serve,
             SourceAction::SendCommit => Self::Commit,
             SourceAction::AcknowledgeDrained => Self::Acknowledge,
-            SourceAction::AwaitRejoin(_) => Self::Await,
+            SourceAction::AwaitRejoin { .. } => Self::Await,
             SourceAction::OpenLanes => Self::Open,
             SourceAction::ServeAgain => Self::Again,
             _ => return None,
@@ -99,7 +99,7 @@ impl Moment {
             DestinationAction::Run => Self::Run,
             DestinationAction::SendDrained => Self::Drained,
             DestinationAction::SendStanding { .. } => Self::Standing,
-            DestinationAction::AwaitRejoin(_) => Self::Await,
+            DestinationAction::AwaitRejoin { .. } => Self::Await,
             _ => return None,
         })
     }

@@ -94,7 +94,7 @@ impl World {
         let runs_here = self.source.alive && self.source.machine.runs;
         let runs_there = self.destination.alive && self.destination.machine.runs;
         let stopped =
-            matches!(&self.destination.outcome, Some(Outcome::Failed(failure)) if failure.guest == GuestAfter::Stopped);
+            matches!(&self.destination.outcome, Some(Outcome::Failed(failure)) if failure.guest == GuestAfter::Lost);
         let killed = !self.source.alive || !self.destination.alive;
         self.must(runs_here || runs_there || stopped || killed, "the guest runs nowhere, and nobody was killed");
         // A destination that dies without the commit, or in vain, takes nothing with it.

@@ -6,16 +6,16 @@ use super::inbox::{Inbox, Next, Speaker};
 use super::memory::Machine;
 use super::mishaps::Moment;
 use super::network::{CONTROL, End, FAULT, FIRST_BULK, Message};
-use super::world::{ALL_PAGES, BREACH, Happening, PAGES, Scenario, Time, World};
+use super::world::{ALL_PAGES, Happening, PAGES, Scenario, Time, World};
 use crate::patience::Rank;
-use crate::session::Outcome;
 use crate::session::source::{Ending, Plan, SourceAction, SourceEvent, SourceSession};
+use crate::session::{FailureKind, Outcome};
 use crate::status::MigrationStatus;
 
 /// As in `outgoing/driver.rs`.
 const HANDOFF_PATIENCE: Time = 5_600_000;
 const ABORT_PATIENCE: Time = 1_000_000;
-const REJOIN_PATIENCE: Time = 10_000_000;
+pub const REJOIN_PATIENCE: Time = 10_000_000;
 
 pub struct SourceSide {
     pub alive: bool,
@@ -219,7 +219,7 @@ impl World {
             SourceAction::Status(status) => self.source.status = status,
             SourceAction::BeginRounds => {
                 if std::mem::take(&mut self.failing.machine[0]) {
-                    return Some(SourceEvent::GaveUp("no book of written pages".into()));
+                    return Some(SourceEvent::RoundsFailed("no book of written pages".into()));
                 }
                 (self.source.noting, self.source.noted) = (true, ALL_PAGES);
                 (self.source.rounds, self.source.rounds_left) = (true, self.dice.between(1, 5));
@@ -269,8 +269,8 @@ impl World {
             SourceAction::AcknowledgeDrained => {
                 self.send(End::Source, link, CONTROL, Message::DrainedAck);
             }
-            SourceAction::AwaitRejoin(reason) => {
-                self.must(!reason.contains(BREACH), &reason);
+            SourceAction::AwaitRejoin { kind, reason } => {
+                self.must(kind != FailureKind::Protocol, &reason);
                 self.must(self.commit_submitted, "waits for a destination that was never committed to");
                 self.source.inbox.end_link();
                 self.end_pulse(End::Source, link);
@@ -279,7 +279,6 @@ impl World {
                 self.source.status = MigrationStatus::PostcopyPaused;
             }
             SourceAction::OpenLanes => {
-                self.source.inbox.patience = Some(self.now + REJOIN_PATIENCE);
                 return self.open_again();
             }
             SourceAction::ServeAgain => {
@@ -307,7 +306,7 @@ impl World {
                 self.release_rounds();
                 self.source.over = true;
                 if let Outcome::Failed(failure) = &outcome {
-                    self.must(!failure.reason.contains(BREACH), &failure.reason);
+                    self.must(failure.kind != FailureKind::Protocol, &failure.reason);
                 }
                 if outcome != Outcome::Completed {
                     let free = self.source.machine.runs && !self.source.noting && !self.source.throttled;

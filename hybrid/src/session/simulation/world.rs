@@ -18,9 +18,6 @@ pub type Time = u64;
 pub const PAGES: usize = 10;
 pub const ALL_PAGES: u32 = (1 << PAGES) - 1;
 
-/// What a side says of the other that it never says of one that keeps to the protocol, as both do here.
-pub const BREACH: &str = "broke the protocol";
-
 /// More steps than any migration takes.
 const STEPS: usize = 100_000;
 

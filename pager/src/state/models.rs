@@ -1,20 +1,14 @@
 //! Every interleaving of the threads that contend for a page, explored by loom.
-//!
-//! The states are compiled a second time here, with loom's atomics in the place of the real ones.
-#![allow(missing_docs, dead_code, clippy::unwrap_used)]
 
-mod sync {
-    pub use loom::sync::atomic::{AtomicU8, Ordering};
-}
-#[path = "../src/state.rs"]
-mod state;
+mod crowd;
 
 use loom::cell::UnsafeCell;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::sync::{Arc, Mutex};
 use loom::thread;
-use state::{Arrival, Claim, FaultVerdict, LaneTag, PageStates};
 use switchover_wire::types::{PageCount, PageIndex};
+
+use super::{Arrival, Claim, FaultVerdict, LaneTag, PageStates};
 
 const PAGE: PageIndex = PageIndex(0);
 

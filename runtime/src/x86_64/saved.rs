@@ -1,0 +1,65 @@
+//! A machine's saved state as a whole: which sections it has, and in which order they are written.
+
+use super::chipset::SavedChipset;
+use super::clock::SavedClock;
+use super::vcpu_state::SavedVcpu;
+use crate::devices::serial::SavedSerial;
+use crate::state::{Kind, SectionId, StateError, StateReader, StateWriter};
+
+const PICS: [SectionId; 2] = [SectionId::new(Kind::Pic, 0), SectionId::new(Kind::Pic, 1)];
+const IOAPIC: SectionId = SectionId::new(Kind::Ioapic, 0);
+const PIT: SectionId = SectionId::new(Kind::Pit, 0);
+const CLOCK: SectionId = SectionId::new(Kind::Clock, 0);
+/// The serial port's section.
+pub(super) const SERIAL: SectionId = SectionId::new(Kind::Serial, 0);
+
+/// Everything of a machine but its memory.
+#[derive(Clone, Debug)]
+pub struct SavedMachine {
+    pub(super) vcpus: Vec<SavedVcpu>,
+    pub(super) chipset: SavedChipset,
+    pub(super) clock: SavedClock,
+    pub(super) serial: SavedSerial,
+}
+
+impl SavedMachine {
+    /// What was written down of a machine with so many vCPUs. All of it is read, so that damage is found before any of it is
+    /// used.
+    ///
+    /// # Errors
+    /// When the bytes are not such a state.
+    pub fn read(state: &[u8], vcpus: usize) -> Result<Self, StateError> {
+        let numbers = || (0..).take(vcpus).map(|number| SectionId::new(Kind::Vcpu, number));
+        let sections: Vec<_> = numbers().chain(PICS).chain([IOAPIC, PIT, CLOCK, SERIAL]).collect();
+        let reader = StateReader::new(state, &sections)?;
+        Ok(Self {
+            vcpus: numbers().map(|section| reader.read(section)).collect::<Result<_, _>>()?,
+            chipset: SavedChipset {
+                pics: [reader.read(PICS[0])?, reader.read(PICS[1])?],
+                ioapic: reader.read(IOAPIC)?,
+                pit: reader.read(PIT)?,
+            },
+            clock: reader.read(CLOCK)?,
+            serial: reader.read(SERIAL)?,
+        })
+    }
+
+    /// Writes it down.
+    ///
+    /// # Errors
+    /// When a part of it cannot be written.
+    pub fn write(&self) -> Result<Vec<u8>, StateError> {
+        let mut writer = StateWriter::new();
+        for (number, vcpu) in (0..).zip(&self.vcpus) {
+            writer.add(SectionId::new(Kind::Vcpu, number), vcpu)?;
+        }
+        for (section, pic) in PICS.into_iter().zip(&self.chipset.pics) {
+            writer.add(section, pic)?;
+        }
+        writer.add(IOAPIC, &self.chipset.ioapic)?;
+        writer.add(PIT, &self.chipset.pit)?;
+        writer.add(CLOCK, &self.clock)?;
+        writer.add(SERIAL, &self.serial)?;
+        Ok(writer.finish())
+    }
+}
