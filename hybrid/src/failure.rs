@@ -71,6 +71,9 @@ pub enum GuestAfter {
     PausedOnSource,
     /// It is the destination's, and not all of it is there: the link is lost, and can be joined again.
     Divided,
+    /// It stands still on the destination, which was not told to run it before the link was lost. Whether it was given away is known
+    /// to the source alone.
+    Undecided,
     /// It is on the destination, stopped, because its memory cannot be completed: it is lost.
     Lost,
 }
@@ -85,6 +88,10 @@ impl GuestAfter {
             Self::Divided => {
                 "the guest is the destination's and parts of its memory may be on the source alone: join the two again with \
                  `migrate` and `resume` on the source"
+            }
+            Self::Undecided => {
+                "this side does not run the guest; whether it was given away is known to the source: where it runs there, `quit` \
+                 here, and where it says `postcopy-paused`, join the two again with `migrate` and `resume` on it"
             }
             Self::Lost => "the guest was stopped on the destination, because parts of its memory can no longer come",
         }

@@ -141,6 +141,8 @@ impl Incoming {
         if self.shared.recorder.read().instants.commit_ns.is_none() {
             self.shared.lanes.shut_down();
         }
+        // One that waits for its source, which may never come, has no lanes any more.
+        let _ = self.shared.events.tell(DestinationEvent::Closed);
     }
 
     /// How far it has come.

@@ -6,7 +6,7 @@ use std::time::Instant;
 use switchover_wire::clock::{HostClock, Nanos};
 use switchover_wire::types::PageCount;
 
-use crate::failure::{FailureKind, FailureView, GuestAfter};
+use crate::failure::FailureView;
 use crate::lanes::Lanes;
 use crate::report::{CpuSeconds, Instants, Interruption, PhaseSpan, Side, SideReport};
 use crate::settings::{Notice, Observer};
@@ -156,7 +156,7 @@ impl Recorder {
     }
 
     /// The link is lost after the commit.
-    pub fn interrupt(&self, kind: FailureKind, reason: &str) {
+    pub fn interrupt(&self, failure: FailureView, reason: &str) {
         self.write(|record| {
             let lost_ns = Nanos::now().0;
             // A rejoin that fails is no interruption of its own.
@@ -171,9 +171,8 @@ impl Recorder {
             } else if let Some(last) = record.interruptions.last_mut() {
                 last.attempts += 1;
             }
-            let guest = GuestAfter::Divided;
-            record.error = Some(format!("{reason}; {}", guest.sentence()));
-            record.failure = Some(FailureView { kind, guest });
+            record.error = Some(format!("{reason}; {}", failure.guest.sentence()));
+            record.failure = Some(failure);
         });
         self.set_status(MigrationStatus::PostcopyPaused);
     }
@@ -270,6 +269,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::failure::{FailureKind, GuestAfter};
 
     #[test]
     fn spans_follow_each_other_without_gaps() {

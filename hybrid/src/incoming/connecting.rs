@@ -29,8 +29,8 @@ use crate::status::MigrationStatus;
 /// likely to be one.
 const HANDSHAKES_LIMIT: usize = 16;
 
-/// How long the session may take to let go of a link that its source has lost.
-const LETTING_GO_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the session may take to let go of a link that its source has lost: less than that waits for an answer to its handshake.
+const LETTING_GO_PATIENCE: Duration = Duration::from_secs(3);
 
 impl Shared {
     /// Starts a listener's thread.

@@ -259,7 +259,7 @@ impl Shared {
             DestinationAction::SendRefused(reason) => {
                 let _ = session.link.say(&ControlMessage::Refused { reason });
             }
-            DestinationAction::AwaitRejoin { kind, reason } => {
+            DestinationAction::AwaitRejoin { kind, reason, guest } => {
                 self.lanes.shut_down();
                 if let Some(pager) = self.pager().as_mut() {
                     pager.detach();
@@ -268,7 +268,7 @@ impl Shared {
                 session.link.end();
                 session.joined.clear();
                 self.lanes.retire();
-                self.recorder.interrupt(kind, &reason);
+                self.recorder.interrupt(FailureView { kind, guest }, &reason);
                 // It may have joined again before this side noticed, and nobody says it twice.
                 if self.joined.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
                     let _ = self.events.tell(DestinationEvent::Rejoined);

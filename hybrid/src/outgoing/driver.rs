@@ -151,12 +151,12 @@ impl Shared {
                 self.release_rounds();
                 // A cancel that the commit has overtaken is forgotten.
                 self.cancelled.store(false, Ordering::Release);
-                self.recorder.interrupt(kind, &reason);
+                self.recorder.interrupt(FailureView { kind, guest: GuestAfter::Divided }, &reason);
             }
             SourceAction::OpenLanes => {
                 match self.open_again() {
                     Ok(link) => session.link = link,
-                    Err(Unopened { reason, .. }) => return Some(SourceEvent::RejoinFailed(reason)),
+                    Err(Unopened { kind, reason }) => return Some(SourceEvent::RejoinFailed { kind, reason }),
                 }
                 session.patience = Patience::until(Instant::now() + REJOIN_PATIENCE);
             }

@@ -39,6 +39,8 @@ pub enum DestinationEvent {
     PagerBroken(String),
     /// The source has opened new lanes in place of those that were lost.
     Rejoined,
+    /// Its controller ends it, if the guest is not here.
+    Closed,
 }
 
 /// What a destination does.
@@ -60,6 +62,8 @@ pub enum DestinationAction {
         kind: FailureKind,
         /// What happened.
         reason: String,
+        /// Where that leaves the guest.
+        guest: GuestAfter,
     },
     /// Tell the source over its new lanes where we stand, what is missing included.
     SendStanding {
@@ -230,7 +234,7 @@ impl Loading {
             // The commit makes this side the one that may run, and the only one.
             DestinationEvent::Commit if self.restored => run(self.complete),
             // The commit may have been sent, and lost: neither running nor giving up is for this side to decide.
-            DestinationEvent::Lost(reason) if self.restored => {
+            DestinationEvent::Lost(reason) | DestinationEvent::LaneLost(reason) if self.restored => {
                 lost(Standing { committed: false, complete: self.complete }, FailureKind::LinkLost, reason)
             }
             other => never_ran(other),
@@ -262,7 +266,7 @@ impl Postcopy {
             DestinationEvent::LaneLost(reason) | DestinationEvent::Lost(reason) | DestinationEvent::Aborted(reason) => {
                 lost(Standing { committed: true, complete: false }, FailureKind::LinkLost, reason)
             }
-            DestinationEvent::Rejoined => (DestinationSession::Postcopy(self), Vec::new()),
+            DestinationEvent::Rejoined | DestinationEvent::Closed => (DestinationSession::Postcopy(self), Vec::new()),
             other => lost(Standing { committed: true, complete: false }, FailureKind::Protocol, breach(&other)),
         }
     }
@@ -286,6 +290,7 @@ impl Paused {
                 (DestinationSession::Paused(Self(Standing { complete: true, ..standing })), Vec::new())
             }
             DestinationEvent::RunFailed(reason) | DestinationEvent::PagerBroken(reason) => broken(standing, reason),
+            DestinationEvent::Closed if !standing.committed => never_ran(event),
             // There is no link, so nothing else can mean anything.
             _ => (DestinationSession::Paused(self), Vec::new()),
         }
@@ -301,15 +306,27 @@ impl Rejoining {
                     DestinationAction::AttachLanes,
                     DestinationAction::SendRunning,
                     DestinationAction::Status(MigrationStatus::PostcopyActive),
+                    // The last link may have been lost before this was done.
+                    DestinationAction::MapTheRest,
                 ];
                 (DestinationSession::Postcopy(Postcopy(())), actions)
             }
             DestinationEvent::Commit => {
                 // First of all: lanes that cannot be taken up end this list, and the guest counts as running from here.
                 let (next, mut actions) = run(standing.complete);
-                actions.insert(1, DestinationAction::AttachLanes);
+                actions.splice(
+                    1..1,
+                    [DestinationAction::AttachLanes, DestinationAction::Status(MigrationStatus::PostcopyActive)],
+                );
                 (next, actions)
             }
+            DestinationEvent::Complete => {
+                (DestinationSession::Rejoining(Self(Standing { complete: true, ..standing })), Vec::new())
+            }
+            // The source was told that we have everything, and needed no more.
+            DestinationEvent::DrainedAcknowledged if standing.committed && standing.complete => acknowledged(),
+            DestinationEvent::Closed if standing.committed => (DestinationSession::Rejoining(self), Vec::new()),
+            DestinationEvent::Closed => never_ran(event),
             DestinationEvent::RunFailed(reason) | DestinationEvent::PagerBroken(reason) => broken(standing, reason),
             DestinationEvent::Lost(reason) | DestinationEvent::LaneLost(reason) | DestinationEvent::Aborted(reason) => {
                 lost(standing, FailureKind::LinkLost, reason)
@@ -324,14 +341,11 @@ impl Rejoining {
 impl Drained {
     fn on(self, event: DestinationEvent) -> Step {
         match event {
-            DestinationEvent::DrainedAcknowledged => (
-                DestinationSession::Over,
-                vec![DestinationAction::FinishPager, DestinationAction::Finish(Outcome::Completed)],
-            ),
+            DestinationEvent::DrainedAcknowledged => acknowledged(),
             DestinationEvent::RunFailed(reason) => stopped(FailureKind::Machine, reason),
             DestinationEvent::PagerBroken(reason) => stopped(FailureKind::Pager, reason),
             // The source closes its page lanes behind its acknowledgement, and may be seen doing so first.
-            DestinationEvent::LaneLost(_) | DestinationEvent::Rejoined => {
+            DestinationEvent::LaneLost(_) | DestinationEvent::Rejoined | DestinationEvent::Closed => {
                 (DestinationSession::Drained(self), Vec::new())
             }
             DestinationEvent::Lost(reason) | DestinationEvent::Aborted(reason) => complete_alone(reason),
@@ -339,6 +353,12 @@ impl Drained {
             other => complete_alone(breach(&other)),
         }
     }
+}
+
+/// The source knows that everything is here.
+fn acknowledged() -> Step {
+    let actions = vec![DestinationAction::FinishPager, DestinationAction::Finish(Outcome::Completed)];
+    (DestinationSession::Over, actions)
 }
 
 /// The commit is here: this side runs the guest, before anything else.
@@ -356,7 +376,8 @@ fn run(complete: bool) -> Step {
 
 /// The link is lost, and what follows is not this side's to decide.
 fn lost(standing: Standing, kind: FailureKind, reason: String) -> Step {
-    (DestinationSession::Paused(Paused(standing)), vec![DestinationAction::AwaitRejoin { kind, reason }])
+    let guest = if standing.committed { GuestAfter::Divided } else { GuestAfter::Undecided };
+    (DestinationSession::Paused(Paused(standing)), vec![DestinationAction::AwaitRejoin { kind, reason, guest }])
 }
 
 /// The guest is whole and runs, so it needs nothing from the source any more. That the source may not know is the source's
@@ -387,6 +408,9 @@ fn never_ran(event: DestinationEvent) -> Step {
         DestinationEvent::LoadFailed(reason) => (FailureKind::Machine, reason, true),
         DestinationEvent::LaneLost(reason) => (FailureKind::LinkLost, reason, true),
         DestinationEvent::Lost(reason) => (FailureKind::LinkLost, reason, false),
+        DestinationEvent::Closed => {
+            (FailureKind::Refused, "it was ended on the destination before the commit had come".to_owned(), true)
+        }
         DestinationEvent::Aborted(reason) => (FailureKind::Refused, format!("the source gave up: {reason}"), false),
         other => (FailureKind::Protocol, breach(&other), true),
     };

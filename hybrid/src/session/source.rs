@@ -45,7 +45,12 @@ pub enum SourceEvent {
     /// The controller wants a lost link to be joined again.
     Rejoin,
     /// [`SourceAction::OpenLanes`] failed. What the other side may have answered is no refusal: it may not know the session.
-    RejoinFailed(String),
+    RejoinFailed {
+        /// What kind of failure it is.
+        kind: FailureKind,
+        /// What happened.
+        reason: String,
+    },
     /// New lanes are open, and the destination has said where it stands, what it lacks included.
     Standing {
         /// It has the commit.
@@ -490,7 +495,7 @@ impl Rejoining {
             }
             event if comes_late(&event) => (SourceSession::Rejoining(self), Vec::new()),
             SourceEvent::Refused(reason) => taken_back(&reason),
-            SourceEvent::RejoinFailed(reason) => lost(FailureKind::Unreachable, reason),
+            SourceEvent::RejoinFailed { kind, reason } => lost(kind, reason),
             SourceEvent::Lost(reason) | SourceEvent::LaneLost(reason) => lost(FailureKind::LinkLost, reason),
             other => lost(FailureKind::Protocol, breach(&other)),
         }

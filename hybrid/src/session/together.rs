@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 
 use super::destination::{DestinationAction, DestinationEvent, DestinationSession};
 use super::source::{Ending, Plan, SourceAction, SourceEvent, SourceSession};
-use super::{GuestAfter, Outcome};
+use super::{FailureKind, GuestAfter, Outcome};
 use crate::status::MigrationStatus;
 
 /// What goes wrong, and at which step.
@@ -268,7 +268,10 @@ impl World {
                     self.link = true;
                     self.tell_source(SourceEvent::Standing { committed: true, complete: true });
                 } else {
-                    self.to_source.push_back(SourceEvent::RejoinFailed("unknown session".into()));
+                    self.to_source.push_back(SourceEvent::RejoinFailed {
+                        kind: FailureKind::Unreachable,
+                        reason: "unknown session".into(),
+                    });
                 }
             }
             SourceAction::ServeAgain => {
@@ -490,7 +493,10 @@ fn nothing_else_after_the_commit_lets_the_source_run() {
         assert!(session.is_lost().is_ok() && !runs(&actions));
         // Nor does a destination that does not know the session.
         let (session, _) = session.on(SourceEvent::Rejoin);
-        let (session, actions) = session.on(SourceEvent::RejoinFailed("session 1 is unknown here".into()));
+        let (session, actions) = session.on(SourceEvent::RejoinFailed {
+            kind: FailureKind::Unreachable,
+            reason: "session 1 is unknown here".into(),
+        });
         assert!(session.is_lost().is_ok() && !runs(&actions));
     }
     // A decision of the rounds that comes late changes nothing.
@@ -579,9 +585,35 @@ fn a_destination_that_refused_never_runs() {
     for event in [DestinationEvent::Prepared, missing, DestinationEvent::State, DestinationEvent::Loaded] {
         session = session.on(event).0;
     }
-    let (session, actions) = session.on(DestinationEvent::LaneLost("broken".into()));
-    assert!(actions.iter().any(|action| matches!(action, DestinationAction::SendRefused(_))));
-    assert_eq!(session.on(DestinationEvent::Commit), (DestinationSession::Over, Vec::new()));
+    // A lost lane is no reason: the link may be gone with it, and the commit be lost on it.
+    let waiting = session.clone().on(DestinationEvent::LaneLost("broken".into())).0;
+    assert!(matches!(waiting, DestinationSession::Paused(_)));
+    let rejoining = waiting.clone().on(DestinationEvent::Rejoined).0;
+    let ends = [
+        session.on(DestinationEvent::PagerBroken("broken".into())),
+        rejoining.on(DestinationEvent::Closed),
+        waiting.on(DestinationEvent::Closed),
+    ];
+    for (session, actions) in ends {
+        assert!(actions.iter().any(|action| matches!(action, DestinationAction::SendRefused(_))));
+        assert_eq!(session.on(DestinationEvent::Commit), (DestinationSession::Over, Vec::new()));
+    }
+}
+
+#[test]
+fn a_guest_that_is_here_is_not_ended_by_closing() {
+    let mut session = DestinationSession::new();
+    let missing = DestinationEvent::Missing { complete_first: false };
+    let begun = [DestinationEvent::Prepared, missing, DestinationEvent::State, DestinationEvent::Loaded];
+    for event in begun.into_iter().chain([DestinationEvent::Commit]) {
+        session = session.on(event).0;
+    }
+    let paused = session.clone().on(DestinationEvent::Lost("cut".into())).0;
+    let rejoining = paused.clone().on(DestinationEvent::Rejoined).0;
+    let drained = session.clone().on(DestinationEvent::Complete).0;
+    for session in [session, paused, rejoining, drained] {
+        assert_eq!(session.clone().on(DestinationEvent::Closed), (session, Vec::new()));
+    }
 }
 
 #[test]

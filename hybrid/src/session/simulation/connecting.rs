@@ -7,6 +7,7 @@ use super::destination_side::{SESSION, counts, lane_id};
 use super::network::{CONTROL, End, FAULT, Link, Message};
 use super::source_side::{REJOIN_PATIENCE, Whither};
 use super::world::{Happening, Time, World};
+use crate::failure::FailureKind;
 use crate::session::destination::DestinationEvent;
 use crate::session::source::SourceEvent;
 use crate::status::MigrationStatus;
@@ -20,7 +21,10 @@ impl World {
     /// The source's thread opens lanes, and does nothing else until they are open or refused.
     pub fn open_again(&mut self) -> Option<SourceEvent> {
         let Some(whither) = self.source.rejoin.take() else {
-            return Some(SourceEvent::RejoinFailed("nobody has said where the destination is now".into()));
+            return Some(SourceEvent::RejoinFailed {
+                kind: FailureKind::Unreachable,
+                reason: "nobody has said where the destination is now".into(),
+            });
         };
         let link = self.links.len();
         let lanes = 3 + self.dice.index(3);
@@ -133,7 +137,9 @@ impl World {
             self.source.opening = None;
             self.shut_down(End::Source, link);
             self.note(|| format!("source: link {link} is not opened: {refusal}"));
-            self.source.inbox.answer(SourceEvent::RejoinFailed(refusal.into()));
+            self.source
+                .inbox
+                .answer(SourceEvent::RejoinFailed { kind: FailureKind::Unreachable, reason: refusal.into() });
             self.source.todo.clear();
         } else if lane + 1 < self.links[link].lanes() {
             return self.open_lane(link, lane + 1);

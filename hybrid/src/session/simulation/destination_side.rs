@@ -292,7 +292,7 @@ impl World {
                 self.destination.refused = true;
                 self.say(Message::Refused);
             }
-            DestinationAction::AwaitRejoin { kind, reason } => {
+            DestinationAction::AwaitRejoin { kind, reason, .. } => {
                 self.must(kind != FailureKind::Protocol, &reason);
                 let in_vain = self.destination.aborted || !self.destination.confirmed;
                 self.must(!in_vain, "waits for a source that has not committed");
