@@ -43,8 +43,8 @@ class Side:
         try:
             answer = await self.execute(command, arguments)
         except ExecuteError as error:
-            assert error.error.desc, command
-            return f"{error.error.class_}: {error.error.desc}"
+            assert str(error), command
+            return f"{error.error_class}: {error}"
         raise AssertionError(f"{command} was to be refused, and answered {answer}")
 
     async def status(self, wanted: str) -> dict[str, Any]:
@@ -117,9 +117,13 @@ async def measure(source: Side) -> None:
     while (rate := await source.execute("query-dirty-rate"))["status"] != "measured":
         await asyncio.sleep(0.01)
     assert rate["dirty-rate"] >= 0, rate
-    await source.execute("set-vcpu-dirty-limit", {"dirty-rate": 64})
-    assert (await source.execute("query-vcpu-dirty-limit"))[0]["limit-rate"] == 64
-    assert "dirty page rate limit" in (await source.execute("query-migrate"))["blocked-reasons"][0]
+    try:
+        await source.execute("set-vcpu-dirty-limit", {"dirty-rate": 64})
+        assert (await source.execute("query-vcpu-dirty-limit"))[0]["limit-rate"] == 64
+        assert "dirty page rate limit" in (await source.execute("query-migrate"))["blocked-reasons"][0]
+    except ExecuteError as error:
+        # A machine that keeps one book for all of its vCPUs.
+        assert "--dirty-tracking ring" in str(error), error
     await source.execute("cancel-vcpu-dirty-limit")
     assert await source.execute("query-vcpu-dirty-limit") == []
 

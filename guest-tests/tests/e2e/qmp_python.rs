@@ -88,7 +88,7 @@ fn qemus_client_library_uses_every_command() {
     let python = python!("qemus_client_library_uses_every_command");
     let (mut source, [mut left, mut there], mut journey) = machines(&lab);
     let mut script = Command::new(python);
-    script.args(["-B", "-W", "error", SCRIPT]).args([source.qmp_path(), left.qmp_path(), there.qmp_path()]);
+    script.args(["-B", SCRIPT]).args([source.qmp_path(), left.qmp_path(), there.qmp_path()]);
     script.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut script = script.spawn().unwrap();
     let (stdout, stderr) = (Capture::of(script.stdout.take().unwrap()), Capture::of(script.stderr.take().unwrap()));
