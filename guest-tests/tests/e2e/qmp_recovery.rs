@@ -33,8 +33,7 @@ fn the_command_tells_of_a_lost_link_and_joins_it_again() {
     slow_down(&mut source, CRAWL);
     let (endpoint, other) = (source.qmp_endpoint(), there.qmp_endpoint());
     let first = std::thread::scope(|scope| {
-        let migrate =
-            scope.spawn(|| switchover(&["migrate", "--qmp", &endpoint, "--to", &to, "--mode", "postcopy"]));
+        let migrate = scope.spawn(|| switchover(&["migrate", "--qmp", &endpoint, "--to", &to, "--mode", "postcopy"]));
         // Before that the source may not have its commit answered.
         there.wait_migration("postcopy-active");
         there.execute("migrate-pause", json!({}));
@@ -139,7 +138,8 @@ fn each_side_tells_what_it_knows_of_a_migration() {
     }
     assert!(sent.get("postcopy-latency").is_none(), "a source times no faults: {sent}");
     let report = there.execute("x-switchover-report", json!({}));
-    let count: u64 = came["postcopy-latency-dist"].as_array().unwrap().iter().map(|count| count.as_u64().unwrap()).sum();
+    let count: u64 =
+        came["postcopy-latency-dist"].as_array().unwrap().iter().map(|count| count.as_u64().unwrap()).sum();
     let faults = &report["faults"];
     let most = faults["remote"].as_u64().unwrap() + faults["raced"].as_u64().unwrap();
     assert!((faults["remote"].as_u64().unwrap()..=most).contains(&count) && count > 0, "{count} of {faults}");
@@ -167,7 +167,10 @@ fn differences_are_told_of_with_xbzrle() {
     switch(&mut source, "xbzrle", true);
     switch(&mut source, "postcopy-ram", true);
     begin_rounds(&mut source, &to, 4);
-    assert!(source.execute("query-migrate", json!({})).get("xbzrle-cache").is_none(), "not before all of it is counted");
+    assert!(
+        source.execute("query-migrate", json!({})).get("xbzrle-cache").is_none(),
+        "not before all of it is counted"
+    );
     source.execute("migrate-start-postcopy", json!({}));
     let ended = source.wait_migration("completed");
     let cache = &ended["xbzrle-cache"];

@@ -72,7 +72,8 @@ fn of_many_who_migrate_one_does() {
     journey.works_on(1);
     let mut destinations: Vec<_> = (0..3).map(|_| destination(&lab, &spec, Transport::Tcp)).collect();
     allow_postcopy(&mut source);
-    let commands: Vec<_> = destinations.iter().map(|(_, to)| ("migrate", json!({ "uri": to }))).cycle().take(8).collect();
+    let commands: Vec<_> =
+        destinations.iter().map(|(_, to)| ("migrate", json!({ "uri": to }))).cycle().take(8).collect();
     let (won, lost) = only_winner(at_once(&source, &commands));
     assert!(lost.iter().all(|reason| reason == "There's a migration process in progress"), "{lost:?}");
     source.execute("migrate-start-postcopy", json!({}));

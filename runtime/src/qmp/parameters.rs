@@ -338,7 +338,9 @@ fn name_of<T: PartialEq + Copy>(names: &[(&'static str, T)], value: T) -> &'stat
 
 fn refuse_unless_unchanged(given: &Given<'_>) -> Result<(), Refusal> {
     if let Some((_, only, reason)) = fixed().into_iter().find(|(known, _, _)| *known == given.name) {
-        return if *given.value == only { Ok(()) } else { Err(given.cannot(reason)) };
+        // QEMU's way to clear a text.
+        let cleared = given.value.is_null() && only == "";
+        return if *given.value == only || cleared { Ok(()) } else { Err(given.cannot(reason)) };
     }
     match REFUSED.iter().find(|(known, _)| *known == given.name) {
         Some((_, reason)) => Err(given.cannot(reason)),
@@ -382,6 +384,12 @@ mod tests {
     fn every_parameter_that_is_told_can_be_set_to_what_was_told() {
         let told = Parameters::default().to_value();
         assert_eq!(set(&told), Ok(Parameters::default()));
+    }
+
+    #[test]
+    fn what_is_not_there_can_be_cleared() {
+        assert_eq!(set(&json!({"tls-creds": null, "tls-hostname": null})), Ok(Parameters::default()));
+        assert!(set(&json!({"avail-switchover-bandwidth": null})).is_err());
     }
 
     #[test]
