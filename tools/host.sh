@@ -2,7 +2,8 @@
 # shellcheck shell=bash
 
 # libclang reads the kernel's userfaultfd header for the userfaultfd crate; gcc links, with libc6-dev, which brings that header.
-readonly NEEDED_PACKAGES=(gcc libc6-dev libclang-dev)
+# A script that needs more adds it.
+NEEDED_PACKAGES=(gcc libc6-dev libclang-dev)
 readonly NEEDED_RUST='1.88'
 
 say() { printf '%s\n' "$*"; }
@@ -12,25 +13,25 @@ die() {
     exit 1
 }
 
-# Prints the packages of NEEDED_PACKAGES, and of those named besides, that are not installed.
+# Prints the packages of NEEDED_PACKAGES that are not installed.
 missing_packages() {
     local package
-    for package in "${NEEDED_PACKAGES[@]}" "$@"; do
+    for package in "${NEEDED_PACKAGES[@]}"; do
         [[ "$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null)" == installed ]] ||
             printf '%s\n' "$package"
     done
 }
 
-# Says first what it will install, and installs only what is missing. Takes the names of packages that are needed besides.
+# Says first what it will install, and installs only what is missing.
 install_packages() {
     if ! command -v dpkg-query >/dev/null; then
         say "This is not Debian: see to it yourself that a C compiler, its headers and libclang are there."
         return
     fi
     local -a missing
-    mapfile -t missing < <(missing_packages "$@")
+    mapfile -t missing < <(missing_packages)
     if ((${#missing[@]} == 0)); then
-        say "Debian packages: all there (${NEEDED_PACKAGES[*]}${*:+ $*})."
+        say "Debian packages: all there (${NEEDED_PACKAGES[*]})."
         return
     fi
     say "Debian packages that will be installed now: ${missing[*]}"
