@@ -154,7 +154,8 @@ impl Shell {
     /// Types a command that must succeed.
     fn does(&mut self, line: &str) -> Value {
         let mut answer = self.types(line);
-        answer.get_mut("return").map(Value::take).unwrap_or_else(|| panic!("`{line}`: {answer}"))
+        let value = answer.get_mut("return").map(Value::take);
+        value.unwrap_or_else(|| panic!("`{line}`: {answer}"))
     }
 
     fn waits_for(&mut self, status: &str) -> Value {
