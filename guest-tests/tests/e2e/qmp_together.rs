@@ -3,6 +3,7 @@
 use std::sync::Barrier;
 use std::thread;
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use switchover_guest_tests::journey::Journey;
 use switchover_guest_tests::lab::Lab;
@@ -159,10 +160,11 @@ fn of_many_who_resume_one_does() {
 fn a_guest_is_reclaimed_or_joined_again_and_never_both() {
     let lab = lab!("a_guest_is_reclaimed_or_joined_again_and_never_both");
     let (mut source, mut there, _, to) = paused(&lab);
-    // The fence: it runs nowhere else.
-    there.kill();
+    // It runs nowhere else from here on, and whoever tries to join it waits for an answer.
+    there.signal(Signal::SIGSTOP);
     let commands = [("x-switchover-reclaim", json!({})), ("migrate", json!({ "uri": to, "resume": true }))];
     let (won, _) = only_winner(at_once(&source, &commands));
+    there.kill();
     if won == 1 {
         // Nobody is there who could be joined: it is where it was, and can be reclaimed.
         source.wait_migration("postcopy-paused");
