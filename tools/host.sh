@@ -2,7 +2,8 @@
 # shellcheck shell=bash
 
 # libclang reads the kernel's userfaultfd header for the userfaultfd crate; gcc links, with libc6-dev, which brings that header.
-readonly NEEDED_PACKAGES=(gcc libc6-dev libclang-dev)
+# A script that needs more adds it.
+NEEDED_PACKAGES=(gcc libc6-dev libclang-dev)
 readonly NEEDED_RUST='1.88'
 
 say() { printf '%s\n' "$*"; }

@@ -5,6 +5,7 @@ mod driver;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crossbeam::channel::{Receiver, unbounded};
 use switchover_pager::cpu::CpuMeter;
@@ -34,6 +35,8 @@ pub struct Incoming {
 struct Shared {
     machine: Arc<dyn Machine>,
     settings: Settings,
+    /// How long the source may be silent; a link has what there was when it began.
+    silence: Mutex<Duration>,
     recorder: Recorder,
     listener: Arc<Listener>,
     /// Where a source that lost its link may come to, beside where it came to first.
@@ -65,6 +68,7 @@ impl Incoming {
         let shared = Arc::new(Shared {
             machine,
             settings,
+            silence: Mutex::new(settings.silence),
             recorder: Recorder::new(observer),
             listener: Arc::new(Listener::bind(at)?),
             recovery: Mutex::new(None),
@@ -122,17 +126,24 @@ impl Incoming {
         Ok(address)
     }
 
-    /// Cuts the link of a post-copy, as if it had been lost: the guest runs on with what it has, until its source joins again.
+    /// Cuts the link of a post-copy, or of one that is joining again, as if it had been lost: the guest runs on with what it has,
+    /// until its source joins again.
     ///
     /// # Errors
     /// When the guest does not run here, or is all here.
     pub fn pause(&self) -> Result<(), MigrationError> {
         let missing = self.shared.pager().as_ref().map_or(0, |pager| pager.progress().missing);
-        if self.shared.recorder.read().status != MigrationStatus::PostcopyActive || missing == 0 {
+        let status = self.shared.recorder.read().status;
+        if !matches!(status, MigrationStatus::PostcopyActive | MigrationStatus::PostcopyRecover) || missing == 0 {
             return Err(MigrationError::TooLate { wish: "pause the migration", why: "it is not in post-copy" });
         }
         self.shared.events.of_link().tell(DestinationEvent::Lost("its controller paused the migration".to_owned()));
         Ok(())
+    }
+
+    /// Changes how long the source may be silent ([`Settings::silence`]), from its next link on.
+    pub fn set_silence(&self, silence: Duration) {
+        *self.shared.silence() = silence;
     }
 
     /// Listens no longer, and ends a migration that has not had its commit. One that has goes on.
@@ -151,23 +162,32 @@ impl Incoming {
         let shared = &self.shared;
         let record = shared.recorder.read();
         let ram_total = shared.machine.ram().pages();
-        let seen = shared.pager().as_ref().map_or_else(
-            || DestinationProgress { missing: ram_total.0, ..DestinationProgress::default() },
-            DestinationPager::progress,
+        let (seen, waits) = shared.pager().as_ref().map_or_else(
+            || (DestinationProgress { missing: ram_total.0, ..DestinationProgress::default() }, None),
+            |pager| (pager.progress(), Some(pager.waits())),
         );
+        let transferred = shared.lanes.transferred();
+        let [precopy_bytes, downtime_bytes, postcopy_bytes] = record.split(transferred);
         Progress {
             status: record.status,
             downtime_ns: record.downtime_ns(),
             setup_time_ns: record.setup_time_ns(),
             total_time_ns: record.total_time_ns(),
             ram_total: ram_total.bytes(),
-            transferred: shared.lanes.transferred(),
+            transferred,
+            precopy_bytes,
+            downtime_bytes,
+            postcopy_bytes,
+            bulk_bytes: shared.lanes.bulk_bytes(),
             remaining: switchover_wire::types::PageCount(seen.missing).bytes(),
             zero_pages: seen.zero + seen.precopied_zero,
             normal_pages: seen.pushed + seen.requested + seen.precopied,
             postcopy_requests: seen.requests,
+            waits: waits.filter(|_| record.instants.commit_ns.is_some()),
             error: record.error,
             failure: record.failure,
+            phases: record.phases,
+            interruptions: record.interruptions,
             ..Progress::default()
         }
     }
@@ -223,6 +243,10 @@ impl Shared {
 
     fn reception(&self) -> MutexGuard<'_, Reception<Arc<Socket>>> {
         self.reception.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn silence(&self) -> MutexGuard<'_, Duration> {
+        self.silence.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn recovery(&self) -> MutexGuard<'_, Option<Arc<Listener>>> {

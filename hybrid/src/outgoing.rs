@@ -42,8 +42,8 @@ struct Shared {
     session: Mutex<SourceSession>,
     events: Teller<SourceEvent>,
     cancelled: AtomicBool,
-    /// Where and how a lost link is to be joined again.
-    rejoin: Mutex<Option<Rejoin>>,
+    /// What a controller wants of a lost link, until it is done: one wish at a time.
+    wish: Mutex<Option<LostWish>>,
     /// What the destination has said over new lanes that it lacks.
     lacking: Mutex<Option<Vec<u64>>>,
     lanes: Arc<Lanes>,
@@ -61,11 +61,13 @@ struct Shared {
     cpu: CpuMeter,
 }
 
-/// Where and how a lost link is to be joined again.
+/// What a controller wants of a lost link.
 #[derive(Clone, Debug)]
-struct Rejoin {
-    to: Address,
-    settings: Settings,
+enum LostWish {
+    /// Join it again, there and so.
+    Rejoin { to: Address, settings: Settings },
+    /// Run the guest here again.
+    Reclaim,
 }
 
 impl Outgoing {
@@ -92,7 +94,7 @@ impl Outgoing {
             session: Mutex::new(SourceSession::new(plan)),
             events: Teller::new(events),
             cancelled: AtomicBool::new(false),
-            rejoin: Mutex::new(None),
+            wish: Mutex::new(None),
             lacking: Mutex::new(None),
             lanes,
             pager: Mutex::new(None),
@@ -123,6 +125,9 @@ impl Outgoing {
         }
         if !self.shared.settings.postcopy {
             return Err(MigrationError::PostcopyNotAllowed);
+        }
+        if self.shared.cancelled.load(Ordering::Acquire) && self.shared.session().can_cancel().is_ok() {
+            return Err(too_late("the migration is being cancelled"));
         }
         self.shared.tell(SourceEvent::StartPostcopy).ok_or(too_late("the migration is over"))
     }
@@ -179,24 +184,21 @@ impl Outgoing {
         Ok(())
     }
 
-    /// Cuts the link of a post-copy, as if it had been lost: the guest runs on with what it has, until
-    /// [`resume`](Self::resume).
+    /// Cuts the link of a post-copy, or of one that is joining again, as if it had been lost: the guest runs on with what it has,
+    /// until [`resume`](Self::resume).
     ///
     /// # Errors
     /// When the guest does not run on the destination, or is all there.
     pub fn pause(&self) -> Result<(), MigrationError> {
-        let (is_in_postcopy, is_rejoining) = {
-            let session = self.shared.session();
-            (session.is_in_postcopy(), session.is_rejoining())
-        };
-        if is_rejoining {
-            self.shared.lanes.shut_down();
-            return Ok(());
-        }
-        if !is_in_postcopy {
+        let status = self.shared.recorder.read().status;
+        if !matches!(status, MigrationStatus::PostcopyActive | MigrationStatus::PostcopyRecover) {
             return Err(MigrationError::TooLate { wish: "pause the migration", why: "it is not in post-copy" });
         }
         self.shared.events.of_link().tell(SourceEvent::Lost("its controller paused the migration".to_owned()));
+        if status == MigrationStatus::PostcopyRecover {
+            // Opening lanes may take long: whatever it waits for ends now.
+            self.shared.lanes.shut_down();
+        }
         Ok(())
     }
 
@@ -205,11 +207,12 @@ impl Outgoing {
     /// `postcopy-paused` again, which can be tried again without end.
     ///
     /// # Errors
-    /// When the link is not lost, or the settings ask for what cannot be.
+    /// When the link is not lost, another such wish is being carried out, or the settings ask for what cannot be.
     pub fn resume(&self, to: Address, settings: Settings) -> Result<(), MigrationError> {
         settings.check()?;
-        self.shared.may_rejoin("resume")?;
-        *self.shared.rejoin() = Some(Rejoin { to, settings });
+        self.shared.wish_for_lost("resume", LostWish::Rejoin { to, settings })?;
+        // At once: whoever looks after this has returned must not take the last loss for the outcome.
+        self.shared.recorder.set_status(MigrationStatus::PostcopyRecover);
         self.shared.tell(SourceEvent::Rejoin).ok_or(MigrationError::NotLost { wish: "resume" })
     }
 
@@ -218,9 +221,9 @@ impl Outgoing {
     /// destination is lost.
     ///
     /// # Errors
-    /// When the link is not lost.
+    /// When the link is not lost, or is being joined again.
     pub fn reclaim(&self) -> Result<(), MigrationError> {
-        self.shared.may_rejoin("reclaim")?;
+        self.shared.wish_for_lost("reclaim", LostWish::Reclaim)?;
         self.shared.tell(SourceEvent::Reclaim).ok_or(MigrationError::NotLost { wish: "reclaim" })
     }
 
@@ -243,25 +246,34 @@ impl Outgoing {
             _ => ram_total,
         };
         let past = *shared.past.lock().unwrap_or_else(PoisonError::into_inner);
+        let transferred = shared.lanes.transferred();
+        let [precopy_bytes, downtime_bytes, postcopy_bytes] = record.split(transferred);
+        let encodings = shared.precopy().as_ref().filter(|_| handed_over).map(|precopy| precopy.encodings());
         Progress {
             status: record.status,
             downtime_ns: record.downtime_ns(),
             setup_time_ns: record.setup_time_ns(),
             total_time_ns: record.total_time_ns(),
             ram_total,
-            transferred: shared.lanes.transferred(),
+            transferred,
             bulk_bytes: shared.lanes.bulk_bytes(),
             remaining,
             zero_pages: pages(|pager| pager.zero) + past.zero + rounds.sent.zero_pages,
             normal_pages: pages(|pager| pager.data) + past.data + rounds.sent.data_pages,
             postcopy_requests: pages(|pager| pager.requests) + past.requests,
-            precopy_bytes: rounds.sent.wire_bytes,
+            precopy_bytes,
+            downtime_bytes,
+            postcopy_bytes,
+            encodings,
             rounds: rounds.rounds,
             dirty_pages_per_second: rounds.dirty_pages_per_second,
             expected_downtime_ns: rounds.expected_downtime_ns.filter(|_| !handed_over),
             throttle_percent: if handed_over { 0 } else { rounds.throttle_percent },
+            waits: None,
             error: record.error,
             failure: record.failure,
+            phases: record.phases,
+            interruptions: record.interruptions,
         }
     }
 
@@ -330,15 +342,17 @@ impl Shared {
         self.events.tell(event).then_some(())
     }
 
-    fn may_rejoin(&self, wish: &'static str) -> Result<(), MigrationError> {
-        self.session().is_lost().map_err(|_| MigrationError::NotLost { wish })?;
-        if self.rejoin().is_some() {
-            return Err(MigrationError::TooLate { wish, why: "it is just being resumed" });
+    /// Notes what is wanted of a lost link, for the one caller that comes first.
+    fn wish_for_lost(&self, name: &'static str, wanted: LostWish) -> Result<(), MigrationError> {
+        // The session cannot leave its phase while this looks, and only a noted wish makes it leave.
+        let session = self.session();
+        session.is_lost().map_err(|_| MigrationError::NotLost { wish: name })?;
+        let mut wish = self.wish.lock().unwrap_or_else(PoisonError::into_inner);
+        if wish.is_some() {
+            let why = "another controller has it resumed or reclaimed already";
+            return Err(MigrationError::TooLate { wish: name, why });
         }
+        *wish = Some(wanted);
         Ok(())
-    }
-
-    fn rejoin(&self) -> MutexGuard<'_, Option<Rejoin>> {
-        self.rejoin.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

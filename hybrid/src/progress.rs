@@ -1,6 +1,9 @@
 //! How far a migration has come, for those who watch it.
 
+use switchover_pager::stats::WaitCounts;
+
 use crate::failure::FailureView;
+use crate::report::{EncodingCounts, Interruption, PhaseSpan};
 use crate::status::MigrationStatus;
 
 /// A look at a migration. Byte counts are those of this side.
@@ -28,8 +31,13 @@ pub struct Progress {
     pub total_time_ns: u64,
     /// From the start until the destination was prepared.
     pub setup_time_ns: Option<u64>,
-    /// Bytes that crossed all lanes before the handoff.
+    /// Bytes that crossed all lanes before the guest was paused for the handoff.
     pub precopy_bytes: u64,
+    /// Bytes that crossed them while no vCPU ran, as far as this side can tell: from the pause, or the news of it, until the guest
+    /// ran on the destination, or the news of that.
+    pub downtime_bytes: u64,
+    /// Bytes that crossed them since then.
+    pub postcopy_bytes: u64,
     /// Bytes that crossed the bulk lanes, both ways.
     pub bulk_bytes: u64,
     /// Rounds of pre-copy begun.
@@ -43,4 +51,12 @@ pub struct Progress {
     /// The blackout as this side can know it: from the last source exit to the first destination entry where the
     /// two are known on one clock; else, on the source, until it was told that the guest runs.
     pub downtime_ns: Option<u64>,
+    /// Destination: how long faults whose pages were asked for took, once there can be any.
+    pub waits: Option<WaitCounts>,
+    /// Source: how pages were encoded before the handoff, once that is known of all lanes.
+    pub encodings: Option<EncodingCounts>,
+    /// Statuses and steps so far, in order of their start, in nanoseconds of this side's `CLOCK_MONOTONIC`.
+    pub phases: Vec<PhaseSpan>,
+    /// Where the link was lost after the commit, in order.
+    pub interruptions: Vec<Interruption>,
 }

@@ -49,6 +49,10 @@ pub struct Record {
     pub same_clock: bool,
     /// Bytes of vCPU and device state.
     pub state_bytes: u64,
+    /// What had crossed the lanes when the guest was paused for the handoff, or, on a destination, when that was heard.
+    pub bytes_at_pause: Option<u64>,
+    /// And when the guest ran on the destination, or, on a source, when that was heard.
+    pub bytes_at_running: Option<u64>,
     /// How often the link was lost after the commit.
     pub interruptions: Vec<Interruption>,
     /// Destination: the guest is complete, but the link was lost, for this reason, before its source could say that it knows.
@@ -74,6 +78,8 @@ impl Recorder {
             was_running: true,
             same_clock: false,
             state_bytes: 0,
+            bytes_at_pause: None,
+            bytes_at_running: None,
             interruptions: Vec::new(),
             unacknowledged: None,
             status_span: None,
@@ -250,6 +256,17 @@ impl Record {
         }
     }
 
+    /// Of `transferred` bytes, those that crossed before the pause, while no vCPU ran, and since then.
+    #[must_use]
+    pub const fn split(&self, transferred: u64) -> [u64; 3] {
+        let Some(pause) = self.bytes_at_pause else { return [transferred, 0, 0] };
+        let running = match self.bytes_at_running {
+            Some(running) => running,
+            None => transferred,
+        };
+        [pause, running.saturating_sub(pause), transferred.saturating_sub(running)]
+    }
+
     /// From the start to the end of `setup`.
     #[must_use]
     pub fn setup_time_ns(&self) -> Option<u64> {
@@ -302,6 +319,16 @@ mod tests {
         assert_eq!(recorder.read().failure, Some(failure));
         assert_eq!(*told.lock().unwrap(), [MigrationStatus::Setup, MigrationStatus::Failed]);
         assert_eq!(recorder.wait(), MigrationStatus::Failed);
+    }
+
+    #[test]
+    fn bytes_are_split_where_the_guest_was_paused_and_where_it_ran_again() {
+        let mut record = Recorder::new(crate::settings::no_observer()).read();
+        assert_eq!(record.split(9), [9, 0, 0]);
+        record.bytes_at_pause = Some(4);
+        assert_eq!(record.split(9), [4, 5, 0]);
+        record.bytes_at_running = Some(7);
+        assert_eq!(record.split(9), [4, 3, 2]);
     }
 
     #[test]

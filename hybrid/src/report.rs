@@ -253,6 +253,15 @@ pub struct EncodingCounts {
     pub zstd: u64,
     /// As a difference to the version that the destination held.
     pub delta: u64,
+    /// The bytes of those differences.
+    #[serde(default)]
+    pub delta_bytes: u64,
+    /// Pages whose version at the destination was not kept here, where differences were wanted.
+    #[serde(default)]
+    pub delta_misses: u64,
+    /// Pages whose difference would have saved too little.
+    #[serde(default)]
+    pub delta_overflows: u64,
     /// As a reference to another page.
     pub same: u64,
     /// Bytes of all these before encoding.

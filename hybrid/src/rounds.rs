@@ -208,17 +208,25 @@ impl Precopy {
     /// What it did.
     pub fn report(&self) -> PrecopyReport {
         let mut report = self.book().report.clone();
+        report.encodings = self.encodings();
+        report
+    }
+
+    /// How pages were encoded, by the lanes whose rounds have ended.
+    pub fn encodings(&self) -> EncodingCounts {
         let counts = self.rounds.pack_counts();
-        report.encodings = EncodingCounts {
+        EncodingCounts {
             raw: counts.raw,
             lz4: counts.lz4,
             zstd: counts.zstd,
             delta: counts.delta,
+            delta_bytes: counts.delta_bytes,
+            delta_misses: counts.delta_misses,
+            delta_overflows: counts.delta_overflows,
             same: counts.same,
             bytes_in: counts.bytes_in,
             bytes_out: counts.bytes_out,
-        };
-        report
+        }
     }
 
     /// CPU time of the lanes' threads that have ended.

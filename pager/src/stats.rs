@@ -13,6 +13,9 @@ pub const SLICE_NS: u64 = 2_000_000;
 /// Slices kept: the first four minutes of a drain. What comes later is added to the last.
 const SLICES: usize = 120_000;
 
+/// Buckets of [`WaitCounts`].
+pub const WAIT_BUCKETS: usize = 24;
+
 /// A histogram of nanoseconds.
 pub type Latencies = Histogram<u64>;
 
@@ -34,6 +37,34 @@ pub struct FaultTimes {
     pub placed: Nanos,
     /// The wake-up call had returned.
     pub woken: Nanos,
+}
+
+/// Remote and raced faults by how long they took, in few words: for those who look often, and must not keep faults waiting for a
+/// copy of whole histograms.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct WaitCounts {
+    /// Faults that were timed, from taken to woken.
+    pub faults: u64,
+    /// The sum of their times in nanoseconds.
+    pub total_ns: u64,
+    /// Bucket N has those of 2^N up to 2^(N+1) µs; the first has shorter ones too, the last longer ones.
+    pub buckets: [u64; WAIT_BUCKETS],
+}
+
+impl WaitCounts {
+    /// Counts a fault that took `ns`.
+    pub fn record(&mut self, ns: u64) {
+        let bucket = (ns / 1_000).checked_ilog2().unwrap_or(0) as usize;
+        self.buckets[bucket.min(WAIT_BUCKETS - 1)] += 1;
+        self.faults += 1;
+        self.total_ns = self.total_ns.saturating_add(ns);
+    }
+
+    /// The mean time of a fault in nanoseconds; `None` where there was none.
+    #[must_use]
+    pub const fn mean_ns(&self) -> Option<u64> {
+        self.total_ns.checked_div(self.faults)
+    }
 }
 
 /// What faults cost.
@@ -61,6 +92,8 @@ pub struct FaultStats {
     pub local_total: Latencies,
     /// Remote and raced faults over time.
     pub rate: RateSeries,
+    /// Remote and raced, as `total` has them.
+    pub waits: WaitCounts,
 }
 
 impl FaultStats {
@@ -79,6 +112,7 @@ impl FaultStats {
             wake: latencies(),
             local_total: latencies(),
             rate: RateSeries::new(),
+            waits: WaitCounts::default(),
         }
     }
 
@@ -86,7 +120,7 @@ impl FaultStats {
     pub fn record_remote(&mut self, times: FaultTimes) {
         self.remote += 1;
         self.rate.add(times.taken, 1);
-        self.total.saturating_record(times.woken.since(times.taken).max(1));
+        self.count_wait(times.woken.since(times.taken));
         self.queue.saturating_record(times.submitted.since(times.taken).max(1));
         self.wire.saturating_record(times.arrived.since(times.submitted).max(1));
         self.place.saturating_record(times.placed.since(times.arrived).max(1));
@@ -98,8 +132,13 @@ impl FaultStats {
         self.raced += 1;
         self.rate.add(taken, 1);
         if let Some(woken) = woken {
-            self.total.saturating_record(woken.since(taken).max(1));
+            self.count_wait(woken.since(taken));
         }
+    }
+
+    fn count_wait(&mut self, ns: u64) {
+        self.total.saturating_record(ns.max(1));
+        self.waits.record(ns);
     }
 
     /// Counts a fault on a page that was here.
@@ -185,6 +224,21 @@ mod tests {
         let parts = stats.queue.max() + stats.wire.max() + stats.place.max() + stats.wake.max();
         assert_eq!((stats.remote, stats.total.len()), (1, 1));
         assert!(parts.abs_diff(stats.total.max()) < 100, "{parts} against {}", stats.total.max());
+    }
+
+    #[test]
+    fn waits_fall_into_buckets_of_powers_of_two_microseconds() {
+        let mut stats = FaultStats::new();
+        let times = [0, 999, 1_999, 2_000, 3_999, 4_000, 1_023_999, 1_024_000, 8_388_608_000, u64::MAX / 4];
+        for ns in times {
+            stats.record_raced(Nanos(0), Some(Nanos(ns)));
+        }
+        stats.record_raced(Nanos(0), None);
+        let filled: Vec<_> = stats.waits.buckets.iter().enumerate().filter(|(_, count)| **count > 0).collect();
+        assert_eq!(filled, [(0, &3), (1, &2), (2, &1), (9, &1), (10, &1), (23, &2)]);
+        assert_eq!((stats.waits.faults, stats.total.len()), (10, 10));
+        assert_eq!(stats.waits.mean_ns(), Some(times.iter().sum::<u64>() / 10));
+        assert_eq!(WaitCounts::default().mean_ns(), None);
     }
 
     #[test]

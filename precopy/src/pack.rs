@@ -102,6 +102,12 @@ pub struct PackCounts {
     pub zstd: u64,
     /// Pages sent as a difference.
     pub delta: u64,
+    /// The bytes of those differences.
+    pub delta_bytes: u64,
+    /// Pages whose sent version was not kept, where differences were wanted.
+    pub delta_misses: u64,
+    /// Pages whose difference would have saved too little.
+    pub delta_overflows: u64,
     /// Pages sent as a reference to another.
     pub same: u64,
     /// Bytes of all these before encoding.
@@ -120,6 +126,15 @@ pub struct Packed<'a> {
 }
 
 impl PackCounts {
+    /// Counts a page whose sent version was looked for: whether that was kept, and how long the difference is, if that is sent.
+    const fn count_delta(&mut self, kept: bool, sent_bytes: Option<usize>) {
+        match sent_bytes {
+            Some(bytes) => self.delta_bytes += bytes as u64,
+            None if kept => self.delta_overflows += 1,
+            None => self.delta_misses += 1,
+        }
+    }
+
     fn count(&mut self, encoding: Encoding) {
         self.bytes_in += PAGE_SIZE_U64;
         *match encoding {
@@ -138,6 +153,9 @@ impl AddAssign for PackCounts {
         self.lz4 += other.lz4;
         self.zstd += other.zstd;
         self.delta += other.delta;
+        self.delta_bytes += other.delta_bytes;
+        self.delta_misses += other.delta_misses;
+        self.delta_overflows += other.delta_overflows;
         self.same += other.same;
         self.bytes_in += other.bytes_in;
         self.bytes_out += other.bytes_out;

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 use std::{io, thread};
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
@@ -91,6 +92,13 @@ impl VmController {
         lock(&self.migration)
     }
 
+    /// Why there is no guest any more that could be moved.
+    fn ended(&self) -> Option<ControlError> {
+        matches!(self.vm.run_state(), RunState::InternalError | RunState::Shutdown).then(|| ControlError::Ended {
+            reason: self.vm.status_reason().unwrap_or_else(|| "it has ended".to_owned()),
+        })
+    }
+
     fn machine(&self) -> Arc<dyn Machine> {
         Arc::<Vm>::clone(&self.vm)
     }
@@ -137,11 +145,10 @@ impl Controller for VmController {
             RunState::Inmigrate => return Err(ControlError::NotArrived),
             _ if migration.is_under_way() => return Err(ControlError::Underway),
             RunState::Postmigrate => return Err(ControlError::MovedAway),
-            RunState::InternalError | RunState::Shutdown => {
-                let reason = self.vm.status_reason().unwrap_or_else(|| "it has ended".to_owned());
-                return Err(ControlError::Ended { reason });
-            }
-            RunState::Prelaunch | RunState::Running | RunState::Paused | RunState::FinishMigrate => {}
+            _ => {}
+        }
+        if let Some(ended) = self.ended() {
+            return Err(ended);
         }
         if self.limiter.limit().is_some() {
             return Err(ControlError::Limited);
@@ -222,7 +229,10 @@ impl Controller for VmController {
 
     fn reclaim(&self) -> Result<(), ControlError> {
         match &*self.migration() {
-            Migration::Outgoing(outgoing) => outgoing.reclaim().map_err(|_| ControlError::NothingToReclaim)?,
+            Migration::Outgoing(outgoing) => outgoing.reclaim().map_err(|error| match error {
+                MigrationError::NotLost { .. } => ControlError::NothingToReclaim,
+                other => other.into(),
+            })?,
             Migration::None | Migration::Incoming(_) => return Err(ControlError::NothingToReclaim),
         }
         tracing::warn!("the guest is reclaimed: its controller vouches that it runs nowhere else");
@@ -233,6 +243,17 @@ impl Controller for VmController {
         if let Migration::Outgoing(outgoing) = &*self.migration() {
             outgoing.set_tunables(tunables);
         }
+    }
+
+    fn set_silence(&self, silence: Duration) {
+        if let Migration::Incoming(incoming) = &*self.migration() {
+            incoming.set_silence(silence);
+        }
+    }
+
+    fn blockers(&self) -> Vec<String> {
+        let limited = self.limiter.limit().map(|_| ControlError::Limited);
+        self.ended().into_iter().chain(limited).map(|error| error.to_string()).collect()
     }
 
     fn cancel(&self) -> Result<(), ControlError> {

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 use switchover_runtime::qmp::endpoint::Endpoint;
 use switchover_wire::address::Address;
@@ -34,8 +34,17 @@ pub struct MigrateArgs {
     qmp: Endpoint,
 
     /// Where the destination listens: what its `run --incoming` was given
-    #[arg(long, value_name = "tcp:HOST:PORT|unix:PATH")]
-    to: Address,
+    #[arg(long, value_name = "tcp:HOST:PORT|unix:PATH", required_unless_present = "recover")]
+    to: Option<Address>,
+
+    /// Join a link again that was lost after the handoff, and send what the destination still lacks
+    #[arg(long, conflicts_with_all = ONLY_AT_FIRST)]
+    resume: bool,
+
+    /// At a destination whose link was lost: listen for its source here too, and say where
+    #[arg(long, value_name = "tcp:HOST:PORT|unix:PATH", conflicts_with_all = ONLY_AT_FIRST,
+          conflicts_with_all = ["to", "resume", "max_postcopy_bandwidth"])]
+    recover: Option<Address>,
 
     /// How the guest moves
     #[arg(long, value_enum, default_value_t = Mode::Hybrid)]
@@ -70,6 +79,10 @@ pub struct MigrateArgs {
     compression: Option<Compression>,
 }
 
+/// What a migration takes along when it begins, and a link that is joined again does not change.
+const ONLY_AT_FIRST: [&str; 7] =
+    ["mode", "max_bandwidth", "downtime_limit", "blackout", "time_budget", "channels", "compression"];
+
 const EXAMPLES: &str = "\
 Examples:
   A guest here, a destination there, and the move:
@@ -81,12 +94,19 @@ Examples:
       --mode precopy --max-bandwidth 2Gbit --downtime-limit 50
   Over a fast link, on four connections:
     switchover migrate --qmp unix:/tmp/source.qmp --to tcp:10.0.0.2:4444 --channels 4
+  After a link was lost with the guest at the destination already, join it again; over another network, let the
+  destination listen there first:
+    switchover migrate --qmp unix:/tmp/destination.qmp --recover tcp:192.168.7.2:4445
+    switchover migrate --qmp unix:/tmp/source.qmp --to tcp:192.168.7.2:4445 --resume
 
 A RATE is in bytes (500M: MiB a second) or in bits (10Gbit). What is not given stays as the machine has it; the defaults
 are no limits on bandwidth, --downtime-limit 300, --blackout 5, --time-budget 120, one channel, --compression adaptive.
 
 Ctrl-C cancels as long as the guest has not been handed over, and the guest goes on where it was. After that the
 guest is on the destination and only its memory is still following: Ctrl-C says so, and the move goes on.
+
+A link that is lost after that is told, with what to do next, and ends this command with status 1: the guest runs on at the
+destination with what has arrived, and both machines wait to be joined again.
 
 Exit status: 0 when all of the guest has arrived, 1 when not (stderr says why, and where the guest is), 2 for bad usage.";
 
@@ -128,7 +148,7 @@ impl MigrateArgs {
     fn parameters(&self) -> Value {
         let name = |value: Option<clap::builder::PossibleValue>| value.map(|value| json!(value.get_name()));
         let all = [
-            ("x-switchover-mode", name(self.mode.to_possible_value())),
+            ("x-switchover-mode", name(self.mode.to_possible_value()).filter(|_| !self.resume)),
             ("max-bandwidth", self.max_bandwidth.map(|rate| json!(rate.0))),
             ("max-postcopy-bandwidth", self.max_postcopy_bandwidth.map(|rate| json!(rate.0))),
             ("downtime-limit", self.downtime_limit.map(Value::from)),
@@ -141,18 +161,59 @@ impl MigrateArgs {
     }
 }
 
-/// Moves a guest.
+/// Moves a guest, or joins the lost link of one that has moved.
 ///
 /// # Errors
 /// When it did not move, or not all of it.
 pub fn main(args: &MigrateArgs) -> Result<(), Failure> {
+    match (&args.recover, &args.to) {
+        (Some(at), _) => recover(args.qmp.path(), at),
+        (None, Some(to)) => migrate(args, to),
+        (None, None) => Err(Failure::usage("say with --to where the destination listens")),
+    }
+}
+
+/// Has a destination listen for the source that has lost it.
+fn recover(qmp: &Path, at: &Address) -> Result<(), Failure> {
+    let mut destination = connect(qmp)?;
+    let refused = |error: QmpError| Failure::failed(format_args!("cannot listen at {at} for the source: {error}"));
+    destination.execute("migrate-recover", json!({ "uri": at.to_string() })).map_err(refused)?;
+    let look = destination.execute("query-migrate", json!({})).map_err(refused)?;
+    let listens = socket_address(&look).unwrap_or_else(|| at.to_string());
+    let _ = writeln!(
+        std::io::stdout().lock(),
+        "listens at {listens}; now, for the source: switchover migrate --qmp unix:SOURCE --to {listens} --resume"
+    );
+    Ok(())
+}
+
+/// Where a destination listens, by its answer to `query-migrate`.
+fn socket_address(look: &Value) -> Option<String> {
+    let address = look.pointer("/socket-address/0")?;
+    let part = |name: &str| address.get(name).and_then(Value::as_str);
+    Some(match part("type")? {
+        "inet" => {
+            let port = part("port")?.parse().ok()?;
+            Address::Tcp { host: part("host")?.to_owned(), port }.to_string()
+        }
+        _ => Address::Unix(part("path")?.into()).to_string(),
+    })
+}
+
+fn migrate(args: &MigrateArgs, to: &Address) -> Result<(), Failure> {
     let ends = EndRequests::take(|_| ())?;
     let mut source = connect(args.qmp.path())?;
-    let refused = |error: QmpError| Failure::failed(format_args!("cannot migrate to {}: {error}", args.to));
-    source.execute("migrate-set-capabilities", args.capabilities()).map_err(refused)?;
+    let refused = |error: QmpError| Failure::failed(format_args!("cannot migrate to {to}: {error}"));
+    if !args.resume {
+        source.execute("migrate-set-capabilities", args.capabilities()).map_err(refused)?;
+    }
     source.execute("migrate-set-parameters", args.parameters()).map_err(refused)?;
-    source.execute("migrate", json!({ "uri": args.to.to_string() })).map_err(refused)?;
-    if args.mode == Mode::Postcopy {
+    let mut how = json!({ "uri": to.to_string() });
+    if args.resume {
+        how["resume"] = json!(true);
+    }
+    source.execute("migrate", how).map_err(refused)?;
+    if args.mode == Mode::Postcopy && !args.resume {
         match source.execute("migrate-start-postcopy", json!({})) {
             // A migration that is over already has a better reason than that: it is found below.
             Ok(_) | Err(QmpError::Refused { .. }) => {}
@@ -167,13 +228,29 @@ pub fn main(args: &MigrateArgs) -> Result<(), Failure> {
             Ok(())
         }
         "cancelled" => Err(Failure::failed("cancelled: the guest goes on where it was")),
+        "postcopy-paused" => Err(Failure::failed(paused(&last, &args.qmp, to))),
         status => Err(Failure::failed(format_args!(
-            "the migration to {} ended as `{status}`: {}{}",
-            args.to,
-            last.get("error-desc").and_then(Value::as_str).unwrap_or("no reason was given"),
+            "the migration to {to} ended as `{status}`: {}{}",
+            error_of(&last),
             report.as_ref().map(|report| afterwards(report, &mut source)).unwrap_or_default(),
         ))),
     }
+}
+
+/// A link that was lost after the handoff: where that leaves the guest, and what to do next.
+fn paused(look: &Value, qmp: &Endpoint, to: &Address) -> String {
+    format!(
+        "the link to {to} was lost after the handoff: {}. The guest belongs to the destination, which runs it with what has \
+         arrived; {} of its memory are only here, so do not end this machine. Next: `switchover migrate --qmp {qmp} --to {to} \
+         --resume`, as often as it takes; if the destination is to be reached at another address, first there: `switchover \
+         migrate --qmp unix:DESTINATION --recover tcp:HOST:PORT`",
+        error_of(look),
+        HumanBytes(number(look, "/ram/remaining")),
+    )
+}
+
+fn error_of(look: &Value) -> &str {
+    look.get("error-desc").and_then(Value::as_str).unwrap_or("no reason was given")
 }
 
 /// What there is to add where pre-copy was given up.
@@ -199,7 +276,7 @@ fn connect(path: &Path) -> Result<QmpClient, Failure> {
     QmpClient::connect(path, CONNECT_TIMEOUT).map_err(Failure::failed)
 }
 
-/// Watches the migration to its end and returns the last look at it.
+/// Watches the migration to its end, or until its link is lost, and returns the last look at it.
 fn watch(source: &mut QmpClient, ends: &EndRequests) -> Result<Value, QmpError> {
     let bar = ProgressBar::new(0);
     let template = "{msg:16} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} left {eta}";
@@ -210,7 +287,7 @@ fn watch(source: &mut QmpClient, ends: &EndRequests) -> Result<Value, QmpError> 
     loop {
         let look = source.execute("query-migrate", json!({}))?;
         let status = text(&look, "/status");
-        if matches!(status, "completed" | "failed" | "cancelled") {
+        if matches!(status, "completed" | "failed" | "cancelled" | "postcopy-paused") {
             bar.finish_and_clear();
             return Ok(look);
         }
@@ -288,6 +365,40 @@ mod tests {
                 {"capability": "postcopy-ram", "state": false}, {"capability": "multifd", "state": true},
             ]})
         );
+    }
+
+    #[test]
+    fn a_link_is_joined_again_with_what_bounds_it_and_nothing_else() {
+        let args = parse(&["--resume", "--max-postcopy-bandwidth", "1K"]).unwrap();
+        assert_eq!(args.parameters(), json!({"max-postcopy-bandwidth": 1024}));
+        let at = ["migrate", "--qmp", "unix:/q", "--recover", "tcp:h:0"];
+        let args = Command::try_parse_from(at).unwrap().args;
+        assert_eq!((args.to, args.recover.map(|at| at.to_string())), (None, Some("tcp:h:0".to_owned())));
+        for more in ONLY_AT_FIRST {
+            let value = match more {
+                "mode" => "hybrid",
+                "compression" => "lz4",
+                "max_bandwidth" => "1G",
+                _ => "5",
+            };
+            let error = parse(&["--resume", &format!("--{}", more.replace('_', "-")), value]).unwrap_err();
+            assert!(error.contains("cannot be used with"), "{more}: {error}");
+        }
+        assert!(parse(&["--recover", "tcp:h:1"]).unwrap_err().contains("cannot be used with"));
+    }
+
+    #[test]
+    fn a_lost_link_is_told_with_the_way_on() {
+        let look = json!({"status": "postcopy-paused", "error-desc": "cut", "ram": {"remaining": 2 << 20}});
+        let told = paused(&look, &Endpoint::at("/q"), &"tcp:h:1".parse().unwrap());
+        for part in ["handoff: cut. ", "2.00 MiB of its memory are only here", "--qmp unix:/q --to tcp:h:1 --resume`"] {
+            assert!(told.contains(part), "{told}");
+        }
+        let inet = json!({"socket-address": [{"type": "inet", "host": "::1", "port": "7"}]});
+        assert_eq!(socket_address(&inet), Some("tcp:[::1]:7".to_owned()));
+        let unix = json!({"socket-address": [{"type": "unix", "path": "/m"}]});
+        assert_eq!(socket_address(&unix), Some("unix:/m".to_owned()));
+        assert_eq!(socket_address(&json!({})), None);
     }
 
     #[test]

@@ -12,13 +12,13 @@ use switchover_guest_tests::waiting::{PATIENCE, until};
 use crate::lab;
 
 /// A connection on which anything can be said.
-struct Raw {
+pub struct Raw {
     stream: UnixStream,
     lines: BufReader<UnixStream>,
 }
 
 impl Raw {
-    fn connect(machine: &Machine) -> Self {
+    pub fn connect(machine: &Machine) -> Self {
         let stream = UnixStream::connect(machine.qmp_path()).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let lines = BufReader::new(stream.try_clone().unwrap());
@@ -27,11 +27,11 @@ impl Raw {
         raw
     }
 
-    fn say(&mut self, text: &[u8]) {
+    pub fn say(&mut self, text: &[u8]) {
         self.stream.write_all(text).unwrap();
     }
 
-    fn hear(&mut self) -> Value {
+    pub fn hear(&mut self) -> Value {
         let mut line = String::new();
         assert!(self.lines.read_line(&mut line).unwrap() > 0, "the machine hung up");
         serde_json::from_str(&line).unwrap()

@@ -109,7 +109,7 @@ impl Shared {
         let mut heart = ControlWriter::new(control).map_err(|error| error.to_string())?;
         let control = Arc::new(Mutex::new(writer));
         let events = self.events.of_link();
-        let silence = self.settings.silence;
+        let silence = *self.silence();
         let (speaker, told) = (Arc::clone(&control), events.clone());
         let beat = move || {
             let _one_at_a_time = speaker.lock().unwrap_or_else(PoisonError::into_inner);
@@ -216,6 +216,7 @@ impl Shared {
     /// stands still meanwhile.
     fn hand_over(&self, missing: Option<Vec<u64>>) -> Result<bool, String> {
         let Some(missing) = missing else { return Ok(false) };
+        self.recorder.write(|record| record.bytes_at_pause = Some(self.lanes.transferred()));
         let pager = self.pager();
         let pager = pager.as_ref().ok_or("the source handed off before this side was prepared")?;
         self.recorder.timed("hand-over", || pager.hand_over(&missing)).map_err(|error| error.to_string())?;
@@ -283,7 +284,10 @@ impl Shared {
             }
             DestinationAction::Run => {
                 // Only a commit that is acted upon counts: one that comes after our refusal does not.
-                self.recorder.write(|record| record.instants.commit_ns = Some(Nanos::now().0));
+                self.recorder.write(|record| {
+                    record.instants.commit_ns = Some(Nanos::now().0);
+                    record.bytes_at_running = Some(self.lanes.transferred());
+                });
                 self.machine.take_right_to_run();
                 if self.recorder.read().was_running
                     && let Err(error) = self.machine.resume()

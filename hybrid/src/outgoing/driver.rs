@@ -259,6 +259,7 @@ impl Shared {
                 self.recorder.write(|record| {
                     record.instants.last_exit_ns = Some(paused.last_exit.0);
                     record.was_running = paused.was_running;
+                    record.bytes_at_pause = Some(self.lanes.transferred());
                 });
                 SourceEvent::Paused
             }

@@ -16,7 +16,7 @@ use switchover_wire::message::{ControlMessage, ControlReader, ControlWriter, Mes
 use switchover_wire::socket::Socket;
 use switchover_wire::types::{LaneId, LaneRole, SessionId};
 
-use super::{Rejoin, Shared};
+use super::{LostWish, Shared};
 use crate::capability;
 use crate::failure::FailureKind;
 use crate::link::LinkTeller;
@@ -121,9 +121,10 @@ impl Shared {
 
     /// Opens new lanes in place of those that were lost, to a destination that is to say first where it stands.
     pub(super) fn open_again(self: &Arc<Self>) -> Result<Link, Unopened> {
-        let rejoin = self.rejoin().take();
-        let Rejoin { to, settings } =
-            rejoin.ok_or_else(|| "nobody has said where the destination is now".to_owned())?;
+        let wish = self.wish.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(LostWish::Rejoin { to, settings }) = wish else {
+            return Err("nobody has said where the destination is now".to_owned().into());
+        };
         let session = *self.name.get().ok_or_else(|| "the session was never begun".to_owned())?;
         let capabilities = capability::POSTCOPY | capability::REJOIN;
         let Opened { control, pages, .. } = self.open_lanes(&to, session, &settings, capabilities)?;
@@ -270,6 +271,7 @@ impl Shared {
                     self.recorder.write(|record| {
                         record.running_heard.get_or_insert(now);
                         record.instants.first_entry_ns = record.instants.first_entry_ns.or(first_entry_ns);
+                        record.bytes_at_running.get_or_insert_with(|| self.lanes.transferred());
                     });
                     SourceEvent::Running
                 }

@@ -259,12 +259,6 @@ impl SourceSession {
         matches!(self, Self::Postcopy(_))
     }
 
-    /// Whether new lanes are being opened in place of lost ones.
-    #[must_use]
-    pub const fn is_rejoining(&self) -> bool {
-        matches!(self, Self::Rejoining(_))
-    }
-
     /// Whether a rejoin or a reclaim can be carried out.
     ///
     /// # Errors

@@ -41,7 +41,7 @@ use crate::lane::{Notify, PageLane, PagerEvent};
 use crate::ram::{Ram, RamError};
 use crate::source::thread_name;
 use crate::state::{Arrival, Claim, LaneTag, PageStates};
-use crate::stats::{FaultStats, RateSeries};
+use crate::stats::{FaultStats, RateSeries, WaitCounts};
 use crate::uffd::{Watch, WatchError};
 
 /// Wake-ups of raced faults that the bulk lanes report and the fault thread has not looked at yet. More than there
@@ -456,6 +456,12 @@ impl DestinationPager {
     #[must_use]
     pub fn fault_stats(&self) -> FaultStats {
         self.shared.faults.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// How long faults whose pages were asked for took so far, in few words.
+    #[must_use]
+    pub fn waits(&self) -> WaitCounts {
+        self.shared.faults.lock().unwrap_or_else(PoisonError::into_inner).waits
     }
 
     /// Non-zero pushed pages placed over time, from `start` on. Of the lanes that have ended.

@@ -176,7 +176,10 @@ impl Packer {
             self.chooser.note_read(nanos((self.clock)().since(start)));
             let old = taken.as_mut().and_then(|taken| taken.pages[bit].take());
             let encoding = self.encode_page(bit, old.as_deref(), taken.is_some());
-            self.writer.finish_page(encoding);
+            let length = self.writer.finish_page(encoding);
+            if taken.is_some() {
+                counts.count_delta(old.is_some(), (encoding == Encoding::Delta).then_some(length));
+            }
             self.chooser.passed(1);
             counts.count(encoding);
             if let Some(taken) = &mut taken {

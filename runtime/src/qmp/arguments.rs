@@ -39,6 +39,12 @@ impl Arguments {
         self.optional(name)?.ok_or_else(|| Refusal::generic(format_args!("Parameter '{}{name}' is missing", self.path)))
     }
 
+    /// Whether a member is there that has not been taken.
+    #[must_use]
+    pub fn has(&self, name: &str) -> bool {
+        self.members.contains_key(name)
+    }
+
     /// All members that are left.
     #[must_use]
     pub fn rest(self) -> Map<String, Value> {

@@ -33,7 +33,8 @@ const TABLE: [(&str, Meaning); 22] = [
     ("pause-before-switchover", Meaning::Honoured),
     ("multifd", Meaning::Honoured),
     ("dirty-bitmaps", Meaning::Refused(NO_BLOCK_DEVICES)),
-    ("postcopy-blocktime", Meaning::Refused("x-switchover-report has the latency of every fault, switched on or not")),
+    // Faults are always timed, and `query-migrate` on the destination tells what they took.
+    ("postcopy-blocktime", Meaning::Always),
     ("late-block-activate", Meaning::Refused(NO_BLOCK_DEVICES)),
     ("x-ignore-shared", Meaning::Refused(NOT_BUILT)),
     ("validate-uuid", Meaning::Refused("machines have no UUID yet")),

@@ -15,9 +15,9 @@ pub fn take_address(arguments: &mut Arguments) -> Result<Address, Refusal> {
     let channels: Vec<Value> = arguments.optional("channels")?.unwrap_or_default();
     let mut channels = objects("channels", channels)?.into_iter();
     match (uri, channels.next(), channels.next()) {
-        (Some(uri), None, _) => parse(&uri),
+        (Some(uri), None, _) => parse_uri(&uri),
         (None, Some(channel), None) => main_channel(channel),
-        (None, Some(_), Some(_)) => Err(Refusal::generic("Channel list has more than one entries")),
+        (None, Some(_), Some(_)) => Err(Refusal::generic("Channel list has more than one main entry")),
         _ => Err(Refusal::generic("need either 'uri' or 'channels' argument")),
     }
 }
@@ -48,12 +48,42 @@ fn main_channel(mut channel: Arguments) -> Result<Address, Refusal> {
         "vsock" | "fd" => return Err(not_built("type", &kind)),
         other => return Err(Refusal::not_accepted("type", other)),
     };
+    for (name, reason) in SOCKET_OPTIONS {
+        if kind == "inet" && address.has(name) {
+            return Err(Refusal::generic(format_args!("Parameter 'addr.{name}' cannot be set here: {reason}")));
+        }
+    }
     address.finish()?;
-    parse(&found)
+    found.parse().map_err(Refusal::generic)
 }
 
-fn parse(text: &str) -> Result<Address, Refusal> {
-    text.parse().map_err(Refusal::generic)
+/// What QEMU's `InetSocketAddress` has besides host and port.
+const SOCKET_OPTIONS: [(&str, &str); 6] = [
+    ("numeric", "write the host as an address, and nobody looks up a name"),
+    ("to", "one port is taken, not a range; port 0 lets the kernel choose one"),
+    ("ipv4", "the host decides: write 0.0.0.0, or an IPv4 address"),
+    ("ipv6", "the host decides: write ::, or an IPv6 address"),
+    ("keep-alive", "dead peers are found by heartbeats, within x-switchover-silence"),
+    ("mptcp", "lanes are plain TCP; give the migration several with multifd-channels"),
+];
+
+/// Transports of QEMU that are not built, as a uri begins with them.
+const NO_TRANSPORTS: [&str; 5] = ["exec", "fd", "file", "rdma", "vsock"];
+
+/// A command's `uri`.
+///
+/// # Errors
+/// When it names no address that lanes can go to.
+pub fn parse_uri(uri: &str) -> Result<Address, Refusal> {
+    match uri.split_once(':') {
+        Some(("tcp" | "unix", _)) => uri.parse().map_err(Refusal::generic),
+        Some((known, _)) if NO_TRANSPORTS.contains(&known) => Err(Refusal::generic(format_args!(
+            "migration protocol '{known}' is not built: write for example tcp:10.0.0.2:4444 or unix:/run/switchover.sock"
+        ))),
+        _ => Err(Refusal::generic(format_args!(
+            "unknown migration protocol: {uri}: write for example tcp:10.0.0.2:4444 or unix:/run/switchover.sock"
+        ))),
+    }
 }
 
 fn not_built(name: &str, value: &str) -> Refusal {
@@ -100,7 +130,10 @@ mod tests {
             (json!({}), "need either 'uri' or 'channels' argument"),
             (json!({"channels": []}), "need either 'uri' or 'channels' argument"),
             (json!({"uri": "tcp:h:1", "channels": channel(&inet)["channels"]}), "need either 'uri' or 'channels'"),
-            (json!({"uri": "foo:bar"}), "`foo:bar` is no address"),
+            (json!({"uri": "foo:bar"}), "unknown migration protocol: foo:bar"),
+            (json!({"uri": "foo"}), "unknown migration protocol: foo"),
+            (json!({"uri": "exec:cat"}), "migration protocol 'exec' is not built"),
+            (json!({"uri": "tcp:h"}), "`tcp:h` is no address: the port is missing"),
             (json!({"channels": [{"channel-type": "x", "addr": {}}]}), "'channel-type' does not accept value 'x'"),
             (json!({"channels": [{"channel-type": "main"}]}), "'channels[0].addr' is missing"),
             (channel(&json!({"transport": "rdma"})), "'transport' cannot be 'rdma' here"),
@@ -116,7 +149,7 @@ mod tests {
             ),
             (
                 channel(&json!({"transport": "socket", "type": "inet", "host": "h", "port": "1", "to": 5})),
-                "Parameter 'channels[0].addr.to' is unexpected",
+                "Parameter 'addr.to' cannot be set here: one port is taken",
             ),
         ] {
             let error = take(&arguments).unwrap_err();

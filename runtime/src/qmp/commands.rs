@@ -8,7 +8,7 @@ use switchover_hybrid::status::MigrationStatus;
 
 use super::arguments::Arguments;
 use super::capabilities::Capabilities;
-use super::channel::take_address;
+use super::channel::{parse_uri, take_address};
 use super::controller::Controller;
 use super::parameters::Parameters;
 use super::refusal::Refusal;
@@ -143,8 +143,9 @@ impl Commands {
     }
 
     fn migrate_recover(&self, mut arguments: Arguments) -> Result<Value, Refusal> {
-        let at = take_address(&mut arguments)?;
+        let uri: String = arguments.required("uri")?;
         arguments.finish()?;
+        let at = parse_uri(&uri)?;
         self.controller.recover(&at).map_err(Refusal::generic).map(|()| json!({}))
     }
 
@@ -221,6 +222,12 @@ impl Commands {
         if under_way {
             options.parameters.check_under_way(&after)?;
         }
+        if self.is_linked() {
+            options.parameters.check_linked(&after)?;
+        }
+        if options.parameters.silence_ms != after.silence_ms {
+            self.controller.set_silence(settings::silence(&after));
+        }
         options.parameters = after;
         if under_way {
             let tunables = Tunables { limits: settings::limits(&after), bandwidth: settings::bandwidth(&after) };
@@ -235,6 +242,16 @@ impl Commands {
         view.is_some_and(|view| view.listening_at.is_none() && view.progress.status.is_under_way())
     }
 
+    /// Whether a link is open, or about to be, whose two ends have agreed on how it is watched.
+    fn is_linked(&self) -> bool {
+        self.controller.migration().is_some_and(|view| match view.progress.status {
+            // A destination may be waiting for its source; then it can still be told.
+            MigrationStatus::Setup => view.listening_at.is_none(),
+            MigrationStatus::PostcopyPaused => false,
+            status => status.is_under_way(),
+        })
+    }
+
     fn query_capabilities(&self, arguments: Arguments) -> Result<Value, Refusal> {
         arguments.finish()?;
         Ok(self.options().capabilities.to_value())
@@ -247,7 +264,13 @@ impl Commands {
 
     fn query_migrate(&self, arguments: Arguments) -> Result<Value, Refusal> {
         arguments.finish()?;
-        Ok(query::migration(self.controller.migration().as_ref()))
+        let Options { capabilities, parameters } = *self.options();
+        let around = query::Surroundings {
+            vcpus: self.controller.vcpus(),
+            blockers: self.controller.blockers(),
+            xbzrle_cache_size: capabilities.has("xbzrle").then_some(parameters.xbzrle_cache_size),
+        };
+        Ok(query::migration(self.controller.migration().as_ref(), &around))
     }
 
     fn query_commands(&self, arguments: Arguments) -> Result<Value, Refusal> {

@@ -1,6 +1,6 @@
 //! What QMP commands act on, seen from the protocol's side.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use switchover_hybrid::error::MigrationError;
 use switchover_hybrid::progress::Progress;
@@ -91,6 +91,12 @@ pub trait Controller: Send + Sync + 'static {
 
     /// Changes what may be changed while a migration runs. Nothing to change is no error.
     fn set_tunables(&self, tunables: Tunables);
+
+    /// On a destination: changes how long its source may be silent, from its next link on.
+    fn set_silence(&self, silence: Duration);
+
+    /// Why the guest cannot be moved away now, whatever it is asked; empty where nothing speaks against it.
+    fn blockers(&self) -> Vec<String>;
 
     /// Cancels the migration. Nothing to cancel is no error.
     ///

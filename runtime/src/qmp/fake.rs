@@ -1,6 +1,7 @@
 //! A controller without a machine behind it, that remembers what it was told.
 
 use std::sync::Mutex;
+use std::time::Duration;
 
 use switchover_hybrid::progress::Progress;
 use switchover_hybrid::report::SideReport;
@@ -168,6 +169,14 @@ impl Controller for Fake {
 
     fn set_tunables(&self, tunables: Tunables) {
         self.state.lock().unwrap().tuned = Some(tunables);
+    }
+
+    fn set_silence(&self, silence: Duration) {
+        self.note(format!("silence of {silence:?}"));
+    }
+
+    fn blockers(&self) -> Vec<String> {
+        self.dirty_limit().map(|_| "a limit is held".to_owned()).into_iter().collect()
     }
 
     fn cancel(&self) -> Result<(), ControlError> {

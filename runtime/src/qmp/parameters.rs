@@ -47,6 +47,8 @@ pub struct Parameters {
     pub time_budget_ms: u64,
     /// Record each round's bitmap in the report.
     pub record_bitmaps: bool,
+    /// How long the other side may be silent, in milliseconds, before the link counts as lost.
+    pub silence_ms: u64,
 }
 
 /// QEMU's `multifd-compression`, as far as it is built.
@@ -81,6 +83,7 @@ impl Default for Parameters {
             max_rounds: 100,
             time_budget_ms: 120_000,
             record_bitmaps: false,
+            silence_ms: 5_000,
         }
     }
 }
@@ -94,6 +97,8 @@ struct Entry {
 
 /// The longest downtime that QEMU takes.
 const MOST_DOWNTIME_MS: u64 = 2_000_000;
+/// From a second, below which a busy host is taken for a dead one, to an hour: a link that says nothing for longer is of no use.
+const SILENCES: std::ops::RangeInclusive<u64> = 1_000..=3_600_000;
 /// Budgets that may be set: from none that would forbid the first round, to more than seven weeks.
 const BUDGETS: std::ops::RangeInclusive<u64> = 1..=u32::MAX as u64;
 
@@ -107,7 +112,7 @@ const COMPRESSIONS: [(&str, Compression); 4] = [
 const MULTIFD_COMPRESSIONS: [(&str, MultifdCompression); 2] =
     [("none", MultifdCompression::None), ("zstd", MultifdCompression::Zstd)];
 
-const SETTABLE: [Entry; 18] = [
+const SETTABLE: [Entry; 19] = [
     Entry {
         name: "max-bandwidth",
         get: |all| json!(all.max_bandwidth),
@@ -223,6 +228,11 @@ const SETTABLE: [Entry; 18] = [
         get: |all| json!(all.record_bitmaps),
         set: |all, given| given.boolean().map(|value| all.record_bitmaps = value),
     },
+    Entry {
+        name: "x-switchover-silence",
+        get: |all| json!(all.silence_ms),
+        set: |all, given| given.within(SILENCES, " ms").map(|value| all.silence_ms = value),
+    },
 ];
 
 /// Those that a migration takes along when it begins, and whose names are not QEMU's: changing one under way is refused.
@@ -299,6 +309,20 @@ impl Parameters {
         }
     }
 
+    /// Refuses a change to `after` that the link which is open now could not heed.
+    ///
+    /// # Errors
+    /// When there is such a change.
+    pub fn check_linked(&self, after: &Self) -> Result<(), Refusal> {
+        if self.silence_ms == after.silence_ms {
+            return Ok(());
+        }
+        Err(Refusal::generic(
+            "Parameter 'x-switchover-silence' cannot be changed while a link is open: it holds from the link's beginning, and \
+             can be set before the migration, or in state 'postcopy-paused' for the next one",
+        ))
+    }
+
     /// As `query-migrate-parameters` returns them. Those that mean nothing here are left out.
     #[must_use]
     pub fn to_value(&self) -> Value {
@@ -314,7 +338,9 @@ fn name_of<T: PartialEq + Copy>(names: &[(&'static str, T)], value: T) -> &'stat
 
 fn refuse_unless_unchanged(given: &Given<'_>) -> Result<(), Refusal> {
     if let Some((_, only, reason)) = fixed().into_iter().find(|(known, _, _)| *known == given.name) {
-        return if *given.value == only { Ok(()) } else { Err(given.cannot(reason)) };
+        // QEMU's way to clear a text.
+        let cleared = given.value.is_null() && only == "";
+        return if *given.value == only || cleared { Ok(()) } else { Err(given.cannot(reason)) };
     }
     match REFUSED.iter().find(|(known, _)| *known == given.name) {
         Some((_, reason)) => Err(given.cannot(reason)),
@@ -340,7 +366,7 @@ mod tests {
             "max-cpu-throttle": 20, "vcpu-dirty-limit": 7, "x-switchover-mode": "hybrid",
             "x-switchover-blackout": 0, "x-switchover-compression": "lz4", "x-switchover-same-as": false,
             "x-switchover-max-rounds": 1, "x-switchover-time-budget": 4_294_967_295_u32,
-            "x-switchover-record-bitmaps": true,
+            "x-switchover-record-bitmaps": true, "x-switchover-silence": 1000,
         });
         let other = other.as_object().unwrap();
         assert_eq!(other.len(), SETTABLE.len());
@@ -361,6 +387,12 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_there_can_be_cleared() {
+        assert_eq!(set(&json!({"tls-creds": null, "tls-hostname": null})), Ok(Parameters::default()));
+        assert!(set(&json!({"avail-switchover-bandwidth": null})).is_err());
+    }
+
+    #[test]
     fn defaults_are_those_of_a_migration() {
         use switchover_hybrid::monitor::Limits;
         use switchover_precopy::pack::PackSettings;
@@ -369,6 +401,8 @@ mod tests {
         assert_eq!(u128::from(own.blackout_ms), limits.blackout_target.as_millis());
         assert_eq!(u128::from(own.time_budget_ms), limits.time_budget.as_millis());
         assert_eq!(own.max_rounds, limits.round_budget);
+        let silence = switchover_hybrid::settings::Settings::default().silence;
+        assert_eq!(u128::from(own.silence_ms), silence.as_millis());
         assert_eq!(own.same_as, pack.same_as);
     }
 
@@ -421,6 +455,10 @@ mod tests {
             (
                 json!({"x-switchover-max-rounds": 0}),
                 "Parameter 'x-switchover-max-rounds' expects an integer in the range of 1 to 4294967295",
+            ),
+            (
+                json!({"x-switchover-silence": 999}),
+                "Parameter 'x-switchover-silence' expects an integer in the range of 1000 to 3600000 ms",
             ),
             (
                 json!({"tls-creds": "tls0"}),

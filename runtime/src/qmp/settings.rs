@@ -36,6 +36,7 @@ pub fn settings(capabilities: &Capabilities, parameters: &Parameters) -> Setting
         throttling: throttling(capabilities, parameters),
         pause_before_switchover: capabilities.has("pause-before-switchover"),
         record_bitmaps: parameters.record_bitmaps,
+        silence: silence(parameters),
         ..Settings::default()
     }
 }
@@ -56,6 +57,12 @@ pub fn limits(parameters: &Parameters) -> Limits {
 #[must_use]
 pub const fn bandwidth(parameters: &Parameters) -> Bandwidth {
     Bandwidth { precopy: parameters.max_bandwidth, postcopy: parameters.max_postcopy_bandwidth }
+}
+
+/// How long the other side may be silent.
+#[must_use]
+pub const fn silence(parameters: &Parameters) -> Duration {
+    Duration::from_millis(parameters.silence_ms)
 }
 
 fn packing(capabilities: &Capabilities, parameters: &Parameters) -> PackSettings {
@@ -195,12 +202,13 @@ mod tests {
 
     #[test]
     fn pausing_lanes_and_bitmaps_are_as_asked() {
-        let parameters = Parameters { record_bitmaps: true, multifd_channels: 7, ..Parameters::default() };
+        let parameters =
+            Parameters { record_bitmaps: true, multifd_channels: 7, silence_ms: 1_500, ..Parameters::default() };
         let settings = with(&["pause-before-switchover", "multifd"], &parameters);
         assert!(settings.pause_before_switchover && settings.record_bitmaps);
-        assert_eq!(settings.bulk_lanes, 7);
+        assert_eq!((settings.bulk_lanes, settings.silence), (7, Duration::from_millis(1_500)));
         let settings = with(&[], &Parameters::default());
         assert!(!settings.pause_before_switchover && !settings.record_bitmaps);
-        assert_eq!(settings.bulk_lanes, 1);
+        assert_eq!((settings.bulk_lanes, settings.silence), (1, Settings::default().silence));
     }
 }

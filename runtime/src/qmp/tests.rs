@@ -274,6 +274,65 @@ fn a_handoff_goes_on_only_from_where_it_waits() {
 }
 
 #[test]
+fn a_lost_link_is_joined_again_in_qemus_words() {
+    let setup = serve(RunState::Postmigrate);
+    let mut client = Client::negotiated(&setup);
+    let (to, at) = (json!({"uri": "tcp:h:1", "resume": true}), json!({"uri": "tcp:127.0.0.1:0"}));
+    let refusals = |client: &mut Client| {
+        [("migrate-pause", json!({})), ("migrate-recover", at.clone()), ("migrate", to.clone())]
+            .map(|(name, arguments)| client.error(name, &arguments))
+    };
+    let [pause, recover, resume] = refusals(&mut client);
+    assert_eq!(pause, "migrate-pause is currently only supported during postcopy-active or postcopy-recover state");
+    assert_eq!(recover, "Migrate recover can only be run when postcopy is paused.");
+    assert_eq!(resume, "Cannot resume if there is no paused migration");
+    assert!(client.error("x-switchover-reclaim", &json!({})).contains("no guest to reclaim"));
+    setup.fake.stand(MigrationStatus::PostcopyActive);
+    assert_eq!(client.execute("migrate-pause", &json!({})), json!({"return": {}}));
+    assert_eq!(client.execute("query-migrate", &json!({}))["return"]["status"], "postcopy-paused");
+    assert_eq!(client.error("migrate-recover", &json!({})), "Parameter 'uri' is missing");
+    let channels = json!({"uri": "tcp:h:1", "channels": []});
+    assert_eq!(client.error("migrate-recover", &channels), "Parameter 'channels' is unexpected");
+    assert_eq!(client.execute("migrate-recover", &at), json!({"return": {}}));
+    client.execute("migrate-set-parameters", &json!({"max-postcopy-bandwidth": 77}));
+    assert_eq!(client.execute("migrate", &to), json!({"return": {}}));
+    assert_eq!(setup.fake.told(), ["recover at tcp:127.0.0.1:0", "resume to tcp:h:1 over 1 at 77"]);
+}
+
+#[test]
+fn a_links_patience_is_set_between_links() {
+    let setup = serve(RunState::Running);
+    let mut client = Client::negotiated(&setup);
+    let silence = |ms: u64| json!({"x-switchover-silence": ms});
+    client.execute("migrate-set-parameters", &silence(2000));
+    client.execute("migrate", &json!({"uri": "tcp:h:1"}));
+    assert_eq!(setup.fake.began().silence, Duration::from_secs(2));
+    for status in [MigrationStatus::Setup, MigrationStatus::Active, MigrationStatus::PostcopyRecover] {
+        setup.fake.stand(status);
+        assert!(client.error("migrate-set-parameters", &silence(3000)).contains("while a link is open"), "{status}");
+        assert_eq!(client.execute("migrate-set-parameters", &silence(2000)), json!({"return": {}}), "{status}");
+    }
+    setup.fake.stand(MigrationStatus::PostcopyPaused);
+    assert_eq!(client.execute("migrate-set-parameters", &silence(3000)), json!({"return": {}}));
+    client.execute("migrate", &json!({"uri": "tcp:h:1", "resume": true}));
+    assert_eq!(setup.fake.began().silence, Duration::from_secs(2), "a resume is no new migration");
+    let told = setup.fake.told();
+    assert_eq!(
+        told.iter().filter(|told| told.starts_with("silence")).collect::<Vec<_>>(),
+        ["silence of 2s", "silence of 3s"]
+    );
+}
+
+#[test]
+fn what_blocks_a_migration_is_told_before_one_is_tried() {
+    let setup = serve(RunState::Running);
+    let mut client = Client::negotiated(&setup);
+    client.execute("set-vcpu-dirty-limit", &json!({"dirty-rate": 3}));
+    let told = client.execute("query-migrate", &json!({}));
+    assert_eq!(told, json!({"return": {"blocked-reasons": ["a limit is held"]}}));
+}
+
+#[test]
 fn the_dirty_rate_is_measured_as_qemu_measures_it() {
     let setup = serve(RunState::Running);
     let mut client = Client::negotiated(&setup);
