@@ -167,11 +167,13 @@ impl Link {
         &self.address
     }
 
-    /// Holds up the first that comes to `mark` from now on, and what follows it on its way.
+    /// Holds up the first that comes to `mark` from now on, and what follows it on its way. What was held goes on.
     pub fn hold(&self, mark: Mark) {
         let mut state = self.shared.state();
         state.hold = Hold::At(mark);
         state.crossed = [0; 6];
+        drop(state);
+        self.shared.changed.notify_all();
     }
 
     /// Whether something is held.

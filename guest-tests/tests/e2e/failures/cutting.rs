@@ -149,5 +149,6 @@ fn a_link_that_is_cut_in_the_middle_of_a_page() {
         cell.link.mend();
         cell.join_again(&to);
     }
+    set(&mut cell.source, json!({ "max-postcopy-bandwidth": 0 }));
     cell.ends_well();
 }

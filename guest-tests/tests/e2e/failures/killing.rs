@@ -139,6 +139,7 @@ fn a_migration_that_is_called_off() {
                 cell.ends_well();
             }
             Place::Moved => {
+                cell.source.wait_migration("completed");
                 cell.source.execute("migrate_cancel", json!({}));
                 cell.link.let_go();
                 cell.ends_well();

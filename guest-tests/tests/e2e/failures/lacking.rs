@@ -109,8 +109,8 @@ fn a_destination_that_can_allocate_no_more() {
         let (status, _) = Cell::status(&mut cell.source, &["completed", "failed", "postcopy-paused"]);
         match (&*status, cell.there.has_ended()) {
             ("failed", _) => {
-                if phase == Phase::Handshake {
-                    // It still waits for a source, as far as it can.
+                // In its handshake it may still wait for another source, as far as it can.
+                if phase == Phase::Handshake && cell.there.has_ended().is_none() {
                     cell.there.kill();
                 }
                 until("the destination has ended", || cell.there.has_ended());

@@ -23,6 +23,7 @@ fn a_link_that_is_lost_again_and_again() {
     let mut cell = Cell::begin(&lab, Plan::Postcopy, Phase::Running, &spec).come_to_phase();
     // It must not be over before.
     set(&mut cell.source, json!({ "max-postcopy-bandwidth": 1 << 20 }));
+    cell.link.let_go();
     let to = cell.link.address().to_owned();
     for number in 0..recoveries {
         match number % 4 {
@@ -54,5 +55,6 @@ fn a_link_that_is_lost_again_and_again() {
     let interruptions = report["interruptions"].as_array().unwrap().len();
     assert!(interruptions >= recoveries, "{interruptions}");
     println!("{recoveries} recoveries, {interruptions} interruptions");
+    set(&mut cell.source, json!({ "max-postcopy-bandwidth": 0 }));
     cell.ends_well();
 }

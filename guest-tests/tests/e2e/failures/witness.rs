@@ -186,6 +186,7 @@ fn judge_source(source: &mut Machine, journey: &mut Journey, witness: &Witness) 
 }
 
 fn judge_destination(there: &mut Machine, journey: &mut Journey) -> Found {
+    let mut waiting_since = None;
     let decided = until("the destination has come to a decision", || {
         if there.has_ended().is_some() {
             return Some(None);
@@ -193,7 +194,10 @@ fn judge_destination(there: &mut Machine, journey: &mut Journey) -> Found {
         // It may end between the two looks.
         let look = there.qmp().execute("query-migrate", json!({})).ok()?;
         let status = look["status"].as_str()?.to_owned();
-        // One that waits for a source that never came is not told of anything.
+        // One that has not seen all of its source's lanes waits for another source, and nothing announces that.
+        if status == "setup" && waiting_since.get_or_insert_with(Instant::now).elapsed() > Duration::from_secs(2) {
+            return Some(Some(status));
+        }
         matches!(&*status, "completed" | "postcopy-paused").then_some(Some(status))
     });
     let Some(status) = decided else {
@@ -206,6 +210,7 @@ fn judge_destination(there: &mut Machine, journey: &mut Journey) -> Found {
             journey.works_on(1);
             Found::Whole
         }
+        ("setup", "inmigrate") => Found::NeverThere,
         ("postcopy-paused", "running") => Found::InParts,
         ("postcopy-paused", _) => {
             assert!(!there.refuses("cont", json!({})).is_empty());
