@@ -15,7 +15,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::socket::{setsockopt, sockopt};
 
@@ -104,6 +104,8 @@ struct State {
     crossed: [u64; 6],
     /// Lanes that were begun.
     lanes: usize,
+    /// When it was last cut, or began to stall.
+    struck: Option<SystemTime>,
 }
 
 /// What becomes of new connections.
@@ -152,6 +154,7 @@ impl Link {
             hold: Hold::Nothing,
             crossed: [0; 6],
             lanes: 0,
+            struck: None,
         };
         let target = target.strip_prefix("tcp:").expect("a TCP address").to_owned();
         let (state, ended) = (Mutex::new(state), AtomicBool::new(false));
@@ -216,6 +219,7 @@ impl Link {
     pub fn stall(&self) {
         let mut state = self.shared.state();
         state.door = Door::Silent;
+        state.struck = Some(SystemTime::now());
         state.hold = Hold::Nothing;
         for pair in &state.pairs {
             pair.stalled.store(true, Ordering::Release);
@@ -234,15 +238,16 @@ impl Link {
         self.shared.state().delay = by;
     }
 
-    /// How many lanes were begun.
+    /// When it was last cut, or began to stall.
     #[must_use]
-    pub fn lanes(&self) -> usize {
-        self.shared.state().lanes
+    pub fn struck(&self) -> Option<SystemTime> {
+        self.shared.state().struck
     }
 
     fn end_all(&self, how: Ended, door: Door) {
         let mut state = self.shared.state();
         state.door = door;
+        state.struck = Some(SystemTime::now());
         state.hold = Hold::Nothing;
         for pair in state.pairs.drain(..) {
             pair.end(how);

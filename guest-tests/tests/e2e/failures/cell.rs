@@ -1,5 +1,7 @@
 //! A cell of the table: a migration that has come exactly as far as its phase, and stays there until something happens to it.
 
+use std::time::{Duration, SystemTime};
+
 use serde_json::{Value, json};
 use switchover_guest_tests::journey::Journey;
 use switchover_guest_tests::lab::Lab;
@@ -114,6 +116,12 @@ impl Phase {
 /// The guest: 16 MiB, and faults so seldom that they do not bring it before it is pushed.
 pub const GUEST: &str = "ws=16M period=50 pace=1000000";
 
+/// How long a guest may stand still at its source from when the failure was seen.
+const RESUMED_WITHIN: Duration = Duration::from_secs(1);
+
+/// How long it takes to see that nothing is heard any more, and a look's length.
+const SILENCE: Duration = Duration::from_millis(5_500);
+
 /// Two machines and what is between them.
 pub struct Cell {
     pub plan: Plan,
@@ -123,6 +131,8 @@ pub struct Cell {
     pub link: Link,
     pub journey: Journey,
     pub spec: Spec,
+    /// Its link stalls, and nobody is told.
+    pub silent: bool,
     /// What the guest had printed at the source when that was first seen to wait.
     printed: Option<usize>,
 }
@@ -142,7 +152,7 @@ impl Cell {
         journey.works_on(1);
         let (there, to) = destination(lab, spec, Transport::Tcp);
         let link = Link::to(&to);
-        Self { plan, phase, source, there, link, journey, spec: spec.clone(), printed: None }
+        Self { plan, phase, source, there, link, journey, spec: spec.clone(), silent: false, printed: None }
     }
 
     /// Starts it, and waits until it has come to its phase.
@@ -222,6 +232,11 @@ impl Cell {
             assert!(count("STOP") <= paused && count("RESUME") <= paused, "{events:#?}");
             (count("RESUME") == paused).then_some(())
         });
+        if let (Some(struck), true) = (self.link.struck(), self.phase.is_paused()) {
+            let since = instant(events.iter().find(|event| event["event"] == "RESUME").unwrap()).duration_since(struck);
+            let limit = RESUMED_WITHIN + if self.silent { SILENCE } else { Duration::ZERO };
+            assert!(since.as_ref().is_ok_and(|since| *since < limit), "it ran again {since:?} after the blow");
+        }
         // Nothing of the migration holds the guest back, or watches what it writes: whoever needs that for himself can have it.
         self.source.execute("calc-dirty-rate", json!({ "calc-time": 1, "mode": "dirty-bitmap" }));
         self.journey.works_on(1);
@@ -337,4 +352,10 @@ impl Cell {
         self.there.quit();
         self.journey.log();
     }
+}
+
+/// When an event happened.
+fn instant(event: &Value) -> SystemTime {
+    let part = |name: &str| event["timestamp"][name].as_u64().unwrap();
+    SystemTime::UNIX_EPOCH + Duration::from_secs(part("seconds")) + Duration::from_micros(part("microseconds"))
 }

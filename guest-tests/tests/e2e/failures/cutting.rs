@@ -5,7 +5,8 @@ use std::time::Duration;
 use serde_json::json;
 use switchover_guest_tests::lab::Lab;
 use switchover_guest_tests::link::{Ended, Mark, Role, Toward};
-use switchover_guest_tests::moving::set;
+use switchover_guest_tests::moving::{set, switch};
+use switchover_guest_tests::waiting::until;
 
 use super::cell::{CELLS, Cell, Phase, Place, Plan};
 use crate::lab;
@@ -86,8 +87,9 @@ fn a_link_that_is_cut_for_good() {
 fn stalls(name: &str, cells: &[(Plan, Phase)]) {
     let Some(lab) = Lab::open(name) else { return };
     for &(plan, phase) in cells {
-        let cell = Cell::reach(&lab, plan, phase);
+        let mut cell = Cell::reach(&lab, plan, phase);
         cell.link.stall();
+        cell.silent = true;
         if let Some(mut cell) = loses_link(&lab, cell) {
             // The old lanes stay as they are, and nobody waits for them.
             cell.link.mend();
@@ -151,4 +153,31 @@ fn a_link_that_is_cut_in_the_middle_of_a_page() {
     }
     set(&mut cell.source, json!({ "max-postcopy-bandwidth": 0 }));
     cell.ends_well();
+}
+
+/// However much a migration has held its guest back, nothing of that is left when it has come to nothing.
+#[test]
+fn a_guest_that_was_slowed_down_runs_on_at_full_speed() {
+    let lab = lab!("a_guest_that_was_slowed_down_runs_on_at_full_speed");
+    let mut cell = Cell::begin(&lab, Plan::Rounds, Phase::Round(6), &lab.guest("random", "ws=16M period=50"));
+    switch(&mut cell.source, "auto-converge", true);
+    set(&mut cell.source, json!({ "cpu-throttle-initial": 99, "max-cpu-throttle": 99, "cpu-throttle-increment": 99 }));
+    let mut cell = cell.come_to_phase();
+    until("it is held back", || {
+        let look = cell.source.execute("query-migrate", json!({}));
+        (look["cpu-throttle-percentage"].as_u64()? >= 99).then_some(())
+    });
+    let visits = |cell: &mut Cell| {
+        let from = cell.journey.works_on(1);
+        let to = cell.journey.works_on(4);
+        cell.journey.log().visits_since(from, 0) / u64::try_from(to - from).unwrap()
+    };
+    let slow = visits(&mut cell);
+    cell.link.cut(Ended::Reset);
+    cell.source_goes_on("failed");
+    let fast = visits(&mut cell);
+    println!("   {slow} visits a period, and {fast}");
+    assert!(fast > 5 * slow, "it is still held back: {slow} visits a period, and {fast}");
+    cell.there_ends();
+    cell.moves_after_all(&lab);
 }

@@ -22,8 +22,7 @@ impl MemoryBound {
     /// Where the host has control groups of memory that this process may make.
     fn new(name: &str, bytes: u64) -> Option<Self> {
         let (first, second) = (Path::new("/sys/fs/cgroup/memory"), Path::new("/sys/fs/cgroup"));
-        let (parent, limit) =
-            if first.is_dir() { (first, "memory.limit_in_bytes") } else { (second, "memory.max") };
+        let (parent, limit) = if first.is_dir() { (first, "memory.limit_in_bytes") } else { (second, "memory.max") };
         let path = parent.join(format!("switchover-{name}-{}", std::process::id()));
         fs::create_dir(&path).ok()?;
         let bound = Self { path };

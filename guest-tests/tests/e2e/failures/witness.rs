@@ -105,7 +105,7 @@ fn kill_once(lab: &Lab, number: usize, dice: &mut Dice) -> Found {
     let mut journey = Journey::hearing(Arc::clone(&witness.heard));
     journey.works_on(1);
     let (mut there, to) = destination(lab, &spec, if dice.below(2) == 0 { Transport::Tcp } else { Transport::Unix });
-    let mode = ["postcopy", "hybrid", "precopy"][usize::try_from(dice.below(3)).unwrap()];
+    let mode = ["postcopy", "postcopy", "hybrid", "precopy"][usize::try_from(dice.below(4)).unwrap()];
     choose(&mut source, Way::new(mode, u8::try_from(dice.below(3)).unwrap() + 1));
     set(&mut source, json!({ "downtime-limit": 10_000 }));
     if dice.below(2) == 0 {
@@ -114,11 +114,15 @@ fn kill_once(lab: &Lab, number: usize, dice: &mut Dice) -> Found {
     let victim = [Victim::Source, Victim::Destination, Victim::Source, Victim::Destination, Victim::Both]
         [usize::try_from(dice.below(5)).unwrap()];
     source.execute("migrate", json!({ "uri": to }));
+    // Most of what can go wrong is over in some milliseconds: they are counted from the beginning, or from the handoff.
+    let at_handoff = mode == "postcopy" && dice.below(3) > 0;
+    if at_handoff {
+        source.wait_migration("active");
+    }
     if mode == "postcopy" {
         source.execute("migrate-start-postcopy", json!({}));
     }
-    // Most of what can go wrong is over in some milliseconds.
-    let most = [3_000, 20_000, 100_000, 600_000][usize::try_from(dice.below(4)).unwrap()];
+    let most = [3_000, 20_000, 100_000, 600_000][usize::try_from(dice.below(if at_handoff { 3 } else { 4 })).unwrap()];
     let moment = Duration::from_micros(dice.below(most));
     wait_exactly(moment);
     match victim {
