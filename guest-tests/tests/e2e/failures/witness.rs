@@ -10,8 +10,10 @@ use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use serde_json::json;
 use switchover_guest_tests::capture::Capture;
+use switchover_guest_tests::guest_log::GuestLog;
 use switchover_guest_tests::journey::Journey;
 use switchover_guest_tests::lab::Lab;
+use switchover_guest_tests::link::{Ended, Link, Mark, Message};
 use switchover_guest_tests::machine::{Machine, Spec};
 use switchover_guest_tests::moving::{Transport, Way, choose, destination, set};
 use switchover_guest_tests::waiting::until;
@@ -96,6 +98,32 @@ fn processes_that_are_killed_at_any_moment() {
             println!("{} kills in {:.0?}: {tally:?}", kill + 1, began.elapsed());
         }
     }
+}
+
+/// An operator who takes a guest back that runs on elsewhere has two. The witness hears both: it can tell.
+#[test]
+fn a_guest_that_runs_twice_is_heard() {
+    let lab = lab!("a_guest_that_runs_twice_is_heard");
+    let witness = Witness::new(&lab, 0);
+    let spec = Spec { serial: witness.path.clone(), ..lab.guest("random", "ws=8M period=20") };
+    let mut source = Machine::start(&lab, &spec);
+    Journey::hearing(Arc::clone(&witness.heard)).works_on(1);
+    let (mut there, to) = destination(&lab, &spec, Transport::Tcp);
+    let link = Link::to(&to);
+    choose(&mut source, Way::new("precopy", 1));
+    set(&mut source, json!({ "downtime-limit": 10_000 }));
+    link.hold(Mark::Message(Message::Running));
+    source.execute("migrate", json!({ "uri": link.address() }));
+    link.wait_held();
+    link.cut(Ended::Reset);
+    source.wait_migration("postcopy-paused");
+    assert_eq!(there.run_state(), "running");
+    source.execute("x-switchover-reclaim", json!({}));
+    until("the witness hears both", || {
+        let mut log = GuestLog::default();
+        log.feed(witness.heard.text().as_bytes());
+        (!log.problems.is_empty()).then_some(())
+    });
 }
 
 fn kill_once(lab: &Lab, number: usize, dice: &mut Dice) -> Found {
