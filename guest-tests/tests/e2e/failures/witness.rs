@@ -156,9 +156,10 @@ fn kill_once(lab: &Lab, number: usize, dice: &mut Dice) -> Found {
     match victim {
         Victim::Source => source.kill(),
         Victim::Destination => there.kill(),
+        // In this order: a destination may end by itself when its source is gone.
         Victim::Both => {
-            source.kill();
             there.kill();
+            source.kill();
         }
     }
     let found = match victim {
