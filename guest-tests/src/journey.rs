@@ -27,6 +27,12 @@ impl Journey {
         journey
     }
 
+    /// A guest that is heard wherever it runs.
+    #[must_use]
+    pub fn hearing(everything: Arc<Capture>) -> Self {
+        Self { parts: VecDeque::from([everything]), ..Self::default() }
+    }
+
     /// It moves to `machine`.
     pub fn goes_to(&mut self, machine: &Machine) {
         self.parts.push_back(machine.serial());

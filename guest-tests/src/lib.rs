@@ -9,6 +9,7 @@
 //!        └ Capture ──── what it printed, as it prints it                        capture.rs
 //!            └ Journey ──── one guest's words across all machines it ran on     journey.rs
 //!                └ GuestLog ──── its periods, and all that is wrong with them   guest_log.rs
+//!   Link ──── what two machines say to each other, held, cut or stalled          link.rs
 //! ```
 //!
 //! A guest prints byte by byte and does not notice that it moves: what the source printed, followed by what the
@@ -26,6 +27,7 @@ pub mod foreign;
 pub mod guest_log;
 pub mod journey;
 pub mod lab;
+pub mod link;
 pub mod machine;
 pub mod moving;
 pub mod waiting;

@@ -1,6 +1,6 @@
 //! One `switchover run` process.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -30,6 +30,8 @@ pub struct Spec {
     pub serial: String,
     /// `--incoming`.
     pub incoming: Option<String>,
+    /// Whether what it says on standard error finds no room: it says all that it can, then.
+    pub no_room_for_logs: bool,
 }
 
 impl Default for Spec {
@@ -41,6 +43,7 @@ impl Default for Spec {
             vcpus: 1,
             serial: "stdio".to_owned(),
             incoming: None,
+            no_room_for_logs: false,
         }
     }
 }
@@ -95,8 +98,12 @@ impl Machine {
             command.args(["--incoming", incoming]);
         }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if spec.no_room_for_logs {
+            command.stderr(File::options().write(true).open("/dev/full").unwrap()).env("SWITCHOVER_LOG", "trace");
+        }
         let mut child = command.spawn().unwrap();
-        let (serial, stderr) = (Capture::of(child.stdout.take().unwrap()), Capture::of(child.stderr.take().unwrap()));
+        let serial = Capture::of(child.stdout.take().unwrap());
+        let stderr = child.stderr.take().map_or_else(Arc::default, Capture::of);
         let mut machine = Self { child, ended: None, name, qmp_path, qmp: None, serial, stderr };
         machine.qmp = Some(machine.client());
         machine
@@ -210,6 +217,12 @@ impl Machine {
         Arc::clone(&self.stderr)
     }
 
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Its open files and threads.
     ///
     /// # Panics
@@ -284,15 +297,16 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        if self.ended.is_none() {
-            // It may have ended by itself: then there is nothing to kill, only to wait for.
+        if self.has_ended().is_none() {
+            // It may end by itself meanwhile: then there is nothing to kill, only to wait for.
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
         if std::thread::panicking() {
             let (serial, stderr) = (self.serial.text(), self.stderr.text());
             let tail: Vec<&str> = serial.lines().rev().take(5).collect();
-            eprintln!("{} printed, last line first: {tail:#?}\nand said:\n{stderr}", self.name);
+            let how = self.ended.map_or_else(|| "was running".to_owned(), |status| status.to_string());
+            eprintln!("{} ({how}) printed, last line first: {tail:#?}\nand said:\n{stderr}", self.name);
         }
     }
 }

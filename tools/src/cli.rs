@@ -76,7 +76,9 @@ fn log() -> Result<(), Failure> {
     let filter = EnvFilter::try_new(&wanted).map_err(|error| {
         Failure::usage(format_args!("{LOG_VARIABLE}=`{wanted}` makes no sense: {error}; write for example info"))
     })?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // Where there is no room for a message, it is lost. To tell of that in the same place would be a panic, and the guest's end.
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    lines.log_internal_errors(false).init();
     Ok(())
 }
 

@@ -5,6 +5,7 @@
 mod breaking;
 mod chain;
 mod commands;
+mod failures;
 mod figures;
 mod foreign;
 mod guests;

@@ -37,7 +37,7 @@ fn status(machine: &mut Machine) -> (String, String) {
 fn ended(machine: &mut Machine) -> (String, String) {
     until("the migration has ended", || {
         let found = status(machine);
-        matches!(&*found.0, "failed" | "completed" | "cancelled").then_some(found)
+        matches!(&*found.0, "failed" | "completed" | "cancelled" | "postcopy-paused").then_some(found)
     })
 }
 
@@ -58,7 +58,7 @@ fn a_destination_may_die_at_any_moment() {
                 assert!(!ran_there, "the guest has run on both sides");
                 journey.works_on(1);
             }
-            ("postmigrate", "failed") => assert!(error.contains("belongs to the destination"), "{error}"),
+            ("postmigrate", "postcopy-paused") => assert!(!error.is_empty()),
             ("postmigrate", "completed") => assert!(ran_there || moment > 0),
             other => panic!("{other:?}: {error}"),
         }
@@ -66,7 +66,13 @@ fn a_destination_may_die_at_any_moment() {
         if state == "postmigrate" {
             assert!(!source.refuses("cont", json!({})).is_empty());
         }
-        source.quit();
+        if status == "postcopy-paused" {
+            // What it has may be the last of the guest: it goes only by force.
+            assert!(source.refuses("quit", json!({})).contains("only here yet"));
+            source.kill();
+        } else {
+            source.quit();
+        }
         if state == "postmigrate" {
             assert_eq!(source.serial().to_end().len(), printed, "the guest ran at a source that had given it away");
             journey.goes_to(&there);
@@ -91,11 +97,7 @@ fn a_source_may_die_at_any_moment() {
             let look = there.qmp().execute("query-migrate", json!({})).ok()?;
             let text = |key: &str| look[key].as_str().unwrap_or_default().to_owned();
             // A migration that failed before the commit is about to end its process.
-            let decided = match text("status").as_str() {
-                "completed" => true,
-                "failed" => !text("error-desc").contains("unharmed on the source"),
-                _ => false,
-            };
+            let decided = matches!(&*text("status"), "completed" | "postcopy-paused");
             decided.then(|| Some((text("status"), text("error-desc"))))
         });
         println!("after {moment} µs: {found:?}");
@@ -108,15 +110,17 @@ fn a_source_may_die_at_any_moment() {
             continue;
         };
         journey.goes_to(&there);
-        if status == "completed" || error.contains("complete on the destination") {
-            assert_eq!(there.run_state(), "running");
-            journey.works_on(1);
-        } else {
-            assert!(error.contains("stopped"), "{error}");
-            there.wait_run_state("internal-error");
+        match (&*status, &*there.run_state()) {
+            ("completed", "running") => drop(journey.works_on(1)),
+            ("postcopy-paused", "running") => assert!(!error.is_empty()),
+            // Only the source knew whether the guest had been given away.
+            ("postcopy-paused", "inmigrate") => {
+                assert!(!there.refuses("cont", json!({})).is_empty());
+                assert!(there.serial().is_empty(), "a guest ran without a commit");
+            }
+            other => panic!("{other:?}: {error}"),
         }
-        there.execute("quit", json!({}));
-        there.wait_end();
+        there.quit();
         journey.log();
     }
 }
