@@ -283,9 +283,9 @@ impl Cell {
         self.there_decides() == Some("postcopy-paused".to_owned())
     }
 
-    /// Whether the destination has ended; otherwise it has the guest, or all that it can get of it.
-    pub fn there_refuses(&mut self) -> bool {
-        self.there_decides().is_none()
+    /// Whether the destination waits without having run the guest; otherwise it has it, or all that it can get of it.
+    pub fn there_is_undecided(&mut self) -> bool {
+        self.there_is_paused() && self.there.run_state() == "inmigrate"
     }
 
     /// The destination's last status; `None` where it has ended.

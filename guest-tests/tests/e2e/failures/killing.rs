@@ -29,11 +29,7 @@ fn source_is_killed(mut cell: Cell) {
         }
         Place::Source | Place::SourceAlone => cell.there_waits_without_a_guest(),
         // The commit was on its way, and arrives, unless the end of another lane is seen before: then it is too late.
-        Place::Nowhere if cell.there_refuses() => {
-            cell.there_ends();
-            cell.journey.log();
-            return;
-        }
+        Place::Nowhere if cell.there_is_undecided() => cell.there_waits_without_a_guest(),
         Place::Nowhere | Place::Split | Place::Destination | Place::Moved => {
             let (status, _) = Cell::status(&mut cell.there, &["postcopy-paused", "completed"]);
             assert_eq!(cell.there.run_state(), "running");
