@@ -465,7 +465,11 @@ impl Paused {
                 vec![
                     SourceAction::TakeBackRightToRun,
                     SourceAction::Resume,
-                    SourceAction::Finish(fail(FailureKind::Reclaimed, "it was reclaimed, and goes on from where it was handed off: what it did since is lost".to_owned())),
+                    SourceAction::Finish(fail(
+                        FailureKind::Reclaimed,
+                        "it was reclaimed, and goes on from where it was handed off: what it did since is lost"
+                            .to_owned(),
+                    )),
                 ],
             ),
             // There is no link, so nothing else can mean anything.
