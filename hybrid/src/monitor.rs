@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use self::costs::{Link, PAUSED_ZERO, RAW_PAGE, SETTLES, paused_page};
+use self::costs::{DIFFERENCE, Link, PAUSED_DIFFERENCE, PAUSED_ZERO, RAW_PAGE, SETTLES, paused_page};
 use self::curve::Curve;
 use self::outlook::{Ends, Outlook};
 
@@ -298,6 +298,8 @@ impl Monitor {
         } else {
             whole_bytes
         };
+        // However small it is on the link.
+        let packing = if difference.is_some() { DIFFERENCE } else { 0.0 };
         let zero = self.curve.zero_share_of_left();
         let left_bytes = match (sent, sample.round > 1, zero) {
             // In a later round the difference is measured on what is left, too.
@@ -314,9 +316,10 @@ impl Monitor {
             _ => paused(left_bytes),
         };
         Link {
-            data_page: data_bytes / rate,
+            data_page: (data_bytes / rate).max(packing),
             left_page: left_bytes / rate,
             paused_data_page: paused(data_bytes),
+            paused_packing: if difference.is_some() { PAUSED_DIFFERENCE } else { 0.0 },
             paused_left_page,
             handoff: sample.handoff_ns as f64 / 1e9,
         }
