@@ -52,6 +52,7 @@
 //! ```
 
 pub mod capability;
+mod control;
 pub mod error;
 pub mod failure;
 pub mod fake;

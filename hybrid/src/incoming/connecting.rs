@@ -225,7 +225,7 @@ impl Shared {
         let control = lanes.control;
         let spawned = thread::Builder::new()
             .name("migration".to_owned())
-            .spawn(move || driver.cpu.measure(|| driver.migrate(control, pages)));
+            .spawn(move || driver.cpu.measure(|| driver.migrate(&control, pages)));
         if let Err(error) = spawned {
             self.lanes.shut_down();
             self.close_listeners();

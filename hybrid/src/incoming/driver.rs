@@ -10,16 +10,16 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use switchover_pager::destination::DestinationPager;
 use switchover_pager::lane::{Notify, PageLane, PagerEvent};
 use switchover_wire::clock::{HostClock, Nanos};
-use switchover_wire::message::{ControlMessage, ControlReader, ControlWriter};
+use switchover_wire::message::ControlMessage;
 use switchover_wire::socket::Socket;
 use switchover_wire::types::{LaneId, LaneRole};
 
 use super::Shared;
+use crate::control::{Control, Listener};
 use crate::failure::{FailureKind, FailureView, GuestAfter};
 use crate::link::{LinkTeller, Told};
 use crate::missing::{MissingPages, tell_missing};
 use crate::patience::{Patience, Rank, next_event};
-use crate::pulse::Pulse;
 use crate::session::Outcome;
 use crate::session::destination::{DestinationAction, DestinationEvent, DestinationSession};
 use crate::status::MigrationStatus;
@@ -32,12 +32,9 @@ const FIRST_ENTRY_PAUSE: Duration = Duration::from_micros(200);
 /// The session could not even begin.
 pub(super) const NO_THREAD: FailureView = FailureView { kind: FailureKind::Machine, guest: GuestAfter::OnSource };
 
-/// Messages, beside heartbeats, that a source may send over one link: rounds, mostly.
-const MESSAGES: u32 = 1 << 16;
-
 /// What a session's thread needs besides what it shares.
 struct Session {
-    link: Link,
+    link: Control,
     /// States for the thread that loads them: loading may wait for pages, and the session must not.
     loader: Sender<Vec<u8>>,
     /// The state that has come, until it goes to the loader.
@@ -46,15 +43,9 @@ struct Session {
     joined: Vec<PageLane>,
 }
 
-/// What there is of an open link besides its page lanes.
-struct Link {
-    control: Arc<Mutex<ControlWriter>>,
-    pulse: Option<Pulse>,
-}
-
 impl Shared {
     /// The session's thread, from beginning to end.
-    pub(super) fn migrate(self: &Arc<Self>, control: Arc<Socket>, pages: Vec<PageLane>) {
+    pub(super) fn migrate(self: &Arc<Self>, control: &Arc<Socket>, pages: Vec<PageLane>) {
         let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner).take();
         match (self.start_threads(control), heard) {
             (Ok(session), Some(heard)) => {
@@ -77,7 +68,7 @@ impl Shared {
     }
 
     /// The threads that a session waits for: the link's, and the one that loads the state.
-    fn start_threads(self: &Arc<Self>, control: Arc<Socket>) -> Result<Session, String> {
+    fn start_threads(self: &Arc<Self>, control: &Arc<Socket>) -> Result<Session, String> {
         let state = Arc::new(Mutex::new(None));
         let (loader, to_load) = bounded::<Vec<u8>>(1);
         let (shared, told) = (Arc::clone(self), self.events.clone());
@@ -100,31 +91,22 @@ impl Shared {
     /// Listens to the control lane, and for signs of life.
     fn begin_link(
         self: &Arc<Self>,
-        control: Arc<Socket>,
+        socket: &Arc<Socket>,
         arriving: &Arc<Mutex<Option<Vec<u8>>>>,
-    ) -> Result<Link, String> {
-        let reader = ControlReader::new(Arc::clone(&control)).map_err(|error| error.to_string())?;
-        let writer = ControlWriter::new(Arc::clone(&control)).map_err(|error| error.to_string())?;
-        // With a ring of its own: a ring that changes threads is made anew, which the handoff must not wait for.
-        let mut heart = ControlWriter::new(control).map_err(|error| error.to_string())?;
-        let control = Arc::new(Mutex::new(writer));
+    ) -> Result<Control, String> {
         let events = self.events.of_link();
         let silence = *self.silence();
-        let (speaker, told) = (Arc::clone(&control), events.clone());
-        let beat = move || {
-            let _one_at_a_time = speaker.lock().unwrap_or_else(PoisonError::into_inner);
-            let _ = heart.send(&ControlMessage::Heartbeat);
-        };
+        let told = events.clone();
         let silent = move || {
             let _ = told.tell(DestinationEvent::Lost(format!("nothing was heard of the source for {silence:?}")));
         };
-        let pulse = Pulse::start(&self.lanes, silence, beat, silent).map_err(no_thread)?;
+        let (control, listener) = Control::open(socket, &self.lanes, silence, silent)?;
         let (shared, arriving) = (Arc::clone(self), Arc::clone(arriving));
         thread::Builder::new()
             .name("control lane".to_owned())
-            .spawn(move || shared.cpu.measure(|| shared.listen(reader, &events, &arriving)))
+            .spawn(move || shared.cpu.measure(|| shared.listen(listener, &events, &arriving)))
             .map_err(no_thread)?;
-        Ok(Link { control, pulse: Some(pulse) })
+        Ok(control)
     }
 
     /// Reserves and watches memory, and serves its faults from now on.
@@ -151,24 +133,10 @@ impl Shared {
     }
 
     /// The control lane's thread: turns what the source says into events.
-    fn listen(
-        &self,
-        mut reader: ControlReader,
-        events: &LinkTeller<DestinationEvent>,
-        arriving: &Mutex<Option<Vec<u8>>>,
-    ) {
+    fn listen(&self, mut listener: Listener, events: &LinkTeller<DestinationEvent>, arriving: &Mutex<Option<Vec<u8>>>) {
         let mut handoff = MissingPages::new(self.machine.ram().pages());
-        let mut budget = MESSAGES;
         loop {
-            budget = budget.saturating_sub(1);
-            let event = match reader.recv() {
-                Ok(ControlMessage::Heartbeat) => {
-                    budget = MESSAGES.min(budget + 1);
-                    continue;
-                }
-                Ok(_) if budget == 0 => {
-                    DestinationEvent::Lost("the source talks and talks on the control lane".to_owned())
-                }
+            let event = match listener.next() {
                 Ok(ControlMessage::Round { number }) => {
                     if let Some(pager) = self.pager().as_ref() {
                         pager.begin_round(number);
@@ -200,7 +168,7 @@ impl Shared {
                 Ok(other) => {
                     DestinationEvent::Lost(format!("the source sent {}, which only a destination says", other.name()))
                 }
-                Err(error) => DestinationEvent::Lost(error.to_string()),
+                Err(reason) => DestinationEvent::Lost(reason),
             };
             let over = matches!(
                 event,
@@ -253,12 +221,12 @@ impl Shared {
         match action {
             DestinationAction::Status(status) => self.recorder.set_status(status),
             DestinationAction::SendPrepared => {
-                return session.link.say(&ControlMessage::Prepared { clock: HostClock::here() });
+                return send(&session.link, &ControlMessage::Prepared { clock: HostClock::here() }).err();
             }
             DestinationAction::LoadState => return session.load(),
-            DestinationAction::SendRestored => return session.link.say(&ControlMessage::Restored),
+            DestinationAction::SendRestored => return send(&session.link, &ControlMessage::Restored).err(),
             DestinationAction::SendRefused(reason) => {
-                let _ = session.link.say(&ControlMessage::Refused { reason });
+                let _ = send(&session.link, &ControlMessage::Refused { reason });
             }
             DestinationAction::AwaitRejoin { kind, reason, guest } => {
                 self.lanes.shut_down();
@@ -298,14 +266,15 @@ impl Shared {
             DestinationAction::SendRunning => {
                 // Not waited for: the vCPUs need the processor now, and `Drained` tells it again.
                 let first_entry_ns = self.machine.first_entry().map(|at| at.0);
-                return session.link.say(&ControlMessage::Running { first_entry_ns });
+                return send(&session.link, &ControlMessage::Running { first_entry_ns }).err();
             }
             DestinationAction::SendDrained => {
                 let first_entry_ns = self.first_entry().map(|at| at.0);
                 let last_page =
                     self.pager().as_ref().and_then(DestinationPager::last_placed).unwrap_or_else(Nanos::now);
                 self.recorder.write(|record| record.instants.first_entry_ns = first_entry_ns);
-                return session.link.say(&ControlMessage::Drained { first_entry_ns, last_page_ns: last_page.0 });
+                return send(&session.link, &ControlMessage::Drained { first_entry_ns, last_page_ns: last_page.0 })
+                    .err();
             }
             DestinationAction::EndWatch => {
                 let ended = self.pager().as_ref().map(|pager| self.recorder.timed("end-watch", || pager.end_watch()));
@@ -351,13 +320,13 @@ impl Shared {
             self.lanes.add(id, Arc::clone(&socket));
             session.joined.push(PageLane { id, socket });
         }
-        session.link = self.begin_link(joined.control, &session.state).map_err(lost)?;
+        session.link = self.begin_link(&joined.control, &session.state).map_err(lost)?;
         let missing = self.pager().as_ref().map(DestinationPager::missing).unwrap_or_default();
         let complete = missing.iter().all(|word| *word == 0);
-        session.link.send(&ControlMessage::Standing { committed, complete })?;
+        send(&session.link, &ControlMessage::Standing { committed, complete })?;
         if !complete {
             for message in tell_missing(&missing, self.machine.ram().pages(), false) {
-                session.link.send(&message)?;
+                send(&session.link, &message)?;
             }
         }
         Ok(())
@@ -410,22 +379,9 @@ impl Session {
     }
 }
 
-impl Link {
-    fn send(&self, message: &ControlMessage) -> Result<(), DestinationEvent> {
-        let sent = self.control.lock().unwrap_or_else(PoisonError::into_inner).send(message);
-        sent.map_err(|error| DestinationEvent::Lost(error.to_string()))
-    }
-
-    fn say(&self, message: &ControlMessage) -> Option<DestinationEvent> {
-        self.send(message).err()
-    }
-
-    /// Its lanes are shut down: ends its threads.
-    fn end(&mut self) {
-        if let Some(pulse) = self.pulse.take() {
-            pulse.end();
-        }
-    }
+/// Sends over a link whose loss is an event.
+fn send(link: &Control, message: &ControlMessage) -> Result<(), DestinationEvent> {
+    link.send(message).map_err(|error| DestinationEvent::Lost(error.to_string()))
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]

@@ -13,7 +13,8 @@ use switchover_wire::clock::Nanos;
 use switchover_wire::message::ControlMessage;
 
 use super::Shared;
-use super::opening::{Link, Unopened};
+use super::opening::Unopened;
+use crate::control::Control;
 use crate::failure::{FailureKind, FailureView};
 use crate::link::Told;
 use crate::machine::MachineError;
@@ -43,7 +44,7 @@ const REJOIN_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a session's thread needs besides what it shares.
 struct Session {
-    link: Link,
+    link: Control,
     patience: Patience,
 }
 
@@ -190,7 +191,7 @@ impl Shared {
     fn begin_rounds(self: &Arc<Self>, session: &Session) -> Result<(), String> {
         let precopy = self.precopy().clone().ok_or("pre-copy was never set up")?;
         precopy.start_noting().map_err(|error| error.to_string())?;
-        let (shared, control) = (Arc::clone(self), session.link.control());
+        let (shared, control) = (Arc::clone(self), session.link.writer());
         let conduct = move || {
             let tell = |round| {
                 shared.recorder.tell_round(round);

@@ -2,7 +2,7 @@
 
 use std::error::Error;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,51 +12,23 @@ use switchover_precopy::rounds::{Rounds, RoundsSettings};
 use switchover_wire::address::Address;
 use switchover_wire::clock::{HostClock, Nanos};
 use switchover_wire::handshake::{HandshakeError, Hello, LaneCounts, VERSION_MAX, VERSION_MIN, greet};
-use switchover_wire::message::{ControlMessage, ControlReader, ControlWriter, MessageError};
+use switchover_wire::message::ControlMessage;
 use switchover_wire::socket::Socket;
 use switchover_wire::types::{LaneId, LaneRole, SessionId};
 
 use super::{LostWish, Shared};
 use crate::capability;
+use crate::control::{Control, Listener};
 use crate::failure::FailureKind;
 use crate::link::LinkTeller;
 use crate::missing::MissingPages;
 use crate::monitor::Mode;
-use crate::pulse::Pulse;
 use crate::rounds::Precopy;
 use crate::session::source::SourceEvent;
 use crate::settings::Settings;
 
 /// How long the destination's host may take to accept a connection.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
-
-/// Messages, beside heartbeats, that a destination may send over one link. A well-behaved one sends a few, and one for each 2^26
-/// pages that it lacks.
-const MESSAGES: u32 = 1 << 16;
-
-/// What there is of an open link besides its page lanes.
-pub(super) struct Link {
-    control: Arc<Mutex<ControlWriter>>,
-    pulse: Option<Pulse>,
-}
-
-impl Link {
-    pub fn send(&self, message: &ControlMessage) -> Result<(), MessageError> {
-        self.control.lock().unwrap_or_else(PoisonError::into_inner).send(message)
-    }
-
-    /// For a thread that tells of something in passing.
-    pub fn control(&self) -> Arc<Mutex<ControlWriter>> {
-        Arc::clone(&self.control)
-    }
-
-    /// Its lanes are shut down: ends its threads.
-    pub fn end(&mut self) {
-        if let Some(pulse) = self.pulse.take() {
-            pulse.end();
-        }
-    }
-}
 
 /// Why a link could not be opened.
 pub(super) struct Unopened {
@@ -95,7 +67,7 @@ struct Opened {
 
 impl Shared {
     /// Opens all lanes and starts what serves them.
-    pub(super) fn open(self: &Arc<Self>, to: &Address) -> Result<Link, Unopened> {
+    pub(super) fn open(self: &Arc<Self>, to: &Address) -> Result<Control, Unopened> {
         let session = SessionId::random().map_err(|error| format!("cannot name the session: {error}"))?;
         let session = *self.name.get_or_init(|| session);
         self.recorder.write(|record| record.session = Some(session.to_string()));
@@ -120,7 +92,7 @@ impl Shared {
     }
 
     /// Opens new lanes in place of those that were lost, to a destination that is to say first where it stands.
-    pub(super) fn open_again(self: &Arc<Self>) -> Result<Link, Unopened> {
+    pub(super) fn open_again(self: &Arc<Self>) -> Result<Control, Unopened> {
         let wish = self.wish.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(LostWish::Rejoin { to, settings }) = wish else {
             return Err("nobody has said where the destination is now".to_owned().into());
@@ -189,31 +161,21 @@ impl Shared {
     /// Listens to the control lane, and for signs of life.
     fn begin_link(
         self: &Arc<Self>,
-        control: &Arc<Socket>,
+        socket: &Arc<Socket>,
         silence: Duration,
         events: LinkTeller<SourceEvent>,
-    ) -> Result<Link, Unopened> {
-        let reader = ControlReader::new(Arc::clone(control)).map_err(|error| error.to_string())?;
-        let writer = ControlWriter::new(Arc::clone(control)).map_err(|error| error.to_string())?;
-        // With a ring of its own: a ring that changes threads is made anew, which the handoff must not wait for.
-        let mut heart = ControlWriter::new(Arc::clone(control)).map_err(|error| error.to_string())?;
-        let control = Arc::new(Mutex::new(writer));
-        let no_thread = |error| format!("cannot start a thread for the control lane: {error}");
-        let (speaker, told) = (Arc::clone(&control), events.clone());
-        let beat = move || {
-            let _one_at_a_time = speaker.lock().unwrap_or_else(PoisonError::into_inner);
-            let _ = heart.send(&ControlMessage::Heartbeat);
-        };
+    ) -> Result<Control, Unopened> {
+        let told = events.clone();
         let silent = move || {
             let _ = told.tell(SourceEvent::Lost(format!("nothing was heard of the destination for {silence:?}")));
         };
-        let pulse = Pulse::start(&self.lanes, silence, beat, silent).map_err(no_thread)?;
-        let listener = Arc::clone(self);
+        let (control, listener) = Control::open(socket, &self.lanes, silence, silent)?;
+        let shared = Arc::clone(self);
         thread::Builder::new()
             .name("control lane".to_owned())
-            .spawn(move || listener.cpu.measure(|| listener.listen(reader, &events)))
-            .map_err(no_thread)?;
-        Ok(Link { control, pulse: Some(pulse) })
+            .spawn(move || shared.cpu.measure(|| shared.listen(listener, &events)))
+            .map_err(|error| format!("cannot start a thread for the control lane: {error}"))?;
+        Ok(control)
     }
 
     fn open_lane(&self, to: &Address, hello: &Hello) -> Result<Arc<Socket>, Unopened> {
@@ -230,19 +192,10 @@ impl Shared {
     }
 
     /// The control lane's thread: turns what the destination says into events.
-    fn listen(&self, mut reader: ControlReader, events: &LinkTeller<SourceEvent>) {
+    fn listen(&self, mut listener: Listener, events: &LinkTeller<SourceEvent>) {
         let mut standing = None;
-        let mut budget = MESSAGES;
         loop {
-            budget = budget.saturating_sub(1);
-            let event = match reader.recv() {
-                Ok(ControlMessage::Heartbeat) => {
-                    budget = MESSAGES.min(budget + 1);
-                    continue;
-                }
-                Ok(_) if budget == 0 => {
-                    SourceEvent::Lost("the destination talks and talks on the control lane".to_owned())
-                }
+            let event = match listener.next() {
                 Ok(ControlMessage::Standing { committed, complete: true }) => {
                     SourceEvent::Standing { committed, complete: true }
                 }
@@ -285,7 +238,7 @@ impl Shared {
                 Ok(other) => {
                     SourceEvent::Lost(format!("the destination sent {}, which only a source says", other.name()))
                 }
-                Err(error) => SourceEvent::Lost(error.to_string()),
+                Err(reason) => SourceEvent::Lost(reason),
             };
             let over = matches!(event, SourceEvent::Lost(_) | SourceEvent::Drained | SourceEvent::Refused(_));
             if !events.tell(event) || over {
