@@ -1,7 +1,7 @@
 //! A link that is lost after the handoff, as QMP tells it and as the command line does.
 
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use switchover_guest_tests::journey::Journey;
 use switchover_guest_tests::lab::{Ended, Lab, switchover};
 use switchover_guest_tests::machine::Machine;
@@ -65,6 +65,10 @@ fn the_command_tells_of_a_lost_link_and_joins_it_again() {
     lab.close();
 }
 
+fn error(look: &Value) -> &str {
+    look["error-desc"].as_str().unwrap_or_default()
+}
+
 #[test]
 fn each_side_notices_a_silent_other_within_its_own_patience() {
     let lab = lab!("each_side_notices_a_silent_other_within_its_own_patience");
@@ -80,7 +84,7 @@ fn each_side_notices_a_silent_other_within_its_own_patience() {
     there.wait_migration("postcopy-active");
     there.signal(Signal::SIGSTOP);
     let paused = source.wait_migration("postcopy-paused");
-    assert_eq!(paused["error-desc"], "nothing was heard of the destination for 1s", "{paused}");
+    assert!(error(&paused).starts_with("nothing was heard of the destination for 1s;"), "{paused}");
     there.signal(Signal::SIGCONT);
     there.wait_migration("postcopy-paused");
     // Between two links it can be changed, for the next.
@@ -92,7 +96,7 @@ fn each_side_notices_a_silent_other_within_its_own_patience() {
     there.wait_migration("postcopy-active");
     source.signal(Signal::SIGSTOP);
     let paused = there.wait_migration("postcopy-paused");
-    assert_eq!(paused["error-desc"], "nothing was heard of the source for 1.5s", "{paused}");
+    assert!(error(&paused).starts_with("nothing was heard of the source for 1.5s;"), "{paused}");
     let interruptions = paused["x-switchover-interruptions"].as_array().unwrap();
     assert_eq!(interruptions.len(), 2, "{paused}");
     assert!(interruptions[0]["joined-ns"].as_u64() > interruptions[0]["lost-ns"].as_u64(), "{paused}");
