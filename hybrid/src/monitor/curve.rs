@@ -207,7 +207,8 @@ impl Curve {
         };
         let seen = (f64::midpoint(self.marginal(), overall) * growth).min(1.0);
         let guess = self.probed_share(seconds).filter(|_| !self.is_seasoned());
-        self.guessed(seen, guess.unwrap_or(GUESS[usize::from(self.round > 1)]))
+        let share = self.guessed(seen, guess.unwrap_or(GUESS[usize::from(self.round > 1)]));
+        share.min(self.most_of_left(seconds))
     }
 
     /// What the sample shows of the pages left: at least the share that was written already, where there will be more time for
@@ -254,6 +255,14 @@ impl Curve {
     /// How many more pages are found where each had all of the time, and not the half of it.
     fn whole_time(&self) -> f64 {
         1.0 + self.power().unwrap_or(POWER_UNKNOWN)
+    }
+
+    /// The most that can be expected, where the sample has been watched for as long as the round will take: of what was written of
+    /// the pages left in that time, no more will be written after they are sent.
+    fn most_of_left(&self, seconds: f64) -> f64 {
+        let watched = self.probes.last().filter(|probe| probe.seconds >= seconds && self.is_seasoned());
+        // One page more than was seen: of few, none is no proof.
+        watched.map_or(1.0, |probe| probe.written + 1.0 / probe.pages)
     }
 
     /// Share of the pages left in this round that are zero, where a sample tells.

@@ -191,6 +191,41 @@ fn a_blackout_is_the_handoff_and_the_pages_left() {
     }
 }
 
+#[test]
+fn pages_that_a_long_watched_sample_shows_cold_are_waited_for() {
+    // Half of RAM is zero pages that nobody touches, still to be sent; what an idle guest writes goes as differences.
+    let at = |step: u64, written: u64| Sample {
+        at_ns: step * 100_000_000,
+        round: 1,
+        round_ns: step * 100_000_000,
+        round_pages: 65_536,
+        left_pages: 65_536 - step * 3379,
+        dirty_pages: step * 61,
+        fresh_pages: 3379,
+        fresh_dirty_pages: 3,
+        bytes_per_second: 125_000_000,
+        limit_bytes_per_second: 125_000_000,
+        bytes_per_page: 4101.0,
+        bytes_per_data_page: 4101.0,
+        bytes_per_difference: 100.0,
+        probe_pages: 512 - step * 26,
+        probe_dirty_pages: written,
+        probe_zero_pages: 252,
+        probe_ns: step * 100_000_000,
+        handoff_ns: 1_400_000,
+        ..Sample::default()
+    };
+    let last = |written| {
+        let mut monitor = Monitor::new(limits(Mode::Precopy));
+        let verdicts: Vec<_> = (1..=10).map(|step| monitor.observe(&at(step, written))).collect();
+        verdicts.into_iter().next_back().unwrap()
+    };
+    let cold = last(0);
+    assert_eq!(cold.choice, Choice::AnotherRound, "{}", cold.reason);
+    assert!(cold.prediction.next_round_pages < 1000, "{}", cold.prediction.next_round_pages);
+    assert!(last(100).prediction.next_round_pages > 2 * cold.prediction.next_round_pages, "it believes in the sample");
+}
+
 /// 256 MiB at 5 Gbit/s, 2.5 ms after the first round began: 400 of 500 sampled pages with bytes, and so many written.
 fn early(written: u64) -> Sample {
     Sample {
