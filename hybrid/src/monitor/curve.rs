@@ -38,6 +38,10 @@ const MOST_GROWTH: f64 = 4.0;
 
 /// Pages of the sample that it takes for a share of them to mean anything: 48 are 7 points in a hundred.
 const PROBED: u64 = 48;
+/// The share of the sample below which what it stands for is cold: one page in fifty.
+const COLD: f64 = 0.02;
+/// How long, in seconds, a sample must have been watched for its cold to be believed: guests pause for less.
+const WATCHED: f64 = 0.2;
 /// Looks at the sample that are remembered.
 const PROBES: usize = 64;
 
@@ -257,12 +261,14 @@ impl Curve {
         1.0 + self.power().unwrap_or(POWER_UNKNOWN)
     }
 
-    /// The most that can be expected, where the sample has been watched for as long as the round will take: of what was written of
-    /// the pages left in that time, no more will be written after they are sent.
+    /// The most that can be expected, where the sample has been watched for as long as the round will take and shows the pages left
+    /// to be cold: no more of them will be written after they are sent. Where it shows more, it says less than what became of the
+    /// pages sent.
     fn most_of_left(&self, seconds: f64) -> f64 {
-        let watched = self.probes.last().filter(|probe| probe.seconds >= seconds && self.is_seasoned());
+        let long = |probe: &&Probe| probe.seconds >= seconds.max(WATCHED) && self.is_seasoned();
+        let cold = self.probes.last().filter(long).filter(|probe| probe.written <= COLD);
         // One page more than was seen: of few, none is no proof.
-        watched.map_or(1.0, |probe| probe.written + 1.0 / probe.pages)
+        cold.map_or(1.0, |probe| probe.written + 1.0 / probe.pages)
     }
 
     /// Share of the pages left in this round that are zero, where a sample tells.
