@@ -261,7 +261,9 @@ fn precopy_tells_its_rounds_and_heeds_what_is_set_under_way() {
     source.execute("migrate-set-parameters", json!({ "max-bandwidth": 0 }));
     let ended = source.wait_migration("completed");
     assert!(ended["ram"]["dirty-sync-count"].as_u64().unwrap() >= 1, "{ended}");
-    assert!(ended["ram"]["precopy-bytes"].as_u64().unwrap() > 32 << 20, "{ended}");
+    // Within the limit of 300 ms the last part of a round may be left to the stop.
+    let crossed = |name: &str| ended["ram"][name].as_u64().unwrap();
+    assert!(crossed("precopy-bytes") + crossed("downtime-bytes") > 32 << 20, "{ended}");
     there.wait_migration("completed");
     source.quit();
     journey.goes_to(&there);
