@@ -52,6 +52,13 @@ impl Book {
         }
     }
 
+    /// What has crossed those that are `wanted`, both ways.
+    fn sum(&self, wanted: impl Fn(LaneId) -> bool) -> u64 {
+        let open = self.open.iter().map(|(id, socket)| (*id, Crossed::of(socket)));
+        let all = self.past.iter().copied().chain(open);
+        all.filter(|(id, _)| wanted(*id)).map(|(_, crossed)| crossed.both_ways()).sum()
+    }
+
     /// What has crossed each, those of the same name taken together.
     fn all(&self) -> Vec<(LaneId, Crossed)> {
         let mut sum = Self { open: Vec::new(), past: self.past.clone() };
@@ -104,14 +111,13 @@ impl Lanes {
     /// What has crossed all of them, both ways.
     #[must_use]
     pub fn transferred(&self) -> u64 {
-        self.lock().all().iter().map(|(_, crossed)| crossed.both_ways()).sum()
+        self.lock().sum(|_| true)
     }
 
     /// What has crossed the bulk lanes, both ways.
     #[must_use]
     pub fn bulk_bytes(&self) -> u64 {
-        let all = self.lock().all();
-        all.iter().filter(|(id, _)| id.role == LaneRole::Bulk).map(|(_, crossed)| crossed.both_ways()).sum()
+        self.lock().sum(|id| id.role == LaneRole::Bulk)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Book> {
