@@ -10,15 +10,15 @@ use switchover_pager::lane::PageLane;
 use switchover_wire::clock::{HostClock, Nanos};
 use switchover_wire::description::describe_mismatches;
 use switchover_wire::handshake::{Hello, Welcome, accept, read_hello, refuse};
-use switchover_wire::message::{ControlMessage, ControlReader, ControlWriter, MessageError};
+use switchover_wire::message::ControlMessage;
 use switchover_wire::socket::{Listener, Socket};
 use switchover_wire::types::{LaneId, LaneRole};
 
 use super::Shared;
 use super::driver::NO_THREAD;
 use crate::capability;
+use crate::control::Control;
 use crate::lanes::BULK_LANES_LIMIT;
-use crate::pulse::Pulse;
 use crate::reception;
 use crate::recorder::Record;
 use crate::session::destination::DestinationEvent;
@@ -185,17 +185,8 @@ impl Shared {
 
     /// The guest is complete and the session over; only its source does not know.
     pub(super) fn answer_at_last(&self, lanes: &reception::Lanes<Arc<Socket>>) {
-        // One that says nothing is given up, as ever.
         self.lanes.add(LaneId { role: LaneRole::Control, index: 0 }, Arc::clone(&lanes.control));
-        let pulse = Pulse::start(&self.lanes, self.settings.silence, || {}, || {});
-        let answer = || -> Result<(), MessageError> {
-            let standing = ControlMessage::Standing { committed: true, complete: true };
-            ControlWriter::new(Arc::clone(&lanes.control))?.send(&standing)?;
-            let mut reader = ControlReader::new(Arc::clone(&lanes.control))?;
-            while reader.recv()? != ControlMessage::DrainedAck {}
-            Ok(())
-        };
-        match answer() {
+        match self.tell_complete(&lanes.control) {
             Ok(()) => {
                 self.recorder.write(|record| {
                     record.instants.drained_ns = Some(Nanos::now().0);
@@ -203,13 +194,27 @@ impl Shared {
                 });
                 self.close_listeners();
             }
-            Err(error) => tracing::warn!(%error, "the source still does not know that its guest is complete here"),
+            Err(reason) => tracing::warn!(reason, "the source still does not know that its guest is complete here"),
         }
         self.lanes.retire();
-        if let Ok(pulse) = pulse {
-            pulse.end();
-        }
         lanes.pages.iter().for_each(|(_, socket)| socket.shutdown());
+    }
+
+    /// Tells a source over its control lane that all is here, and waits until it knows. One that says nothing is given up.
+    fn tell_complete(&self, lane: &Arc<Socket>) -> Result<(), String> {
+        let (mut control, mut listener) = Control::open(lane, &self.lanes, *self.silence(), || {})?;
+        let standing = ControlMessage::Standing { committed: true, complete: true };
+        let mut told = control.send(&standing).map_err(|error| error.to_string());
+        while told.is_ok() {
+            match listener.next() {
+                Ok(ControlMessage::DrainedAck) => break,
+                Ok(_) => {}
+                Err(reason) => told = Err(reason),
+            }
+        }
+        lane.shutdown();
+        control.end();
+        told
     }
 
     /// All lanes are open: the session's thread takes over.
