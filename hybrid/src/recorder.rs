@@ -166,16 +166,11 @@ impl Recorder {
         self.write(|record| {
             let lost_ns = Nanos::now().0;
             // A rejoin that fails is no interruption of its own.
-            let joined = record.interruptions.last().is_none_or(|last| last.joined_ns.is_some());
-            if joined && record.interruptions.len() < SPANS_KEPT {
-                record.interruptions.push(Interruption {
-                    lost_ns,
-                    joined_ns: None,
-                    attempts: 0,
-                    reason: reason.to_owned(),
-                });
-            } else if let Some(last) = record.interruptions.last_mut() {
+            if let Some(last) = record.interruptions.last_mut().filter(|last| last.joined_ns.is_none()) {
                 last.attempts += 1;
+            } else if record.interruptions.len() < SPANS_KEPT {
+                let reason = reason.to_owned();
+                record.interruptions.push(Interruption { lost_ns, joined_ns: None, attempts: 0, reason });
             }
             record.error = Some(format!("{reason}; {}", failure.guest.sentence()));
             record.failure = Some(failure);
