@@ -51,14 +51,23 @@ struct Shared {
     watchdog: Watchdog,
     pager: Mutex<Option<SourcePager>>,
     /// What the pagers of lost links had done.
-    past: Mutex<SourceProgress>,
-    /// What was left to send when the link was lost, until a new pager knows better.
-    left_before: Mutex<Option<PageCount>>,
+    past: Mutex<Past>,
     precopy: Mutex<Option<Arc<Precopy>>>,
     /// The thread that conducts the rounds.
     conductor: Mutex<Option<JoinHandle<()>>>,
     tunables: Mutex<Tunables>,
     cpu: CpuMeter,
+}
+
+/// What the pagers of lost links leave behind.
+#[derive(Clone, Copy, Debug, Default)]
+struct Past {
+    /// Pages sent as zero and with their bytes, and requests answered.
+    zero: u64,
+    data: u64,
+    requests: u64,
+    /// What was left to send when the link was lost, until the next pager knows better.
+    left: Option<PageCount>,
 }
 
 /// What a controller wants of a lost link.
@@ -99,7 +108,6 @@ impl Outgoing {
             lanes,
             pager: Mutex::new(None),
             past: Mutex::default(),
-            left_before: Mutex::default(),
             precopy: Mutex::new(None),
             conductor: Mutex::new(None),
             tunables: Mutex::new(settings.tunables()),
@@ -238,14 +246,13 @@ impl Outgoing {
         let pages = |of: fn(&SourceProgress) -> u64| pager.as_ref().map_or(0, of);
         let handed_over = record.instants.last_exit_ns.is_some();
         let rounds = precopy.unwrap_or_default();
-        let left_before = *shared.left_before.lock().unwrap_or_else(PoisonError::into_inner);
-        let remaining = match (precopy, pager) {
-            _ if left_before.is_some() => left_before.unwrap_or_default().bytes(),
-            (Some(precopy), _) if !handed_over => precopy.remaining,
-            (_, Some(pager)) => pager.remaining.bytes(),
+        let past = *shared.past();
+        let remaining = match (past.left, precopy, pager) {
+            (Some(left), ..) => left.bytes(),
+            (None, Some(precopy), _) if !handed_over => precopy.remaining,
+            (None, _, Some(pager)) => pager.remaining.bytes(),
             _ => ram_total,
         };
-        let past = *shared.past.lock().unwrap_or_else(PoisonError::into_inner);
         let transferred = shared.lanes.transferred();
         let [precopy_bytes, downtime_bytes, postcopy_bytes] = record.split(transferred);
         let encodings = shared.precopy().as_ref().filter(|_| handed_over).map(|precopy| precopy.encodings());
@@ -331,6 +338,10 @@ impl Shared {
 
     fn tunables(&self) -> MutexGuard<'_, Tunables> {
         self.tunables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn past(&self) -> MutexGuard<'_, Past> {
+        self.past.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn pager_progress(&self) -> Option<SourceProgress> {

@@ -334,7 +334,7 @@ impl Shared {
         if let Some(pager) = self.pager().as_mut() {
             pager.start_serving(&[], rest);
         }
-        *self.left_before.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.past().left = None;
     }
 }
 

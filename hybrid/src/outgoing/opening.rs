@@ -114,10 +114,9 @@ impl Shared {
         let next = next.map_err(|error| error.to_string())?;
         if let Some(last) = self.pager().replace(next) {
             let done = last.progress();
+            let mut past = self.past();
             // The new one knows nothing before it serves.
-            let mut left = self.left_before.lock().unwrap_or_else(PoisonError::into_inner);
-            left.get_or_insert(done.remaining);
-            let mut past = self.past.lock().unwrap_or_else(PoisonError::into_inner);
+            past.left.get_or_insert(done.remaining);
             past.zero += done.zero;
             past.data += done.data;
             past.requests += done.requests;

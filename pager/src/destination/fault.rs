@@ -170,14 +170,8 @@ impl FaultService {
                     }
                     (token, result) => {
                         let outcome = match (token, result) {
-                            (REPLY_HEADER, result) => {
-                                self.awaiting = false;
-                                self.header_came(&result)
-                            }
-                            (REPLY_PAGE, result) => {
-                                self.awaiting = false;
-                                self.page_came(&result)
-                            }
+                            (REPLY_HEADER, result) => self.header_came(&result),
+                            (REPLY_PAGE, result) => self.page_came(&result),
                             (_, result) => self.requests_sent(&result),
                         };
                         self.settle(outcome)?;
@@ -298,6 +292,7 @@ impl FaultService {
 
     /// The header of an answer is here: claim its page, and receive it where the claim says.
     fn header_came(&mut self, result: &io::Result<u32>) -> Result<Next, LaneError> {
+        self.awaiting = false;
         finished("receive an answer", result, FaultReply::LEN)?;
         self.lane.socket.counters().add_received(FaultReply::LEN as u64);
         let reply = FaultReply::decode(&self.buffers.header, self.shared.states.pages())?;
@@ -319,6 +314,7 @@ impl FaultService {
     }
 
     fn page_came(&mut self, result: &io::Result<u32>) -> Result<Next, LaneError> {
+        self.awaiting = false;
         let received = self.receiving.take();
         if let Err(error) = finished("receive a page", result, PAGE_SIZE) {
             if let Some((asked, to_alias)) = received {
