@@ -61,12 +61,54 @@ fn this_thread() -> CpuTime {
 /// How much less than others a thread that yields gets of a processor that both want: about a tenth (sched(7), "nice value").
 const NICENESS: libc::c_int = 10;
 
-/// This thread takes a processor from others only for a small share of the time. Where that is refused, it does not.
+/// This thread takes a processor from others only for a small share of the time, and never because it wakes. Where that is
+/// refused, it does.
 pub fn yield_to_others() {
-    // SAFETY: two system calls with plain numbers; on Linux the priority is the calling thread's own.
-    let done = unsafe { libc::setpriority(libc::PRIO_PROCESS, libc::gettid().cast_unsigned(), NICENESS) };
+    schedule(
+        "made to yield to others",
+        &SchedulingAttributes { nice: NICENESS, ..SchedulingAttributes::of(libc::SCHED_BATCH) },
+    );
+}
+
+/// What a thread that somebody waits for asks to run at a time. The scheduler takes 0.1 ms for the least (sched_setattr(2), Linux
+/// 6.12); a thread with a short slice takes the processor from one with a long one as soon as it wakes, and gets no more of it in
+/// the long run.
+const PROMPT_SLICE_NS: u64 = 100_000;
+
+/// The kernel's `struct sched_attr`, first version (sched_setattr(2)).
+#[repr(C)]
+#[derive(Default)]
+struct SchedulingAttributes {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime: u64,
+    deadline: u64,
+    period: u64,
+}
+
+/// This thread runs briefly and often: it should not wait for the slice of one that moves bytes to be over. Where that is not to
+/// be had, it does.
+pub fn be_prompt() {
+    let attributes = SchedulingAttributes { runtime: PROMPT_SLICE_NS, ..SchedulingAttributes::of(libc::SCHED_OTHER) };
+    schedule("given a short time slice", &attributes);
+}
+
+impl SchedulingAttributes {
+    fn of(policy: libc::c_int) -> Self {
+        let size = u32::try_from(size_of::<Self>()).unwrap_or(0);
+        Self { size, policy: policy.cast_unsigned(), ..Self::default() }
+    }
+}
+
+/// Has the calling thread scheduled like that. `what` it would have been, for the log.
+fn schedule(what: &str, attributes: &SchedulingAttributes) {
+    // SAFETY: the kernel reads as many bytes of a live structure as that says it has; 0 is the calling thread.
+    let done = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, std::ptr::from_ref(attributes), 0) };
     if done != 0 {
-        tracing::debug!("a thread could not be made to yield to others");
+        tracing::debug!(error = %std::io::Error::last_os_error(), "a thread could not be {what}");
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -196,6 +197,38 @@ impl Ram {
         unsafe { self.inner.alias.unchecked_advise(UncheckedAdvice::Remove) }
             .map_err(|source| RamError::Populate { size, source })
     }
+}
+
+/// How many of `count` pages from `first` on are in memory, where the kernel can tell (cachestat(2), Linux 6.5). What is swapped
+/// out does not count, nor does a hole.
+#[must_use]
+pub fn cached_pages(file: &File, first: PageIndex, count: PageCount) -> Option<PageCount> {
+    let range = CacheRange { offset: first.offset(), bytes: count.bytes() };
+    let mut statistics = CacheStatistics::default();
+    // SAFETY: the kernel reads one live structure and writes another, both of its own layout.
+    let done = unsafe { libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const range, &raw mut statistics, 0) };
+    (done == 0).then_some(PageCount(statistics.cached))
+}
+
+/// The same number on every architecture; libc has it for some.
+const SYS_CACHESTAT: libc::c_long = 451;
+
+/// The kernel's `struct cachestat_range`.
+#[repr(C)]
+struct CacheRange {
+    offset: u64,
+    bytes: u64,
+}
+
+/// The kernel's `struct cachestat`.
+#[repr(C)]
+#[derive(Default)]
+struct CacheStatistics {
+    cached: u64,
+    dirty: u64,
+    writeback: u64,
+    evicted: u64,
+    recently_evicted: u64,
 }
 
 #[cfg(test)]

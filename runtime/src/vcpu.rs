@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 
 use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use switchover_pager::cpu;
 use switchover_wire::clock::Nanos;
 
 use crate::arch::Ports;
@@ -76,11 +77,25 @@ pub fn spawn(vcpu: Arc<Vcpu>, shared: Arc<Shared>) -> io::Result<JoinHandle<()>>
 }
 
 fn live(vcpu: &Vcpu, shared: &Shared) {
+    // What moves bytes beside it must not keep a guest waiting.
+    cpu::be_prompt();
+    warm_up(vcpu);
     let mut last_exit = None;
     while shared.control.park(vcpu.index, last_exit) {
         let mut fd = lock(&vcpu.fd);
         shared.control.entering();
         last_exit = Some(run(vcpu, &mut fd, shared));
+    }
+}
+
+/// Goes into KVM_RUN and comes straight out, without entering the guest: what KVM makes when a machine first runs, a thread of
+/// its own among others, it makes now. It would take 0.6 ms of the blackout.
+fn warm_up(vcpu: &Vcpu) {
+    let mut fd = lock(&vcpu.fd);
+    // Parking clears it before the guest is entered.
+    vcpu.exit_byte.set(true);
+    if let Ok(exit) = fd.run() {
+        tracing::warn!(vcpu = vcpu.index, ?exit, "KVM did not heed that a vCPU was to leave at once");
     }
 }
 

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
+use switchover_pager::cpu;
 use switchover_pager::destination::DestinationPager;
 use switchover_pager::lane::{Notify, PageLane, PagerEvent};
 use switchover_wire::clock::{HostClock, Nanos};
@@ -46,6 +47,7 @@ struct Session {
 impl Shared {
     /// The session's thread, from beginning to end.
     pub(super) fn migrate(self: &Arc<Self>, control: &Arc<Socket>, pages: Vec<PageLane>) {
+        cpu::be_prompt();
         let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner).take();
         match (self.start_threads(control), heard) {
             (Ok(session), Some(heard)) => {
@@ -75,6 +77,7 @@ impl Shared {
         thread::Builder::new()
             .name("load state".to_owned())
             .spawn(move || {
+                cpu::be_prompt();
                 if let Ok(state) = to_load.recv() {
                     let loaded = shared.recorder.timed("load-state", || shared.machine.load_state(&state));
                     let _ = told.tell(match loaded {
@@ -137,6 +140,7 @@ impl Shared {
 
     /// The control lane's thread: turns what the source says into events.
     fn listen(&self, mut listener: Listener, events: &LinkTeller<DestinationEvent>, arriving: &Mutex<Option<Vec<u8>>>) {
+        cpu::be_prompt();
         let mut handoff = MissingPages::new(self.machine.ram().pages());
         loop {
             let event = match listener.next() {

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::Receiver;
+use switchover_pager::cpu;
 use switchover_pager::source::Rest;
 use switchover_wire::address::Address;
 use switchover_wire::clock::Nanos;
@@ -51,6 +52,7 @@ struct Session {
 impl Shared {
     /// The migration's thread, from beginning to end.
     pub(super) fn migrate(self: &Arc<Self>, to: &Address, events: &Receiver<Told<SourceEvent>>) {
+        cpu::be_prompt();
         match self.open(to) {
             Ok(link) => self.drive(Session { link, patience: Patience::endless() }, events),
             Err(unopened) => {

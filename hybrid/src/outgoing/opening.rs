@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use switchover_pager::cpu;
 use switchover_pager::lane::{Notify, PageLane, PagerEvent};
 use switchover_pager::source::SourcePager;
 use switchover_precopy::rounds::{Rounds, RoundsSettings};
@@ -192,6 +193,7 @@ impl Shared {
 
     /// The control lane's thread: turns what the destination says into events.
     fn listen(&self, mut listener: Listener, events: &LinkTeller<SourceEvent>) {
+        cpu::be_prompt();
         let mut standing = None;
         loop {
             let event = match listener.next() {

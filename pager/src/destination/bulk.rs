@@ -123,6 +123,7 @@ impl BulkReceiver {
     /// # Errors
     /// When the lane ends before that, carries a bad frame, or a page cannot be mapped.
     pub fn run(mut self) -> Result<(), BulkError> {
+        crate::cpu::yield_to_others();
         let result = self.receive();
         let shared = &self.shared;
         // Links may be lost and joined for ever, most of which bring nothing.

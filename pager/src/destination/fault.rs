@@ -18,6 +18,7 @@ use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 use thiserror::Error;
 
 use super::{Shared, poll_fd};
+use crate::cpu;
 use crate::lane::{PageLane, PagerEvent};
 use crate::state::{Arrival, Claim, FaultVerdict, LaneTag};
 use crate::stats::{FaultStats, FaultTimes};
@@ -156,6 +157,7 @@ impl FaultService {
     /// # Errors
     /// When faults can no longer be served at all. A lane that fails is only reported; another may come in its place.
     pub fn run(mut self) -> Result<(), FaultError> {
+        cpu::be_prompt();
         self.ring.poll_multishot(self.shared.watch.fd(), FAULTS_READY)?;
         self.ring.poll_multishot(self.woken_poll.as_fd(), WOKEN)?;
         self.receive_header()?;

@@ -36,7 +36,7 @@ use self::handoff::Handoff;
 use self::mapper::MappedAhead;
 use self::seat::Seat;
 use self::stains::Stains;
-use crate::cpu::{CpuMeter, CpuTime};
+use crate::cpu::{self, CpuMeter, CpuTime};
 use crate::lane::{Notify, PageLane, PagerEvent};
 use crate::ram::{Ram, RamError};
 use crate::source::thread_name;
@@ -251,8 +251,7 @@ impl DestinationPager {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|errno| DestinationPagerError::EventFd(errno.into()))?;
         if !lazy {
-            ram.populate()?;
-            ram.touch();
+            reserve(&ram)?;
         }
         let pages = ram.pages();
         let shared = Arc::new(Shared {
@@ -548,6 +547,23 @@ impl Drop for DestinationPager {
             tracing::error!("a pager was dropped while its guest's memory is incomplete; it goes on serving");
         }
     }
+}
+
+/// Takes all of RAM's memory now. On a thread of its own, which can be told to leave processors to whoever wants them: guests run
+/// on this host, and nobody waits for this one yet.
+fn reserve(ram: &Ram) -> Result<(), DestinationPagerError> {
+    let work = || {
+        cpu::yield_to_others();
+        ram.populate()?;
+        ram.touch();
+        Ok(())
+    };
+    let (name, lane) = ("reserve memory".to_owned(), "reservation of memory".to_owned());
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name(name).spawn_scoped(scope, work);
+        let thread = thread.map_err(|source| DestinationPagerError::Thread { lane, source })?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 fn join(threads: &mut Vec<JoinHandle<()>>) {

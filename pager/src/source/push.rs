@@ -58,6 +58,7 @@ impl Pusher {
     /// # Errors
     /// When the lane fails or the pager is stopped.
     pub fn run(mut self) -> Result<(), PushError> {
+        crate::cpu::yield_to_others();
         let shared = Arc::clone(&self.shared);
         self.take_encoder();
         let (file, pages) = (shared.ram.file(), shared.ram.pages());

@@ -12,6 +12,7 @@ use switchover_wire::types::{PAGE_SIZE, PageIndex};
 use thiserror::Error;
 
 use super::Shared;
+use crate::cpu;
 use crate::lane::PageLane;
 use crate::zero::is_zero;
 
@@ -53,6 +54,7 @@ impl FaultServer {
     /// # Errors
     /// When the lane ends, or carries something else than requests.
     pub fn run(mut self) -> Result<(), ServeError> {
+        cpu::be_prompt();
         let mut request = [0; FaultRequest::LEN];
         loop {
             self.ring.recv_exact(self.lane.socket.as_fd(), &mut [IoSliceMut::new(&mut request)])?;
