@@ -39,4 +39,5 @@ pub mod stats;
 mod sync;
 pub mod trace;
 pub mod uffd;
+mod words;
 pub mod zero;

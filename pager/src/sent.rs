@@ -4,6 +4,7 @@ use switchover_wire::frame::bulk::CHUNK_PAGES;
 use switchover_wire::types::{PageCount, PageIndex};
 
 use crate::sync::{AtomicU64, Ordering};
+use crate::words::bits_for;
 
 /// The index of a run of [`CHUNK_PAGES`] pages, which travel in one frame.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -34,7 +35,7 @@ impl SentPages {
     /// Nothing sent yet.
     #[must_use]
     pub fn new(pages: PageCount) -> Self {
-        Self { words: (0..pages.0.div_ceil(CHUNK_PAGES)).map(|_| AtomicU64::new(0)).collect(), pages }
+        Self { words: bits_for(pages.0), pages }
     }
 
     /// Only the pages with a bit in `missing` are still to be sent; words that it lacks have none. Called before anything is

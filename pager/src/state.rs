@@ -24,6 +24,7 @@
 use switchover_wire::types::{PageCount, PageIndex};
 
 use crate::sync::{AtomicU8, AtomicU64, Ordering};
+use crate::words::{bits_for, bytes_for};
 
 const ABSENT: u8 = 0;
 const REQUESTED: u8 = 1;
@@ -119,8 +120,8 @@ impl PageStates {
     /// When RAM has more pages than this machine's address space has bytes, which no mapped RAM has.
     #[must_use]
     pub fn new(pages: PageCount) -> Self {
-        let words = || (0..pages.0.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Self { states: (0..pages.0).map(|_| AtomicU8::new(ABSENT)).collect(), early: words(), outdated: words() }
+        const { assert!(ABSENT == 0) };
+        Self { states: bytes_for(pages.0), early: bits_for(pages.0), outdated: bits_for(pages.0) }
     }
 
     /// The number of pages.
@@ -199,8 +200,12 @@ impl PageStates {
     /// Nobody [reclaims](Self::reclaim) or lets a version [arrive](Self::version_arrived) meanwhile or afterwards.
     pub fn forget(&self, word: usize, mask: u64) -> u64 {
         let (Some(early), Some(outdated)) = (self.early.get(word), self.outdated.get(word)) else { return 0 };
-        outdated.store(mask, Ordering::Release);
-        early.load(Ordering::Relaxed) & mask
+        let here = early.load(Ordering::Relaxed) & mask;
+        // Where nothing was here nothing is outdated, and memory that need not be written is not.
+        if here != 0 {
+            outdated.store(here, Ordering::Release);
+        }
+        here
     }
 
     /// The last byte of `page`, which `lane` had claimed, has landed. Called before it is mapped: a fault that is

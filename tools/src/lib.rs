@@ -13,6 +13,7 @@
 //! stderr, each with what was tried, on what, and what to do next; nothing left behind, neither a process nor a
 //! socket's file nor a changed terminal.
 
+mod allocator;
 pub mod bench;
 pub mod check;
 pub mod cli;

@@ -16,6 +16,7 @@ use switchover_runtime::run_state::ExitReason;
 use switchover_runtime::vm::Vm;
 use switchover_wire::address::{Address, AddressError};
 
+use crate::allocator;
 use crate::failure::{Failure, say};
 use crate::signals::EndRequests;
 use crate::size::Size;
@@ -145,6 +146,7 @@ pub fn main(args: RunArgs) -> Result<(), Failure> {
             "--incoming defer waits for `migrate-incoming` on a QMP socket, and there is none: add --qmp unix:PATH",
         ));
     }
+    allocator::keep_large_blocks();
     let (asked, ends) = crossbeam::channel::unbounded();
     // Before the machine has threads: they inherit that these signals are not theirs.
     let _requests = EndRequests::take(move |number| {

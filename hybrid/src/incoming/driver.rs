@@ -18,6 +18,7 @@ use switchover_wire::types::{LaneId, LaneRole};
 use super::Shared;
 use crate::control::{Control, Listener};
 use crate::failure::{FailureKind, FailureView, GuestAfter};
+use crate::heap::warm_up;
 use crate::link::{LinkTeller, Told};
 use crate::missing::{MissingPages, tell_missing};
 use crate::patience::{Patience, Rank, next_event};
@@ -141,7 +142,9 @@ impl Shared {
     /// The control lane's thread: turns what the source says into events.
     fn listen(&self, mut listener: Listener, events: &LinkTeller<DestinationEvent>, arriving: &Mutex<Option<Vec<u8>>>) {
         cpu::be_prompt();
-        let mut handoff = MissingPages::new(self.machine.ram().pages());
+        let pages = self.machine.ram().pages();
+        warm_up(pages);
+        let mut handoff = MissingPages::new(pages);
         loop {
             let event = match listener.next() {
                 Ok(ControlMessage::Round { number }) => {

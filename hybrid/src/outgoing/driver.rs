@@ -17,6 +17,7 @@ use super::Shared;
 use super::opening::Unopened;
 use crate::control::Control;
 use crate::failure::{FailureKind, FailureView};
+use crate::heap::warm_up;
 use crate::link::Told;
 use crate::machine::MachineError;
 use crate::missing::tell_missing;
@@ -53,6 +54,7 @@ impl Shared {
     /// The migration's thread, from beginning to end.
     pub(super) fn migrate(self: &Arc<Self>, to: &Address, events: &Receiver<Told<SourceEvent>>) {
         cpu::be_prompt();
+        warm_up(self.machine.ram().pages());
         match self.open(to) {
             Ok(link) => self.drive(Session { link, patience: Patience::endless() }, events),
             Err(unopened) => {
@@ -235,18 +237,19 @@ impl Shared {
     /// Tells the destination what it lacks, and serves it.
     fn serve_pages(&self, session: &Session, ending: Ending) -> Result<(), String> {
         let pages = self.machine.ram().pages();
-        let rest = match self.precopy().as_ref() {
-            Some(precopy) => precopy.missing(pages).map_err(|error| error.to_string())?,
-            None => Rest::all(pages),
-        };
-        for message in tell_missing(&rest.missing, pages, ending == Ending::StopAndCopy) {
-            session.link.send(&message).map_err(|error| error.to_string())?;
-        }
-        let first = self.machine.first_pages();
+        let rest = self.recorder.timed("find-missing", || match self.precopy().as_ref() {
+            Some(precopy) => precopy.missing(pages).map_err(|error| error.to_string()),
+            None => Ok(Rest::all(pages)),
+        })?;
+        self.recorder.timed("tell-missing", || {
+            tell_missing(&rest.missing, pages, ending == Ending::StopAndCopy)
+                .try_for_each(|message| session.link.send(&message).map_err(|error| error.to_string()))
+        })?;
+        let first = self.recorder.timed("first-pages", || self.machine.first_pages());
         // Read before the pager is locked: whoever changes it locks them in this order.
         let before_handoff = self.tunables().bandwidth.precopy;
         if let Some(pager) = self.pager().as_mut() {
-            pager.start_serving(&first, rest);
+            self.recorder.timed("start-serving", || pager.start_serving(&first, rest));
             if ending == Ending::StopAndCopy {
                 // The guest does not run yet: the bound for the time before the handoff still holds.
                 pager.set_max_bandwidth(before_handoff);

@@ -14,6 +14,7 @@ use super::handoff::Phase;
 use crate::cpu;
 use crate::runs::{bits, runs};
 use crate::uffd::WatchError;
+use crate::words::bits_for;
 
 /// How many rounds a page must stay as it is to be mapped ahead. Unmapping one that was mapped too early costs the blackout
 /// more than mapping a cold one saves, and what outlives two rounds seldom changes in the third.
@@ -40,10 +41,9 @@ pub struct Held<'a> {
 impl MappedAhead {
     /// Nothing mapped.
     pub fn new(pages: PageCount) -> Self {
-        let words = || (0..pages.0.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         Self {
-            mapped: words(),
-            here: words(),
+            mapped: bits_for(pages.0),
+            here: bits_for(pages.0),
             rounds: (0..pages.0).map(|_| AtomicU8::new(0)).collect(),
             mapping: Mutex::new(()),
         }
@@ -64,7 +64,8 @@ impl MappedAhead {
 
     /// These of the pages of word `index` are here at the handoff.
     pub fn leave_for_later(&self, index: u64, here: u64) {
-        if let Some(word) = usize::try_from(index).ok().and_then(|index| self.here.get(index)) {
+        let word = usize::try_from(index).ok().and_then(|index| self.here.get(index));
+        if let Some(word) = word.filter(|_| here != 0) {
             word.store(here, Ordering::Relaxed);
         }
     }
