@@ -243,9 +243,6 @@ mod tests {
             }
         }
         if loaded.fault.sleeping.round.round().is_some() {
-            // A page that is asked for takes longer than one that is there.
-            let whole = loaded.remote("sleeping").unwrap();
-            assert!(whole.p50_ns > report.tcp.spinning.round().unwrap().p50_ns, "{whole:?}");
             assert!(loaded.streams.iter().all(|stream| stream.bit_s > 0) && loaded.streams.len() == 4, "{loaded:?}");
         }
         // Sockets need nothing special.
