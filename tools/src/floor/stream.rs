@@ -87,7 +87,7 @@ impl Stream {
 }
 
 impl Carried {
-    /// What it carries in a second from the first call of this one to the second is the difference of the two.
+    /// Bytes received since it began, and how long that is.
     #[must_use]
     pub fn now(&self) -> (u64, Duration) {
         (self.bytes.load(Ordering::Relaxed), self.began.elapsed())
@@ -258,7 +258,7 @@ mod tests {
             })
             .unwrap();
         assert!(bits_per_second(before, after) > 0);
-        // What was sent arrived as it was.
+        // It ends with what it runs beside, however that ends.
         let failed = stream.beside(|_| Err::<(), _>(FloorError::on("do this")("it is not to be done")));
         assert!(failed.is_err());
     }
