@@ -25,6 +25,13 @@
 //!   one vCPU that *ended* in this period, in whole microseconds, rounded up; `bad` counts corrupt visits since the
 //!   start. `h:` gives the gaps' distribution: `b:n` says that n gaps took at least 2^b and less than 2^(b+1) ticks
 //!   of the TSC (b = 0 includes gaps of 0); empty buckets are left out. The sum of the n is `visits`.
+//! - `G <period> visits <n> t: <b>:<n> …` after it with `gaps=fine`: how long the visits themselves took, of all vCPUs, in
+//!   eight buckets an octave. That is the gap less what the guest did in it on its own account, which is to print, to wait
+//!   for its pace, and to sleep: the time from the last reading of the TSC before the visit to the reading after it.
+//!   Bucket b = 8·o + s holds times of at least 2^o·(1 + s/8) ticks and less than 2^o·(1 + (s + 1)/8); 0 ticks count as 1;
+//!   empty buckets are left out. `visits` is the sum of the n; it is that of the `P` line, but for visits that other vCPUs
+//!   made between the two readings, which are in the next period's. A blackout that hits the guest while it waits is in no
+//!   `G` line, and in the `P` line.
 //! - `V <period> cpu <i> visits <n> maxgap_us <n>` after it for each vCPU but the first, so that a dead one is noticed.
 //! - `B page <n> counter <got> expected <n> word <i> got <x> expected <y>` for the first few corrupt visits of each
 //!   vCPU. The counter is word 0; the word shown is the first wrong one of those that were compared, or the last
@@ -62,6 +69,7 @@
 //! | `tsc_khz=` | `0` | 0: measured against the PIT |
 //! | `hot=`, `hotvisits=` | `10`, `90` | `hotset`: so many percent of the visits go to so many percent of the pages |
 //! | `writes=` | `5` | `reader`: percentage of visits that write |
+//! | `gaps=` | `octaves` | `fine`: report the times of visits too, in `G` lines |
 //! | `stop=` | `0` | end after so many periods; 0: never |
 //! | `corrupt=` | `0` | at this visit of vCPU 0, flip a bit first, to prove that it is noticed; 0: never |
 

@@ -26,6 +26,8 @@ pub struct Params {
     pub hot_visits: u64,
     /// Percentage of visits that write, for the reader.
     pub writes: u64,
+    /// Whether the times of visits are reported too.
+    pub fine: bool,
     /// Periods after which to end, or 0.
     pub stop: u64,
     /// Visit before which vCPU 0 damages the page, or 0.
@@ -65,6 +67,7 @@ impl Params {
             hot: 10,
             hot_visits: 90,
             writes: 5,
+            fine: false,
             stop: 0,
             corrupt: 0,
         };
@@ -111,6 +114,13 @@ impl Params {
             b"hot" => self.hot = percentage()?,
             b"hotvisits" => self.hot_visits = percentage()?,
             b"writes" => self.writes = percentage()?,
+            b"gaps" => {
+                self.fine = match value {
+                    b"fine" => true,
+                    b"octaves" => false,
+                    _ => return Err("fine or octaves"),
+                };
+            }
             b"stop" => self.stop = number()?,
             b"corrupt" => self.corrupt = number()?,
             _ => return Err("unknown"),

@@ -5,13 +5,15 @@ use core::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
 use crate::clock::Clock;
 use crate::cpu::MAX_CPUS;
-use crate::meter::{BUCKETS, DETAILS, METERS};
+use crate::meter::{BUCKETS, DETAILS, FINE_BUCKETS, METERS};
+use crate::params::Params;
 use crate::platform;
 use crate::serial::{Sent, Transmitter};
 
 const BUFFER: usize = 1 << 16;
 /// Room that the longest lines of a period take: every number at its longest.
 const LONGEST_P: usize = 128 + BUCKETS * 24;
+const LONGEST_G: usize = 128 + FINE_BUCKETS * 25;
 const LONGEST_V: usize = 128;
 const LONGEST_B: usize = 192;
 
@@ -30,6 +32,7 @@ pub struct Reporter {
     transmitter: Transmitter,
     clock: Clock,
     vcpus: usize,
+    fine: bool,
     period_ticks: u64,
     period_start: u64,
     period: u64,
@@ -46,16 +49,17 @@ struct Seen {
 
 impl Reporter {
     /// A reporter whose first period starts at `now`.
-    pub fn new(clock: Clock, vcpus: usize, period_ms: u64, stop: u64, now: u64) -> Self {
+    pub fn new(clock: Clock, params: &Params, now: u64) -> Self {
         Self {
             buffer: Buffer { read: 0, written: 0 },
             transmitter: Transmitter::default(),
             clock,
-            vcpus,
-            period_ticks: clock.ticks_of_ns(period_ms * 1_000_000),
+            vcpus: params.vcpus,
+            fine: params.fine,
+            period_ticks: clock.ticks_of_ns(params.period_ms * 1_000_000),
             period_start: now,
             period: 0,
-            stop,
+            stop: params.stop,
             seen: [Seen { gaps: [0; BUCKETS], details: 0 }; MAX_CPUS],
         }
     }
@@ -66,14 +70,18 @@ impl Reporter {
         let _ = writeln!(self.buffer, "{text}");
     }
 
-    /// To be called after each visit with its time: ends the period if it is over, and sends a byte of what waits.
+    /// To be called after each visit with its time: ends the period if it is over, and sends a byte of what waits. Says
+    /// whether there was anything to do.
     #[inline]
-    pub fn after_visit(&mut self, now: u64) {
+    pub fn after_visit(&mut self, now: u64) -> bool {
         // A difference, not a deadline: should the TSC step back, the period ends at once instead of never.
-        if now.wrapping_sub(self.period_start) >= self.period_ticks {
+        let over = now.wrapping_sub(self.period_start) >= self.period_ticks;
+        if over {
             self.end_period(now);
         }
+        let waiting = !self.buffer.is_empty();
         self.step();
+        over || waiting
     }
 
     /// Sends a byte or asks the UART for room: one access to it, or none. Says whether another call can do more now.
@@ -94,7 +102,8 @@ impl Reporter {
 
     #[cold]
     fn end_period(&mut self, now: u64) {
-        if self.buffer.room() < LONGEST_P + self.vcpus * (LONGEST_V + DETAILS * LONGEST_B) {
+        let fine = if self.fine { LONGEST_G } else { 0 };
+        if self.buffer.room() < LONGEST_P + fine + self.vcpus * (LONGEST_V + DETAILS * LONGEST_B) {
             return;
         }
         self.write_period();
@@ -139,6 +148,9 @@ impl Reporter {
             let _ = write!(buffer, " {bucket}:{count}");
         }
         let _ = writeln!(buffer);
+        if self.fine {
+            write_times(buffer, period, self.vcpus);
+        }
         for cpu in 1..self.vcpus {
             let (visits, longest) = (visits[cpu], clock.us_of_ticks(longest[cpu]));
             let _ = writeln!(buffer, "V {period} cpu {cpu} visits {visits} maxgap_us {longest}");
@@ -156,6 +168,22 @@ impl Reporter {
             }
         }
     }
+}
+
+/// The times of the visits since the last call, of all vCPUs.
+fn write_times(buffer: &mut Buffer, period: u64, vcpus: usize) {
+    let mut times = [0_u64; FINE_BUCKETS];
+    for meter in METERS.iter().take(vcpus) {
+        for (sum, new) in times.iter_mut().zip(meter.take_times()) {
+            *sum += new;
+        }
+    }
+    let visits: u64 = times.iter().sum();
+    let _ = write!(buffer, "G {period} visits {visits} t:");
+    for (bucket, count) in times.iter().enumerate().filter(|(_, count)| **count > 0) {
+        let _ = write!(buffer, " {bucket}:{count}");
+    }
+    let _ = writeln!(buffer);
 }
 
 impl Buffer {

@@ -56,7 +56,7 @@ fn first<W: Workload>() -> ! {
         platform::start_tick();
     }
     let now = cpu::tsc();
-    let mut reporter = Reporter::new(clock, params.vcpus, params.period_ms, params.stop, now);
+    let mut reporter = Reporter::new(clock, &params, now);
     let ws = params.pages * PAGE_BYTES;
     reporter.line(format_args!("R ready ws {ws} tsc_khz {} vcpus {}", clock.khz(), params.vcpus));
     GO.store(true, SeqCst);

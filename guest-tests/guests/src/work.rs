@@ -26,6 +26,8 @@ pub fn work<W: Workload>(
     let pace = clock.ticks_of_ns(params.pace_ns);
     let mut until_damage = if cpu == 0 { params.corrupt } else { 0 };
     let mut last = start;
+    // The last reading before a visit: whatever the guest did on its own account lies before it.
+    let mut before = start;
     loop {
         let random = rng.next();
         let choice = workload.next(random);
@@ -43,21 +45,32 @@ pub fn work<W: Workload>(
         // belongs to the next gap: nothing is lost.
         let now = tsc();
         meter.visit(now.wrapping_sub(last));
-        last = now;
+        if params.fine {
+            meter.visit_took(now.wrapping_sub(before));
+        }
+        (last, before) = (now, now);
 
-        if let Some(reporter) = &mut reporter {
-            reporter.after_visit(now);
+        if let Some(reporter) = &mut reporter
+            && reporter.after_visit(now)
+            && params.fine
+        {
+            before = tsc();
         }
         if W::SLEEPS {
             loop {
                 while reporter.as_mut().is_some_and(|reporter| reporter.step()) {}
                 halt();
-                if tsc().wrapping_sub(last) >= pace {
+                before = tsc();
+                if before.wrapping_sub(last) >= pace {
                     break;
                 }
             }
         } else if pace > 0 {
-            while tsc().wrapping_sub(last) < pace {
+            loop {
+                before = tsc();
+                if before.wrapping_sub(last) >= pace {
+                    break;
+                }
                 if !reporter.as_mut().is_some_and(|reporter| reporter.step()) {
                     spin_loop();
                 }

@@ -6,6 +6,7 @@ use hdrhistogram::Histogram;
 use switchover_hybrid::report::HistogramError;
 
 use super::bandwidth::Bandwidth;
+use super::felt;
 use super::figures::FIGURES;
 use super::latency::{PARTS, Percentiles, merge};
 use super::schema::{ModeReport, RunReport, Spread};
@@ -52,7 +53,9 @@ impl Aggregate {
             }
             by_run.insert(part.key, found);
         }
-        let latency = merged.iter().map(|(key, sum)| ((*key).to_owned(), Percentiles::of(sum))).collect();
+        let mut latency: BTreeMap<_, _> =
+            merged.iter().map(|(key, sum)| ((*key).to_owned(), Percentiles::of(sum))).collect();
+        latency.extend(felt::merged(&runs).map(|visits| (felt::KEY.to_owned(), visits)));
         let verified = !runs.is_empty() && runs.iter().all(|run| run.verified);
         let report = ModeReport {
             mode: mode.to_owned(),

@@ -73,6 +73,10 @@ pub struct BenchArgs {
     #[arg(long, value_name = "S", value_parser = seconds)]
     patience: Option<f64>,
 
+    /// Seconds after the handoff for which nothing is pushed, so that every page that the guest touches is a remote fault
+    #[arg(long, value_name = "S", value_parser = seconds, conflicts_with = "matrix")]
+    hold_push: Option<f64>,
+
     /// Write the first run's pre-copy, with what each round dirtied, for `switchover simulate`; hybrid's where it is
     /// among the modes
     #[arg(long, value_name = "FILE", conflicts_with = "matrix")]
@@ -106,6 +110,8 @@ Examples:
   A small working set, paced:          switchover bench --append 'ws=32M pace=2000'
   All modes over a slow link:          switchover bench --modes precopy,postcopy,hybrid --bandwidth 1G
   The same, shaped by the kernel:      switchover bench --modes postcopy,hybrid --bandwidth 1G --link veth
+  Remote faults as the guest feels them: switchover bench --guest once --warmup 1 --hold-push 1.5 --append \
+                                           'gaps=fine pace=50000'
   Is the hybrid the best of both:      switchover bench --matrix
 
 A bandwidth is held by the source (max-bandwidth before the handoff, max-postcopy-bandwidth after it, which does not bound
@@ -196,6 +202,8 @@ pub struct Plan {
     pub after_s: f64,
     /// Seconds after which a pre-copy is cancelled.
     pub patience_s: Option<f64>,
+    /// Seconds after the handoff for which nothing is pushed.
+    pub hold_push_s: Option<f64>,
     /// Where a run's trace goes.
     pub trace: Option<PathBuf>,
     /// Where the report goes.
@@ -224,9 +232,9 @@ const REFERENCE: Defaults = Defaults {
     warmup_s: 2.0,
     after_s: 2.0,
     patience_s: None,
-    floor_s: 2.0,
+    floor_s: 8.0,
 };
-const QUICK: Defaults = Defaults { runs: 2, warmup_s: 1.0, after_s: 1.5, floor_s: 1.0, ..REFERENCE };
+const QUICK: Defaults = Defaults { runs: 2, warmup_s: 1.0, after_s: 1.5, floor_s: 4.0, ..REFERENCE };
 /// 180 runs: each is kept to seconds.
 const MATRIX: Defaults = Defaults {
     modes: &modes::NAMES,
@@ -276,6 +284,11 @@ impl BenchArgs {
                 return Err(Failure::usage("--trace records one run: give one --bandwidth"));
             }
         }
+        if self.hold_push.is_some() && modes.iter().any(|mode| mode.precopies()) {
+            return Err(Failure::usage(
+                "--hold-push is for --modes postcopy: the other modes decide by what may be pushed",
+            ));
+        }
         Ok(Plan {
             cells: self.cells(&defaults, memory)?,
             matrix: self.matrix,
@@ -288,6 +301,7 @@ impl BenchArgs {
             warmup_s: self.warmup.unwrap_or(defaults.warmup_s),
             after_s: self.after.unwrap_or(defaults.after_s),
             patience_s: self.patience.or(defaults.patience_s),
+            hold_push_s: self.hold_push,
             trace: self.trace.clone(),
             out: self.out.clone(),
             floor_s: defaults.floor_s,
@@ -411,6 +425,7 @@ mod tests {
             (&["--modes", "hybrid,hybrid"], "twice"),
             (&["--trace", "t"], "add hybrid"),
             (&["--trace", "t", "--modes", "hybrid", "--bandwidth", "1G,5G"], "one --bandwidth"),
+            (&["--hold-push", "1", "--modes", "postcopy,hybrid"], "--hold-push is for"),
             (&["--peer", "qemu"], "--peer qemu is not built yet"),
             (&["--guest", "nobody"], "choose one of random"),
         ] {

@@ -14,10 +14,11 @@ use tempfile::TempDir;
 
 use super::args::{Cell, Guest, Link, Plan};
 use super::bandwidth::Bandwidth;
+use super::felt::Felt;
 use super::figures::{Figures, deciding};
 use super::guest_lines::Line;
 use super::guest_trace::{GuestTrace, Marks};
-use super::modes::{Mode, Moved, Pair, Stayed};
+use super::modes::{Hold, Mode, Moved, Pair, Stayed};
 use super::network::{DESTINATION_ADDRESS, Namespace, Network};
 use super::process::Process;
 use super::run_error::RunError;
@@ -81,6 +82,8 @@ struct Outcome {
     source: Option<SideReport>,
     destination: Option<SideReport>,
     not_converged: Option<String>,
+    /// When the pusher was let go, where it was held back.
+    released: Option<Nanos>,
 }
 
 impl<'a> Driver<'a> {
@@ -135,6 +138,7 @@ impl<'a> Driver<'a> {
                     not_converged: outcome.not_converged,
                     figures,
                     marks: Some(outcome.marks),
+                    felt: Felt::of(&guest, &outcome.marks, outcome.released),
                     guest: Some(guest),
                     source: outcome.source,
                     destination: outcome.destination,
@@ -210,15 +214,18 @@ impl<'a> Driver<'a> {
         let uri = self.listen(&mut destination_qmp, files)?;
         // The network holds the bandwidth by itself.
         let bandwidth = if self.network.is_some() { Bandwidth::UNLIMITED } else { cell.bandwidth };
-        let moved = mode.migrate(&mut Pair {
+        let mut pair = Pair {
             source: &mut source_qmp,
             destination: &mut destination_qmp,
             uri: &uri,
             bandwidth,
             patience: self.plan.patience_s.map(Duration::from_secs_f64),
             record_bitmaps: self.plan.trace.is_some(),
+            hold: Hold::for_seconds(self.plan.hold_push_s),
             ends: self.ends,
-        })?;
+        };
+        let moved = mode.migrate(&mut pair)?;
+        let released = pair.hold.and_then(|hold| hold.released);
         tell("watching it go on");
         let stayed = moved.stayed.is_some();
         if stayed {
@@ -240,6 +247,7 @@ impl<'a> Driver<'a> {
             source: source_report,
             destination: destination_report,
             not_converged,
+            released,
         })
     }
 

@@ -11,6 +11,8 @@ pub enum Line {
     Ready(Ready),
     /// `P <period> visits <n> maxgap_us <n> bad <n> h: <bucket>:<count> …`.
     Period(Period),
+    /// `G <period> visits <n> t: <bucket>:<count> …`: how long the visits of the period just told took by themselves.
+    Times(Times),
     /// `V <period> cpu <i> visits <n> maxgap_us <n>`: one further vCPU in the period just told.
     Vcpu(VcpuPeriod),
     /// `B …`: a visit found what it had not written.
@@ -49,6 +51,15 @@ pub struct Period {
     pub gaps: Vec<(u8, u64)>,
 }
 
+/// How long the visits of a period took by themselves: less what the guest waited and printed between them.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Times {
+    /// The period's number.
+    pub number: u64,
+    /// How many took so long, in eight buckets an octave of TSC ticks: bucket 8·o + s begins at 2^o·(1 + s/8).
+    pub buckets: Vec<(u16, u64)>,
+}
+
 /// One period of one vCPU. The first vCPU has no line of its own.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct VcpuPeriod {
@@ -73,6 +84,7 @@ impl Line {
         match words.next() {
             Some("R") => ready(words).map_or_else(garbled, Self::Ready),
             Some("P") => period(words).map_or_else(garbled, Self::Period),
+            Some("G") => times(words).map_or_else(garbled, Self::Times),
             Some("V") => vcpu(words).map_or_else(garbled, Self::Vcpu),
             Some("B") => Self::Corrupt(text.to_owned()),
             Some("E" | "X") => Self::Died(text.to_owned()),
@@ -111,14 +123,30 @@ fn period<'a>(mut words: impl Iterator<Item = &'a str>) -> Option<Period> {
         gaps: Vec::new(),
     };
     (words.next()? == "h:").then_some(())?;
+    for (bucket, count) in histogram(words, 64, period.visits)? {
+        period.gaps.push((u8::try_from(bucket).ok()?, count));
+    }
+    Some(period)
+}
+
+fn times<'a>(mut words: impl Iterator<Item = &'a str>) -> Option<Times> {
+    let period = number(words.next()?)?;
+    let visits = field(&mut words, "visits")?;
+    (words.next()? == "t:").then_some(())?;
+    Some(Times { number: period, buckets: histogram(words, 512, visits)? })
+}
+
+/// `<bucket>:<count> …` of less than `buckets` buckets. Every visit is in one: a line that lost or gained a byte does not add
+/// up to `visits`, so the sum is its checksum.
+fn histogram<'a>(words: impl Iterator<Item = &'a str>, buckets: u16, visits: u64) -> Option<Vec<(u16, u64)>> {
+    let mut found = Vec::new();
     for word in words.filter(|word| !word.is_empty()) {
         let (bucket, count) = word.split_once(':')?;
-        let bucket = u8::try_from(number(bucket)?).ok().filter(|bucket| *bucket < 64)?;
-        period.gaps.push((bucket, number(count)?));
+        let bucket = u16::try_from(number(bucket)?).ok().filter(|bucket| *bucket < buckets)?;
+        found.push((bucket, number(count)?));
     }
-    // Every visit has its gap. A line that lost or gained a byte does not add up, so the sum is its checksum.
-    let counted = period.gaps.iter().try_fold(0_u64, |sum, (_, count)| sum.checked_add(*count))?;
-    (counted == period.visits).then_some(period)
+    let counted = found.iter().try_fold(0_u64, |sum, (_, count)| sum.checked_add(*count))?;
+    (counted == visits).then_some(found)
 }
 
 fn vcpu<'a>(mut words: impl Iterator<Item = &'a str>) -> Option<VcpuPeriod> {
@@ -153,6 +181,10 @@ mod tests {
             Line::parse(b"V 3 cpu 1 visits 7 maxgap_us 5"),
             Line::Vcpu(VcpuPeriod { number: 3, cpu: 1, visits: 7, max_gap_us: 5 })
         );
+        assert_eq!(
+            Line::parse(b"G 3 visits 12 t: 130:10 511:2"),
+            Line::Times(Times { number: 3, buckets: vec![(130, 10), (511, 2)] })
+        );
         assert!(matches!(Line::parse(b"B page 7 counter 1 expected 2"), Line::Corrupt(_)));
         assert!(matches!(Line::parse(b"E parameter \"x\": unknown"), Line::Died(_)));
         assert_eq!(Line::parse(b"SeaBIOS (version 1.16)"), Line::Other);
@@ -173,6 +205,12 @@ mod tests {
             assert!(garbled(&whole[..cut]), "{}", &whole[..cut]);
         }
         assert!(garbled("P 3 visits 12 maxgap_us 450 bad 0 h: 9:10 11:3"), "the gaps do not add up");
+        let times = "G 3 visits 12 t: 130:10 131:2";
+        assert!(!garbled(times));
+        for cut in 1..times.len() {
+            assert!(garbled(&times[..cut]), "{}", &times[..cut]);
+        }
+        assert!(garbled("G 3 visits 1 t: 512:1") && garbled("G 3 visits 2 t: 5:1"));
         assert!(garbled("P +3 visits 0 maxgap_us 0 bad 0 h:"));
         assert!(garbled("P 3 visits 99999999999999999999 maxgap_us 0 bad 0 h:"));
         assert!(garbled("P 3 visits 1 maxgap_us 0 bad 0 h: 64:1"));

@@ -37,6 +37,10 @@ pub struct GuestPeriod {
     pub bad: u64,
     /// Visits of each vCPU, in order.
     pub vcpu_visits: Vec<u64>,
+    /// How many visits took how long by themselves, in eight buckets an octave of TSC ticks; empty where the guest does not
+    /// tell. See `guest-tests/guests`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub times: Vec<(u16, u64)>,
 }
 
 /// All that a guest said in one run.
@@ -110,6 +114,12 @@ impl GuestTrace {
                         period.max_gap_us = period.max_gap_us.max(vcpu.max_gap_us);
                     }
                     _ => trace.complain(format!("vCPU {} reported out of turn", vcpu.cpu)),
+                },
+                Line::Times(times) => match trace.periods.last_mut() {
+                    Some(period) if period.number == times.number && period.times.is_empty() => {
+                        period.times = times.buckets;
+                    }
+                    _ => trace.complain(format!("the times of period {} came out of turn", times.number)),
                 },
                 Line::Corrupt(text) | Line::Died(text) => trace.complain(text),
                 Line::Garbled(text) => trace.complain(format!("damaged line: {text}")),
@@ -252,6 +262,7 @@ impl GuestTrace {
             max_gap_us: period.max_gap_us,
             bad: period.bad,
             vcpu_visits: vec![period.visits],
+            times: Vec::new(),
         });
     }
 
@@ -376,6 +387,18 @@ mod tests {
     fn a_guest_clock_that_stops_hides_no_loss() {
         let progress = GuestTrace::read(&moved(1, 30, true)).progress(&MARKS);
         assert!((progress.lost_s.unwrap() - 0.030).abs() < 1e-9, "{progress:?}");
+    }
+
+    #[test]
+    fn times_of_visits_belong_to_the_period_before_them() {
+        let mut lines = moved(1, 30, false);
+        lines.insert(2, line(100, Side::Source, "G 0 visits 1000 t: 72:999 90:1"));
+        let trace = GuestTrace::read(&lines);
+        assert_eq!(trace.periods[0].times, [(72, 999), (90, 1)]);
+        assert_eq!(trace.doubts(Side::Destination, 0), [""; 0]);
+        lines.swap(2, 3);
+        let doubts = GuestTrace::read(&lines).doubts(Side::Destination, 0);
+        assert!(doubts.iter().any(|doubt| doubt.contains("times of period 0 came out of turn")), "{doubts:?}");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+mod loaded;
 mod matrix;
 mod precopy;
 
@@ -46,6 +47,7 @@ pub fn page(report: &Report, aggregates: &[Aggregate]) -> Result<String, PlotErr
     if let Some(floor) = &report.floor {
         floor_table(&mut html, floor);
     }
+    loaded::section(&mut html, report);
     setting(&mut html, report);
     html.push_str("</main>\n</body>\n</html>\n");
     Ok(html)

@@ -102,6 +102,7 @@ fn settings(plan: &Plan) -> Settings {
         warmup_s: plan.warmup_s,
         after_s: plan.after_s,
         patience_s: plan.patience_s,
+        hold_push_s: plan.hold_push_s,
     }
 }
 

@@ -21,6 +21,7 @@ pub mod args;
 pub mod bandwidth;
 mod calendar;
 mod driver;
+pub mod felt;
 pub mod figures;
 pub mod format;
 pub mod guest_lines;

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use switchover_hybrid::report::SideReport;
 
 use super::bandwidth::Bandwidth;
+use super::felt::Felt;
 use super::figures::Figures;
 use super::guest_trace::{GuestTrace, Marks};
 use super::host_info::HostInfo;
@@ -71,6 +72,9 @@ pub struct Settings {
     /// Seconds after which a pre-copy was cancelled; absent where it was not.
     #[serde(default)]
     pub patience_s: Option<f64>,
+    /// Seconds for which the pusher was held back after the handoff; absent where it was not.
+    #[serde(default)]
+    pub hold_push_s: Option<f64>,
 }
 
 /// All runs of one mode.
@@ -91,7 +95,8 @@ pub struct ModeReport {
     /// Each figure over the runs that moved the guest (over all where none did), by its name in `runs[].figures`. A figure
     /// that none of them has is left out.
     pub summary: BTreeMap<String, Spread>,
-    /// Fault latencies over all runs together, by part: `total`, `queue`, `wire`, `place`, `wake`, `local_total`.
+    /// Fault latencies over all runs together, by part: `total`, `queue`, `wire`, `place`, `wake`, `local_total`; and
+    /// `guest_visit`, the guest's visits from the handoff on, where it reports how long they took.
     pub latency: BTreeMap<String, Percentiles>,
     /// The runs one by one.
     pub runs: Vec<RunReport>,
@@ -126,6 +131,9 @@ pub struct RunReport {
     pub figures: Figures,
     /// When the bench did what.
     pub marks: Option<Marks>,
+    /// How long the guest's visits took from the handoff on, where it reports that.
+    #[serde(default)]
+    pub felt: Option<Felt>,
     /// What the guest said.
     pub guest: Option<GuestTrace>,
     /// What the source reported.

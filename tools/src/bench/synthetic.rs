@@ -282,6 +282,7 @@ pub fn report(modes: Vec<super::schema::ModeReport>) -> Report {
             warmup_s: 2.0,
             after_s: 2.0,
             patience_s: None,
+            hold_push_s: None,
         },
         floor: Some(crate::floor::synthetic()),
         matrix: Matrix::of(&modes),
@@ -309,6 +310,7 @@ fn run(number: u32, (source, destination): (SideReport, SideReport)) -> RunRepor
         not_converged: None,
         figures,
         marks: Some(marks),
+        felt: None,
         guest: Some(guest),
         source: Some(source),
         destination: Some(destination),
@@ -334,6 +336,7 @@ fn guest(seed: u64, handoff: u64, drained: u64) -> GuestTrace {
             max_gap_us,
             bad: 0,
             vcpu_visits: vec![visits],
+            times: Vec::new(),
         }
     });
     GuestTrace {

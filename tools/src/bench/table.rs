@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use super::bandwidth::Bandwidth;
+use super::felt;
 use super::figures::FIGURES;
 use super::format::{figure, ns_as, number};
 use super::latency::PARTS;
@@ -37,6 +38,9 @@ pub fn text(report: &Report) -> String {
                 sum.link
             );
         }
+    }
+    for line in felt::against_floor(report) {
+        let _ = writeln!(text, "{line}");
     }
     text
 }
@@ -81,6 +85,13 @@ fn mode_table(text: &mut String, mode: &ModeReport) {
         let Some(percentiles) = mode.latency.get(part.key).filter(|found| found.count > 0) else { continue };
         let _ = write!(text, "  {:<38} {:>8}", part.label, percentiles.count);
         for (_, ns) in percentiles.named() {
+            let _ = write!(text, " {:>8}", number(ns_as(ns, 1e3)));
+        }
+        text.push('\n');
+    }
+    if let Some(visits) = mode.latency.get(felt::KEY) {
+        let _ = write!(text, "  {:<38} {:>8}", "guest's visits from the handoff on", visits.count);
+        for (_, ns) in visits.named() {
             let _ = write!(text, " {:>8}", number(ns_as(ns, 1e3)));
         }
         text.push('\n');

@@ -2,21 +2,18 @@
 //!
 //! The machine is the least that can touch memory: one vCPU without any interrupt controller, put into ring 3 of long
 //! mode at once (hosts without hardware virtualisation emulate ring 0), a few pages of code and page tables, and the
-//! region that faults. It reads the TSC before and after each touch and writes the difference down; a write to an
-//! address where nothing is tells the host that a batch is done.
-
-use std::time::Duration;
+//! region that faults. It works for a while, reads the TSC before and after each touch and writes the difference down; a
+//! write to an address where nothing is tells the host that a batch is done.
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use memmap2::{MmapOptions, MmapRaw};
 
-use super::handler::served;
 use super::region::{PAGE, Region};
-use super::{FloorError, Samples, Way};
+use super::{FloorError, Samples};
 
-/// Pages touched in a batch.
-const PAGES: usize = 512;
+/// The most pages that are touched in a batch.
+pub const MOST_PAGES: usize = 512;
 
 /// Guest-physical addresses; all are mapped at the same virtual ones.
 const PML4: u64 = 0x1000;
@@ -39,7 +36,7 @@ const LARGE: u64 = 0xe7;
 const LARGE_BYTES: u64 = 2 << 20;
 
 /// The guest's program. RSI walks the region, RDI the results, RCX counts; R10, R11 and R12 hold their first values, R9
-/// the address of the signal.
+/// the address of the signal, R13 the ticks to work before each touch.
 const PROGRAM: &[u8] = &[
     0x4c, 0x89, 0xd6, // start: mov rsi, r10
     0x4c, 0x89, 0xdf, //        mov rdi, r11
@@ -47,7 +44,14 @@ const PROGRAM: &[u8] = &[
     0x0f, 0x31, // next:        rdtsc
     0x48, 0xc1, 0xe2, 0x20, //  shl rdx, 32
     0x48, 0x09, 0xd0, //        or rax, rdx
+    0x48, 0x89, 0xc3, //        mov rbx, rax
+    0x0f, 0x31, // work:        rdtsc
+    0x48, 0xc1, 0xe2, 0x20, //  shl rdx, 32
+    0x48, 0x09, 0xd0, //        or rax, rdx
     0x49, 0x89, 0xc0, //        mov r8, rax
+    0x48, 0x29, 0xd8, //        sub rax, rbx
+    0x4c, 0x39, 0xe8, //        cmp rax, r13
+    0x72, 0xec, //              jb work
     0x8a, 0x06, //              mov al, [rsi]
     0x0f, 0xae, 0xe8, //        lfence
     0x0f, 0x31, //              rdtsc
@@ -58,9 +62,9 @@ const PROGRAM: &[u8] = &[
     0x48, 0x83, 0xc7, 0x08, //  add rdi, 8
     0x48, 0x81, 0xc6, 0x00, 0x10, 0x00, 0x00, // add rsi, 4096
     0x48, 0xff, 0xc9, //        dec rcx
-    0x75, 0xd0, //              jnz next
+    0x75, 0xbc, //              jnz next
     0x41, 0x88, 0x01, //        mov [r9], al
-    0xeb, 0xc2, //              jmp start
+    0xeb, 0xae, //              jmp start
 ];
 
 /// Control register and EFER bits (Intel SDM vol. 3, 2.5 and 2.2.1).
@@ -70,34 +74,36 @@ const EFER_SCE_LME_LMA: u64 = 1 | 1 << 8 | 1 << 10;
 /// The bit that is always set, and interrupts on, as every user program has them.
 const RFLAGS: u64 = 1 << 1 | 1 << 9;
 
-/// Round trips of a guest's touches.
+/// Lets a guest touch the region's pages one after the other, working so long before each, until `samples` wants no more.
 ///
 /// # Errors
-/// When KVM, memory or userfaultfd cannot be had, or the guest does not do what it should.
-pub fn measure(way: Way, budget: Duration) -> Result<Samples, FloorError> {
-    let region = Region::new(PAGES)?;
-    let mut guest = Guest::new(&region)?;
-    served(&region, way, || {
-        let mut samples = Samples::new(budget)?;
-        while samples.wants_more() {
-            guest.run_batch()?;
-            (0..PAGES).for_each(|page| samples.record(guest.result_ns(page)));
-            region.unmap_pages()?;
-        }
-        Ok(samples)
-    })
+/// When the guest does not do what it should.
+pub fn measure(guest: &mut Guest<'_>, mut samples: Samples) -> Result<Samples, FloorError> {
+    while samples.wants_more() {
+        guest.run_batch()?;
+        (0..guest.pages).for_each(|page| samples.record(guest.result_ns(page)));
+        guest.region.unmap_pages()?;
+    }
+    Ok(samples)
 }
 
 /// The vCPU goes first, then the machine, then the memory that both use.
-struct Guest {
+pub struct Guest<'a> {
     vcpu: VcpuFd,
     _vm: VmFd,
     low: MmapRaw,
     tsc_khz: u64,
+    pages: usize,
+    region: &'a Region,
 }
 
-impl Guest {
-    fn new(region: &Region) -> Result<Self, FloorError> {
+impl<'a> Guest<'a> {
+    /// One that touches all pages of `region` in a batch, and works for `work_ns` before each touch.
+    ///
+    /// # Errors
+    /// When KVM or memory cannot be had.
+    pub fn new(region: &'a Region, work_ns: u64) -> Result<Self, FloorError> {
+        let pages = (region.len() / PAGE).min(MOST_PAGES);
         let kvm = Kvm::new().map_err(FloorError::on("open /dev/kvm"))?;
         let vm = kvm.create_vm().map_err(FloorError::on("create a virtual machine"))?;
         let low: MmapRaw =
@@ -113,7 +119,7 @@ impl Guest {
                 userspace_addr: base as u64,
             };
             // SAFETY: both mappings are this long, and outlive the machine: `low` is dropped after it, and `region` is
-            // the caller's, who keeps it until this is gone.
+            // borrowed for as long.
             unsafe { vm.set_user_memory_region(memory) }.map_err(FloorError::on("give a guest memory"))?;
         }
         let vcpu = vm.create_vcpu(0).map_err(FloorError::on("create a vCPU"))?;
@@ -121,10 +127,10 @@ impl Guest {
         if tsc_khz == 0 {
             return Err(FloorError::on("ask for the guest's TSC frequency")("it is 0"));
         }
-        let guest = Self { vcpu, _vm: vm, low, tsc_khz };
+        let guest = Self { vcpu, _vm: vm, low, tsc_khz, pages, region };
         guest.write_tables();
         guest.write(CODE, PROGRAM);
-        guest.set_registers()?;
+        guest.set_registers(work_ns.saturating_mul(tsc_khz) / 1_000_000)?;
         Ok(guest)
     }
 
@@ -136,10 +142,10 @@ impl Guest {
             // One large page holds all that is there: the region is not longer.
             entry(directory, 0, (gigabyte << 30) | LARGE);
         }
-        debug_assert!((PAGES * PAGE) as u64 <= LARGE_BYTES, "the region needs more than one large page");
+        debug_assert!((MOST_PAGES * PAGE) as u64 <= LARGE_BYTES, "the region needs more than one large page");
     }
 
-    fn set_registers(&self) -> Result<(), FloorError> {
+    fn set_registers(&self, work_ticks: u64) -> Result<(), FloorError> {
         let failed = FloorError::on("set a vCPU's registers");
         let mut special: kvm_sregs = self.vcpu.get_sregs().map_err(&failed)?;
         // Flat segments of ring 3; in long mode only their types count.
@@ -168,14 +174,18 @@ impl Guest {
             r9: SIGNAL,
             r10: REGION,
             r11: RESULTS,
-            r12: PAGES as u64,
+            r12: self.pages as u64,
+            r13: work_ticks,
             ..Default::default()
         };
         self.vcpu.set_regs(&general).map_err(&failed)
     }
 
     /// Lets the guest touch every page once.
-    fn run_batch(&mut self) -> Result<(), FloorError> {
+    ///
+    /// # Errors
+    /// When it leaves otherwise than by saying that it is done.
+    pub fn run_batch(&mut self) -> Result<(), FloorError> {
         let failed = FloorError::on("run a guest");
         loop {
             match self.vcpu.run() {
@@ -192,7 +202,7 @@ impl Guest {
     fn result_ns(&self, page: usize) -> u64 {
         let mut bytes = [0; 8];
         let offset = usize::try_from(RESULTS).unwrap_or(0) + page * 8;
-        // SAFETY: `low` is a live mapping and RESULTS + 8 · PAGES lies within its length; the vCPU is not running, so
+        // SAFETY: `low` is a live mapping and RESULTS + 8 · MOST_PAGES lies within its length; the vCPU is not running, so
         // nobody writes meanwhile.
         unsafe { self.low.as_ptr().add(offset).copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
         // A kilohertz is a tick in a millisecond, which is 10^6 ns.
@@ -221,11 +231,13 @@ mod tests {
         let jnz = PROGRAM.len() - 7;
         assert_eq!((PROGRAM[jnz], PROGRAM[PROGRAM.len() - 2]), (0x75, 0xeb));
         assert_eq!(target(jnz), 9, "next");
+        let jb = PROGRAM.windows(2).position(|pair| pair == [0x72, 0xec]).unwrap();
+        assert_eq!(target(jb), 21, "work");
         assert_eq!(target(PROGRAM.len() - 2), 0, "start");
     }
 
     #[test]
     fn results_fit_below_the_end_of_low_memory() {
-        assert!(usize::try_from(RESULTS).unwrap() + PAGES * 8 <= LOW_BYTES);
+        assert!(usize::try_from(RESULTS).unwrap() + MOST_PAGES * 8 <= LOW_BYTES);
     }
 }

@@ -9,14 +9,20 @@
 //!   request       16 bytes ──▶ TCP loopback or unix socket ──▶ 4 KiB back
 //! ```
 //!
-//! each with both ways of waiting: sleeping in the kernel, and asking again and again. Their sum is F.
+//! each with both ways of waiting: sleeping in the kernel, and asking again and again. Their sum is F. Then both in one, as a
+//! pager does them; and all of it once more beside a bulk stream and a busy vCPU, which is the *loaded* floor.
 
+mod busy;
+mod fault;
 mod guest_fault;
 mod handler;
+mod loaded;
+mod loaded_report;
 mod percentiles;
 mod region;
 mod report;
 mod request;
+mod stream;
 mod table;
 mod user_fault;
 
@@ -27,20 +33,28 @@ use clap::Args;
 use hdrhistogram::Histogram;
 use thiserror::Error;
 
+use self::fault::{Touches, Vcpu};
+pub use self::loaded_report::{Loaded, LoadedReport, LoadedWays, StreamRate};
 pub use self::percentiles::Percentiles;
 #[cfg(test)]
 pub use self::report::synthetic;
 pub use self::report::{FloorReport, FloorSum, Measured, Ways};
+use crate::bench::bandwidth::Bandwidth;
 use crate::failure::Failure;
 
 /// Samples beyond this make no percentile shown any better.
 const MOST_SAMPLES: u64 = 100_000;
 /// One minute: whatever takes longer is as bad.
 const HIGHEST_NS: u64 = 60_000_000_000;
-/// Round trips that are thrown away first: page tables, caches and the scheduler settle.
+/// Round trips that are thrown away first, but for no more than a quarter of the time: page tables, caches and the scheduler
+/// settle.
 const WARM_UP: u64 = 200;
-/// Measurements that share the time: two parts of a fault and two links, each waited for in two ways.
-const PARTS: u32 = 8;
+const WARM_UP_SHARE: u32 = 4;
+/// Pages touched before they are unmapped again: 2 MiB, and less where each takes longer.
+const FAULT_PAGES: usize = guest_fault::MOST_PAGES;
+const REMOTE_PAGES: usize = 128;
+/// Measurements that share the time: two parts of a fault, two links, and a fault and TCP in one, each waited for in two ways.
+const IDLE_PARTS: u32 = 10;
 
 /// What `switchover floor` takes.
 #[derive(Args, Clone, Debug)]
@@ -50,9 +64,13 @@ pub struct FloorArgs {
     #[arg(long)]
     json: bool,
 
-    /// Seconds to spend, divided among eight measurements
-    #[arg(long, value_name = "S", default_value_t = 4.0, value_parser = seconds)]
+    /// Seconds to spend, divided among twenty measurements
+    #[arg(long, value_name = "S", default_value_t = 12.0, value_parser = seconds)]
     budget: f64,
+
+    /// Hold the stream of the loaded floor to so many bits a second, as in 5G [default: what it can]
+    #[arg(long, value_name = "RATE", default_value = "unlimited", hide_default_value = true)]
+    stream_rate: Bandwidth,
 }
 
 const EXAMPLES: &str = "\
@@ -60,9 +78,13 @@ Measure on an idle machine. F, a guest's fault plus a 4 KiB request and response
 remote fault with that way of waiting; a pager's own figures leave out the way out of the guest and back. `switchover
 bench` measures F before its runs and draws it into its latency plot.
 
+The loaded floor is the same beside a TCP stream of 64-page frames and a vCPU that works: what a fault can meet at best while
+memory is drained. The stream's own rate beside a busy vCPU is the yardstick for a drain.
+
 Examples:
   switchover floor
-  switchover floor --json --budget 20 > floor.json
+  switchover floor --json --budget 60 > floor.json
+  As beside a drain of 5 Gbit/s:  switchover floor --stream-rate 5G
 
 Exit status: 0 when something could be measured, 1 when nothing could (stderr says why), 2 for bad usage.";
 
@@ -92,7 +114,7 @@ enum Way {
 /// # Errors
 /// When nothing at all could be measured.
 pub fn main(args: &FloorArgs) -> Result<(), Failure> {
-    let report = measure(Duration::from_secs_f64(args.budget));
+    let report = measure_beside(Duration::from_secs_f64(args.budget), args.stream_rate);
     let text = if args.json {
         serde_json::to_string_pretty(&report)
             .map_err(|error| Failure::failed(format_args!("cannot write the floor as JSON: {error}")))?
@@ -111,13 +133,23 @@ pub fn main(args: &FloorArgs) -> Result<(), Failure> {
 /// Measures every part, within about `budget`.
 #[must_use]
 pub fn measure(budget: Duration) -> FloorReport {
-    let each = budget / PARTS;
-    FloorReport::new(
-        ways(|way| user_fault::measure(way, each)),
-        ways(|way| guest_fault::measure(way, each)),
+    measure_beside(budget, Bandwidth::UNLIMITED)
+}
+
+/// The same; the stream beside the loaded parts is held to `stream_rate`.
+fn measure_beside(budget: Duration, stream_rate: Bandwidth) -> FloorReport {
+    let each = budget / (IDLE_PARTS + loaded::PARTS);
+    let touches = |by, pages| Touches { by, pages, work_ns: 0 };
+    let mut report = FloorReport::new(
+        ways(|way| fault::no_op(touches(Vcpu::User, FAULT_PAGES), way, each)),
+        ways(|way| fault::no_op(touches(Vcpu::Guest, FAULT_PAGES), way, each)),
         ways(|way| request::over_tcp(way, each)),
         ways(|way| request::over_unix(way, each)),
-    )
+    );
+    let vcpu = Vcpu::available();
+    report.remote = Some(ways(|way| fault::remote(touches(vcpu, REMOTE_PAGES), way, each)));
+    report.loaded = Some(loaded::measure(vcpu, each, stream_rate.bits_per_second()));
+    report
 }
 
 fn ways(measure: impl Fn(Way) -> Result<Samples, FloorError>) -> Ways {
@@ -132,17 +164,19 @@ fn ways(measure: impl Fn(Way) -> Result<Samples, FloorError>) -> Ways {
 struct Samples {
     histogram: Histogram<u64>,
     skip: u64,
+    settled: Instant,
     until: Instant,
 }
 
 impl Samples {
     fn new(budget: Duration) -> Result<Self, FloorError> {
         let histogram = Histogram::new_with_bounds(1, HIGHEST_NS, 3).map_err(FloorError::on("make a histogram"))?;
-        Ok(Self { histogram, skip: WARM_UP, until: Instant::now() + budget })
+        let now = Instant::now();
+        Ok(Self { histogram, skip: WARM_UP, settled: now + budget / WARM_UP_SHARE, until: now + budget })
     }
 
     fn record(&mut self, ns: u64) {
-        if self.skip > 0 {
+        if self.skip > 0 && Instant::now() < self.settled {
             self.skip -= 1;
         } else {
             self.histogram.saturating_record(ns);
@@ -167,19 +201,28 @@ mod tests {
 
     #[test]
     fn the_first_round_trips_do_not_count() {
-        let mut samples = Samples::new(Duration::ZERO).unwrap();
+        let mut samples = Samples::new(Duration::from_secs(3600)).unwrap();
         for _ in 0..WARM_UP {
             samples.record(1_000_000);
         }
-        assert!(samples.wants_more(), "even when the time is over");
+        assert!(samples.histogram.is_empty());
         samples.record(7);
         assert_eq!(samples.histogram.max(), 7);
+        assert!(samples.wants_more());
+    }
+
+    #[test]
+    fn there_is_a_round_trip_even_when_the_time_is_over() {
+        let mut samples = Samples::new(Duration::ZERO).unwrap();
+        assert!(samples.wants_more());
+        samples.record(7);
+        assert_eq!(samples.histogram.len(), 1, "the warm-up has its share of the time, and no more");
         assert!(!samples.wants_more());
     }
 
     #[test]
     fn a_whole_floor_is_measured_or_says_why_not() {
-        let report = measure(Duration::from_millis(800));
+        let report = measure(Duration::from_millis(1000));
         for (name, way, measured) in report.parts() {
             match measured {
                 Measured::Round(percentiles) => {
@@ -188,6 +231,19 @@ mod tests {
                 }
                 Measured::Missing { unavailable } => println!("SKIP {name}, {way}: {unavailable}"),
             }
+        }
+        let loaded = report.loaded.as_ref().unwrap();
+        for (name, way, Loaded { round, stream_bit_s }) in loaded.parts() {
+            match round {
+                Measured::Round(percentiles) => {
+                    assert!(percentiles.count > 0 && percentiles.p50_ns > 100, "{name} {way}: {percentiles:?}");
+                    assert!(stream_bit_s.is_some());
+                }
+                Measured::Missing { unavailable } => println!("SKIP {name}, {way}, loaded: {unavailable}"),
+            }
+        }
+        if loaded.fault.sleeping.round.round().is_some() {
+            assert_eq!(loaded.streams.len(), 4, "{loaded:?}");
         }
         // Sockets need nothing special.
         assert!(report.tcp.sleeping.round().is_some() && report.unix.spinning.round().is_some(), "{report:?}");

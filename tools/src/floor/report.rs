@@ -2,9 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::loaded_report::LoadedReport;
 use super::percentiles::Percentiles;
 
-/// What this machine can do at best: the parts that every remote fault has, each measured alone on an idle machine.
+/// What this machine can do at best: the parts that every remote fault has, each measured alone on an idle machine; and what
+/// becomes of them beside a drain.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct FloorReport {
     /// A user thread touches a page; another thread maps it.
@@ -18,6 +20,13 @@ pub struct FloorReport {
     /// F: a fault and a request/response, percentile by percentile. It is a yardstick, not a distribution: the sum of
     /// two 99th percentiles is more than the 99th percentile of the sum.
     pub sums: Vec<FloorSum>,
+    /// A fault whose page is asked for over TCP before it is answered: both parts in one, and so a distribution. Of a guest, or
+    /// of a user thread where there is no KVM.
+    #[serde(default)]
+    pub remote: Option<Ways>,
+    /// The same beside a stream and a busy vCPU.
+    #[serde(default)]
+    pub loaded: Option<LoadedReport>,
 }
 
 /// One part measured with both ways of waiting.
@@ -57,6 +66,25 @@ pub struct FloorSum {
     pub p90_ns: u64,
     /// Sum of the 99th percentiles.
     pub p99_ns: u64,
+    /// Sum of the 99.9th percentiles.
+    #[serde(default)]
+    pub p99_9_ns: u64,
+}
+
+impl FloorSum {
+    /// Of a fault of `whose`, and a request over `link`.
+    #[must_use]
+    pub fn of(link: &str, way: &str, whose: &str, fault: &Percentiles, request: &Percentiles) -> Self {
+        Self {
+            link: link.to_owned(),
+            way: way.to_owned(),
+            fault: whose.to_owned(),
+            p50_ns: fault.p50_ns + request.p50_ns,
+            p90_ns: fault.p90_ns + request.p90_ns,
+            p99_ns: fault.p99_ns + request.p99_ns,
+            p99_9_ns: fault.p99_9_ns + request.p99_9_ns,
+        }
+    }
 }
 
 impl Measured {
@@ -83,18 +111,11 @@ impl FloorReport {
                 let guest = guest.round().map(|fault| ("guest", fault));
                 let fault = guest.or_else(|| user.round().map(|fault| ("user", fault)));
                 if let (Some((whose, fault)), Some(request)) = (fault, request.round()) {
-                    sums.push(FloorSum {
-                        link: link.to_owned(),
-                        way: way.to_owned(),
-                        fault: whose.to_owned(),
-                        p50_ns: fault.p50_ns + request.p50_ns,
-                        p90_ns: fault.p90_ns + request.p90_ns,
-                        p99_ns: fault.p99_ns + request.p99_ns,
-                    });
+                    sums.push(FloorSum::of(link, way, whose, fault, request));
                 }
             }
         }
-        Self { user_fault, guest_fault, tcp, unix, sums }
+        Self { user_fault, guest_fault, tcp, unix, sums, remote: None, loaded: None }
     }
 
     /// Every part by name and way of waiting, in the order in which they are shown.
@@ -116,20 +137,28 @@ impl FloorReport {
 /// A made-up report for tests of what shows one.
 #[cfg(test)]
 pub fn synthetic() -> FloorReport {
-    let ways = |sleeping: u64, spinning: u64| {
-        let round = |p50_ns: u64| {
-            Measured::Round(Percentiles {
-                count: 4000,
-                p50_ns,
-                p90_ns: p50_ns * 5 / 4,
-                p99_ns: p50_ns * 2,
-                p99_9_ns: p50_ns * 4,
-                max_ns: p50_ns * 9,
-            })
-        };
-        Ways { sleeping: round(sleeping), spinning: round(spinning) }
+    let ways = |sleeping, spinning| Ways {
+        sleeping: Measured::Round(synthetic_round(sleeping)),
+        spinning: Measured::Round(synthetic_round(spinning)),
     };
-    FloorReport::new(ways(32_000, 18_000), ways(68_000, 37_000), ways(54_000, 7_000), ways(48_000, 5_600))
+    let mut report =
+        FloorReport::new(ways(32_000, 18_000), ways(68_000, 37_000), ways(54_000, 7_000), ways(48_000, 5_600));
+    report.remote = Some(ways(125_000, 46_000));
+    report.loaded = Some(super::loaded_report::synthetic());
+    report
+}
+
+/// Made-up percentiles around a median.
+#[cfg(test)]
+pub fn synthetic_round(p50_ns: u64) -> Percentiles {
+    Percentiles {
+        count: 4000,
+        p50_ns,
+        p90_ns: p50_ns * 5 / 4,
+        p99_ns: p50_ns * 2,
+        p99_9_ns: p50_ns * 4,
+        max_ns: p50_ns * 9,
+    }
 }
 
 #[cfg(test)]

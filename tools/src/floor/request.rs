@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::socket::{setsockopt, sockopt};
 use switchover_wire::clock::Nanos;
 
 use super::{FloorError, Samples, Way};
@@ -16,23 +17,16 @@ const REQUEST: usize = 16;
 /// A page.
 const RESPONSE: usize = 4096;
 
+/// What the lanes of a migration prefer to BBR, which many hosts default to and which holds back a connection that it does
+/// not know yet.
+const CONGESTION_CONTROL: &str = "cubic";
+
 /// Over TCP on the loopback interface.
 ///
 /// # Errors
 /// When the sockets fail.
 pub fn over_tcp(way: Way, budget: Duration) -> Result<Samples, FloorError> {
-    let failed = FloorError::on("connect over TCP on the loopback interface");
-    let pair = || {
-        let listener = TcpListener::bind(("127.0.0.1", 0))?;
-        let near = TcpStream::connect(listener.local_addr()?)?;
-        let (far, _) = listener.accept()?;
-        for stream in [&near, &far] {
-            stream.set_nodelay(true)?;
-            stream.set_nonblocking(way == Way::Spinning)?;
-        }
-        Ok::<_, io::Error>((near, far))
-    };
-    let (near, far) = pair().map_err(&failed)?;
+    let (near, far) = tcp_pair(way)?;
     round_trips(near, far, budget)
 }
 
@@ -52,9 +46,67 @@ pub fn over_unix(way: Way, budget: Duration) -> Result<Samples, FloorError> {
     round_trips(near, far, budget)
 }
 
-/// Blocking sockets are slept on, nonblocking ones spun on, by both ends.
-fn round_trips<S: Read + Write + Send>(mut near: S, mut far: S, budget: Duration) -> Result<Samples, FloorError> {
-    let failed = FloorError::on("exchange messages with a thread of this process");
+/// Two ends of a TCP connection on the loopback interface, with a lane's options: blocking, to be slept on, or nonblocking, to
+/// be spun on.
+///
+/// # Errors
+/// When there is none.
+pub fn tcp_pair(way: Way) -> Result<(TcpStream, TcpStream), FloorError> {
+    let failed = FloorError::on("connect over TCP on the loopback interface");
+    let pair = || {
+        let listener = TcpListener::bind(("127.0.0.1", 0))?;
+        let near = TcpStream::connect(listener.local_addr()?)?;
+        let (far, _) = listener.accept()?;
+        for stream in [&near, &far] {
+            stream.set_nodelay(true)?;
+            stream.set_nonblocking(way == Way::Spinning)?;
+            // A host without it goes on with its own.
+            let _ = setsockopt(stream, sockopt::TcpCongestion, &CONGESTION_CONTROL.into());
+        }
+        Ok::<_, io::Error>((near, far))
+    };
+    pair().map_err(&failed)
+}
+
+fn round_trips<S: Read + Write + Send>(near: S, far: S, budget: Duration) -> Result<Samples, FloorError> {
+    answered(near, far, |near| {
+        let mut samples = Samples::new(budget)?;
+        while samples.wants_more() {
+            let start = Nanos::now();
+            near.ask()?;
+            samples.record(Nanos::now().since(start));
+        }
+        Ok(samples)
+    })
+}
+
+/// The end that asks.
+pub struct Near<S> {
+    stream: S,
+    response: [u8; RESPONSE],
+}
+
+impl<S: Read + Write> Near<S> {
+    /// Sends a request and waits for its page.
+    ///
+    /// # Errors
+    /// When the socket fails.
+    pub fn ask(&mut self) -> Result<(), FloorError> {
+        let asked = send(&mut self.stream, &[3; REQUEST]).and_then(|()| receive(&mut self.stream, &mut self.response));
+        asked.map_err(FloorError::on("exchange messages with a thread of this process"))
+    }
+}
+
+/// Runs `work` while another thread answers what it asks. Blocking sockets are slept on, nonblocking ones spun on, by both
+/// ends.
+///
+/// # Errors
+/// When there is no thread, or `work` fails.
+pub fn answered<S: Read + Write + Send, T>(
+    near: S,
+    mut far: S,
+    work: impl FnOnce(&mut Near<S>) -> Result<T, FloorError>,
+) -> Result<T, FloorError> {
     thread::scope(|scope| {
         let respond = move || {
             let (mut request, response) = ([0; REQUEST], [7; RESPONSE]);
@@ -65,16 +117,10 @@ fn round_trips<S: Read + Write + Send>(mut near: S, mut far: S, budget: Duration
             .name("floor responder".to_owned())
             .spawn_scoped(scope, respond)
             .map_err(FloorError::on("start a thread"))?;
-        let mut samples = Samples::new(budget)?;
-        let (request, mut response) = ([3; REQUEST], [0; RESPONSE]);
-        while samples.wants_more() {
-            let start = Nanos::now();
-            send(&mut near, &request).map_err(&failed)?;
-            receive(&mut near, &mut response).map_err(&failed)?;
-            samples.record(Nanos::now().since(start));
-        }
+        let mut near = Near { stream: near, response: [0; RESPONSE] };
+        let done = work(&mut near);
         drop(near);
-        Ok(samples)
+        done
     })
 }
 

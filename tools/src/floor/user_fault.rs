@@ -1,35 +1,32 @@
 //! A user thread's fault: from the touch until it goes on.
 
-use std::time::Duration;
+use std::hint::spin_loop;
 
 use switchover_wire::clock::Nanos;
 
-use super::handler::served;
 use super::region::{PAGE, Region};
-use super::{FloorError, Samples, Way};
+use super::{FloorError, Samples};
 
-/// Pages touched before they are unmapped again: 2 MiB.
-const PAGES: usize = 512;
-
-/// Round trips of touches, one page after the other.
+/// Touches the region's pages one after the other, working so long before each, until `samples` wants no more.
 ///
 /// # Errors
-/// When memory or userfaultfd cannot be had.
-pub fn measure(way: Way, budget: Duration) -> Result<Samples, FloorError> {
-    let region = Region::new(PAGES)?;
-    served(&region, way, || {
-        let mut samples = Samples::new(budget)?;
-        while samples.wants_more() {
-            for page in 0..PAGES {
-                let at = region.base().wrapping_add(page * PAGE);
-                let start = Nanos::now();
-                // SAFETY: the page lies in the region's mapping, which outlives this; it is read as a plain byte,
-                // volatile because the read itself is what is measured.
-                let _ = unsafe { at.read_volatile() };
-                samples.record(Nanos::now().since(start));
+/// When the pages cannot be unmapped again.
+pub fn measure(region: &Region, work_ns: u64, mut samples: Samples) -> Result<Samples, FloorError> {
+    while samples.wants_more() {
+        for page in 0..region.len() / PAGE {
+            let at = region.base().wrapping_add(page * PAGE);
+            let mut start = Nanos::now();
+            let until = start.0.saturating_add(work_ns);
+            while start.0 < until {
+                spin_loop();
+                start = Nanos::now();
             }
-            region.unmap_pages()?;
+            // SAFETY: the page lies in the region's mapping, which outlives this; it is read as a plain byte, volatile
+            // because the read itself is what is measured.
+            let _ = unsafe { at.read_volatile() };
+            samples.record(Nanos::now().since(start));
         }
-        Ok(samples)
-    })
+        region.unmap_pages()?;
+    }
+    Ok(samples)
 }

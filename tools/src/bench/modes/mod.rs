@@ -12,9 +12,12 @@ use crate::failure::Failure;
 use crate::qmp_client::{QmpClient, QmpError};
 use crate::signals::EndRequests;
 
+mod hold;
 mod hybrid;
 mod postcopy;
 mod precopy;
+
+pub use self::hold::Hold;
 
 /// Connecting, comparing and reserving memory takes well under a second; more is a hang.
 const SETUP_TIMEOUT: Duration = Duration::from_secs(60);
@@ -69,6 +72,8 @@ pub struct Pair<'a> {
     pub patience: Option<Duration>,
     /// Whether the source is to record what each round dirtied.
     pub record_bitmaps: bool,
+    /// Whether and how long the pusher is held back after the handoff.
+    pub hold: Option<Hold>,
     /// Whether the user wants to end it all.
     pub ends: &'a EndRequests,
 }
@@ -140,6 +145,7 @@ impl Pair<'_> {
 
     /// Begins, and says when.
     fn begin(&mut self) -> Result<Nanos, RunError> {
+        self.hold_push()?;
         let migrate = Nanos::now();
         self.source.execute("migrate", json!({ "uri": self.uri })).map_err(RunError::on(SOURCE))?;
         Ok(migrate)
@@ -153,6 +159,7 @@ impl Pair<'_> {
 
     /// Waits until both sides have completed, and says when that was seen.
     fn complete(&mut self) -> Result<Nanos, RunError> {
+        self.release_push()?;
         self.wait_source(&["completed"], MOVE_TIMEOUT)?;
         self.complete_there()
     }
