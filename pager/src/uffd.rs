@@ -444,7 +444,11 @@ mod tests {
 
     /// A watch over `pages` pages, or `None` (said visibly) where the host has no userfaultfd.
     fn watch(test: &str, pages: u64) -> Option<Watch> {
-        match Watch::register(Ram::new(PageCount(pages)).unwrap()) {
+        sharded(test, pages, 1)
+    }
+
+    fn sharded(test: &str, pages: u64, shards: u8) -> Option<Watch> {
+        match Watch::register_sharded(Ram::new(PageCount(pages)).unwrap(), shards) {
             Ok(watch) => Some(watch),
             Err(error) => {
                 println!("SKIP {test}: {error}");
@@ -565,12 +569,74 @@ mod tests {
     }
 
     #[test]
-    fn a_watch_dropped_too_early_keeps_its_descriptor() {
-        let Some(watch) = watch("a_watch_dropped_too_early_keeps_its_descriptor", 2) else { return };
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&watch.fd(0));
+    fn a_watch_dropped_too_early_keeps_its_descriptors() {
+        let Some(watch) = sharded("a_watch_dropped_too_early_keeps_its_descriptors", 6, 3) else { return };
+        let descriptors = [0, 1, 2].map(|shard| std::os::fd::AsRawFd::as_raw_fd(&watch.fd(shard)));
         drop(watch);
-        // SAFETY: F_GETFD only asks whether the number is an open descriptor.
-        let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
-        assert!(flags >= 0, "closing it would have fed zeros to whoever waits");
+        for descriptor in descriptors {
+            // SAFETY: F_GETFD only asks whether the number is an open descriptor.
+            let flags = unsafe { libc::fcntl(descriptor, libc::F_GETFD) };
+            assert!(flags >= 0, "closing it would have fed zeros to whoever waits");
+        }
+    }
+
+    /// Readers of the first and the last page of each of four stripes of four pages, all of them waiting.
+    fn readers_at_borders(watch: &Watch) -> Vec<(PageIndex, thread::JoinHandle<u8>)> {
+        let pages = (0..16).filter(|page| page % 4 == 0 || page % 4 == 3).map(PageIndex);
+        let reader = |page| {
+            let ram = watch.ram().clone();
+            let reader = thread::spawn(move || read_guest(&ram, page));
+            assert_eq!(wait_for_fault(watch, watch.shard_of(page)), page);
+            (page, reader)
+        };
+        pages.map(reader).collect()
+    }
+
+    #[test]
+    fn a_run_across_shards_is_mapped_whole_and_wakes_everyone() {
+        let Some(watch) = sharded("a_run_across_shards_is_mapped_whole_and_wakes_everyone", 16, 3) else { return };
+        assert_eq!((watch.shards(), watch.shard_of(PageIndex(15))), (3, 0));
+        let readers = readers_at_borders(&watch);
+        (0_u8..16).for_each(|page| write_alias(watch.ram(), PageIndex(page.into()), page + 1));
+        watch.map(PageIndex(3), PageCount(11), true).unwrap();
+        watch.map(PageIndex(0), PageCount(16), true).unwrap();
+        for (page, reader) in readers {
+            assert_eq!(u64::from(reader.join().unwrap()), page.0 + 1);
+        }
+        // The kernel knows where each of them lies.
+        watch.unmap(PageIndex(2), PageCount(12)).unwrap();
+        let ram = watch.ram().clone();
+        let reader = thread::spawn(move || read_guest(&ram, PageIndex(8)));
+        assert_eq!(wait_for_fault(&watch, 2), PageIndex(8));
+        watch.map(PageIndex(8), PageCount(1), false).unwrap();
+        watch.wake(PageIndex(8)).unwrap();
+        assert_eq!(reader.join().unwrap(), 9);
+        watch.unregister().unwrap();
+    }
+
+    #[test]
+    fn holes_across_shards_are_mapped_as_zeros() {
+        let Some(watch) = sharded("holes_across_shards_are_mapped_as_zeros", 16, 4) else { return };
+        let readers = readers_at_borders(&watch);
+        watch.map_zero(PageIndex(0), PageCount(16)).unwrap();
+        for (page, reader) in readers {
+            assert_eq!(reader.join().unwrap(), 0, "{page}");
+        }
+        watch.unregister().unwrap();
+    }
+
+    #[test]
+    fn the_end_of_a_watch_is_the_end_for_every_shard() {
+        let Some(watch) = sharded("the_end_of_a_watch_is_the_end_for_every_shard", 16, 4) else { return };
+        let ram = watch.ram().clone();
+        ram.populate().unwrap();
+        assert!(watch.is_registered());
+        watch.unregister().unwrap();
+        watch.unregister().unwrap();
+        assert!(!watch.is_registered());
+        // Nobody would answer a fault.
+        assert!((0..16).all(|page| read_guest(&ram, PageIndex(page)) == 0));
+        watch.unmap(PageIndex(0), PageCount(16)).unwrap();
+        watch.map(PageIndex(2), PageCount(12), true).unwrap();
     }
 }
