@@ -1,9 +1,10 @@
 //! The fault path: from a vCPU that needs a page to the page under it.
 //!
-//! One thread, one io_uring; as many of them as there are shards of memory, each for its own pages, over its own userfaultfd and
-//! lane. It polls the userfaultfd, asks for absent pages in 16-byte requests, receives the
+//! One thread, one io_uring. It polls the userfaultfd, asks for absent pages in 16-byte requests, receives the
 //! answers straight into the alias, maps them and wakes the vCPU. Nothing here allocates once it runs, and no lock is
 //! held across a system call.
+//!
+//! There are as many of these as shards of memory, each for the faults on its own pages.
 
 use std::collections::VecDeque;
 use std::io;
