@@ -6,13 +6,15 @@ mod common;
 mod hand;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use common::{events, guest_read, guest_write, lane_pair, userfaultfd_or_skip};
+use crossbeam::channel::unbounded;
 use hand::{Hand, PATIENCE, chunk, filled, until};
 use switchover_pager::destination::DestinationPager;
-use switchover_pager::lane::{PageLane, PagerEvent};
+use switchover_pager::lane::{Notify, PageLane, PagerEvent};
 use switchover_pager::ram::Ram;
 use switchover_pager::source::{Rest, SourcePager};
 use switchover_pager::stripes::Stripes;
@@ -144,6 +146,31 @@ fn a_lost_link_is_lost_for_all_shards_and_joined_for_all() {
     assert_eq!(guest_read(&hand.ram, PageIndex(130), 511), 0, "what landed in part was wiped out");
 }
 
+#[test]
+fn what_every_lane_has_to_say_is_said_before_a_link_is_let_go_of() {
+    if !userfaultfd_or_skip("what_every_lane_has_to_say_is_said_before_a_link_is_let_go_of") {
+        return;
+    }
+    let said = Arc::new(AtomicU64::new(0));
+    let notify: Notify = {
+        let said = Arc::clone(&said);
+        Arc::new(move |event| {
+            if let PagerEvent::LaneFailed { lane, .. } = event {
+                // Some take longer to say it.
+                thread::sleep(Duration::from_millis(40 * u64::from(lane.index)));
+                said.fetch_add(1, Ordering::AcqRel);
+            }
+        })
+    };
+    let (near, far): (Vec<_>, Vec<_>) = (0..3).map(|index| lane_pair(LaneRole::Fault, index)).unzip();
+    let mut pager = DestinationPager::start(Ram::new(PageCount(192)).unwrap(), far, false, &notify).unwrap();
+    near.iter().for_each(|lane| lane.socket.shutdown());
+    pager.detach();
+    assert_eq!(said.load(Ordering::Acquire), 3);
+    // Without a lane nothing but its own bell wakes a fault thread to its end.
+    pager.abandon();
+}
+
 /// A counter-based generator: the same moments in every run.
 struct Steps(u64);
 
@@ -187,14 +214,14 @@ fn lose_links(shards: u8, seed: u64) {
     destination.hand_over(&all(PAGES)).unwrap();
 
     let visited = Arc::new(AtomicU64::new(0));
-    let held = Arc::new(AtomicBool::new(true));
+    // One for each page that may be visited: each link shall have its share of the faults.
+    let (permit, permits) = unbounded::<()>();
     let guests: Vec<_> = (0..GUESTS)
         .map(|guest| {
-            let (to, visited, held) = (to.clone(), Arc::clone(&visited), Arc::clone(&held));
+            let (to, visited, permits) = (to.clone(), Arc::clone(&visited), permits.clone());
             thread::spawn(move || {
                 for step in 0..PAGES / GUESTS {
-                    // The last tenth waits until no link is lost any more.
-                    until("the links hold", || step * 10 < PAGES / GUESTS * 9 || !held.load(Ordering::Acquire));
+                    permits.recv().unwrap();
                     let page = PageIndex(((step * GUESTS + guest) * 1_009) % PAGES);
                     assert_eq!(guest_read(&to, page, 511), content(page.0), "{page}");
                     guest_write(&to, page, 0, page.0 + 1);
@@ -208,6 +235,7 @@ fn lose_links(shards: u8, seed: u64) {
     let mut near = Some(near);
     for link in 0..LINKS {
         let last = link + 1 == LINKS;
+        (0..PAGES / LINKS).for_each(|_| permit.send(()).unwrap());
         let (source_notify, _source_events) = events();
         // So slow that faults bring most of it.
         let bandwidth = if last { 0 } else { 4 << 20 };
@@ -216,14 +244,13 @@ fn lose_links(shards: u8, seed: u64) {
         source.start_serving(&[], Rest { missing: destination.missing(), ..Rest::default() });
         source.start_sweep();
         if last {
-            held.store(false, Ordering::Release);
             until("memory is complete", || seen.try_iter().any(|event| event == PagerEvent::Complete));
             guests.into_iter().for_each(|guest| guest.join().unwrap());
             destination.finish().unwrap();
             source.stop();
             break;
         }
-        let enough = visited.load(Ordering::Acquire) + 1 + steps.next(PAGES / LINKS / 2);
+        let enough = (link + 1) * (PAGES / LINKS) - 1 - steps.next(PAGES / LINKS * 4 / 5);
         until("the guests are on their way", || visited.load(Ordering::Acquire) >= enough);
         // Any lane may be the first to go.
         let first = usize::try_from(steps.next(lanes_of_source.len() as u64)).unwrap();
