@@ -209,10 +209,6 @@ fn lose_links(shards: u8, seed: u64) {
         roles.map(|(role, index)| lane_pair(role, index)).unzip()
     };
     let (notify, seen) = events();
-    let (near, far) = lanes();
-    let mut destination = DestinationPager::start(to.clone(), far, false, &notify).unwrap();
-    destination.hand_over(&all(PAGES)).unwrap();
-
     let visited = Arc::new(AtomicU64::new(0));
     // One for each page that may be visited: each link shall have its share of the faults.
     let (permit, permits) = unbounded::<()>();
@@ -232,17 +228,30 @@ fn lose_links(shards: u8, seed: u64) {
         .collect();
 
     let mut steps = Steps(seed);
-    let mut near = Some(near);
+    let mut begun: Option<DestinationPager> = None;
     for link in 0..LINKS {
         let last = link + 1 == LINKS;
-        (0..PAGES / LINKS).for_each(|_| permit.send(()).unwrap());
+        let (near, far) = lanes();
         let (source_notify, _source_events) = events();
         // So slow that faults bring most of it.
         let bandwidth = if last { 0 } else { 4 << 20 };
-        let lanes_of_source = near.take().unwrap();
-        let mut source = SourcePager::start(from.clone(), lanes_of_source.clone(), bandwidth, &source_notify).unwrap();
-        source.start_serving(&[], Rest { missing: destination.missing(), ..Rest::default() });
+        let missing = begun.as_ref().map_or_else(|| all(PAGES), DestinationPager::missing);
+        // It serves before anybody asks.
+        let mut source = SourcePager::start(from.clone(), near.clone(), bandwidth, &source_notify).unwrap();
+        source.start_serving(&[], Rest { missing, ..Rest::default() });
         source.start_sweep();
+        let destination = match &mut begun {
+            Some(destination) => {
+                destination.attach(far).unwrap();
+                destination
+            }
+            None => {
+                let first = DestinationPager::start(to.clone(), far, false, &notify).unwrap();
+                first.hand_over(&all(PAGES)).unwrap();
+                begun.insert(first)
+            }
+        };
+        (0..PAGES / LINKS).for_each(|_| permit.send(()).unwrap());
         if last {
             until("memory is complete", || seen.try_iter().any(|event| event == PagerEvent::Complete));
             guests.into_iter().for_each(|guest| guest.join().unwrap());
@@ -253,14 +262,12 @@ fn lose_links(shards: u8, seed: u64) {
         let enough = (link + 1) * (PAGES / LINKS) - 1 - steps.next(PAGES / LINKS * 4 / 5);
         until("the guests are on their way", || visited.load(Ordering::Acquire) >= enough);
         // Any lane may be the first to go.
-        let first = usize::try_from(steps.next(lanes_of_source.len() as u64)).unwrap();
-        lanes_of_source[first].socket.shutdown();
+        let first = usize::try_from(steps.next(near.len() as u64)).unwrap();
+        near[first].socket.shutdown();
         destination.detach();
         source.stop();
-        let (next, far) = lanes();
-        near = Some(next);
-        destination.attach(far).unwrap();
     }
+    let destination = begun.unwrap();
     for page in 0..PAGES {
         assert_eq!(guest_read(&to, PageIndex(page), 511), content(page), "page {page} of {shards} shards");
         assert_eq!(guest_read(&to, PageIndex(page), 0), page + 1, "page {page} lost the guest's write");
