@@ -11,11 +11,12 @@
 
 use std::error::Error;
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
 use switchover_pager::destination::DestinationPager;
-use switchover_pager::lane::{Notify, PageLane};
+use switchover_pager::lane::{Notify, PageLane, PagerEvent};
 use switchover_pager::ram::Ram;
 use switchover_pager::source::{Rest, SourcePager};
 use switchover_wire::address::Address;
@@ -25,8 +26,8 @@ use switchover_wire::types::{LaneId, LaneRole, PAGE_SIZE, PageCount, PageIndex};
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-/// How long a connection over loopback may take.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+/// How long what takes a moment may take.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What to measure.
 struct Plan {
@@ -161,15 +162,21 @@ fn plain(threads: usize, order: &Arc<[u64]>) -> Result<Figures, Failure> {
 fn remote(plan: &Plan, from: &Ram, threads: usize, shards: u8, order: &Arc<[u64]>) -> Result<Figures, Failure> {
     let (near, far) = lanes(shards, plan.tcp)?;
     let deaf: Notify = Arc::new(|_| {});
+    let (sender, events) = channel();
+    let notify: Notify = Arc::new(move |event| sender.send(event).unwrap_or(()));
     let ram = Ram::new(from.pages())?;
     let mut source = SourcePager::start(from.clone(), near, 0, &deaf)?;
-    let mut destination = DestinationPager::start(ram.clone(), far, false, &deaf)?;
+    let mut destination = DestinationPager::start(ram.clone(), far, false, &notify)?;
     let rest = Rest::all(from.pages());
     destination.hand_over(&rest.missing)?;
     // And no sweep.
     source.start_serving(&[], rest);
     let figures = touch(&ram, threads, order, true)?;
-    destination.finish()?;
+    // The last page is under its thread a moment before it is counted.
+    match events.recv_timeout(PATIENCE)? {
+        PagerEvent::Complete => destination.finish()?,
+        other => return Err(format!("{other:?}").into()),
+    }
     source.stop();
     let pages = from.pages().0;
     let stats = destination.fault_stats();
@@ -233,7 +240,7 @@ fn lanes(count: u8, tcp: bool) -> Result<(Vec<PageLane>, Vec<PageLane>), Failure
 
 fn tcp_pair() -> Result<(Socket, Socket), Failure> {
     let listener = Listener::bind(&Address::Tcp { host: "127.0.0.1".to_owned(), port: 0 })?;
-    let one = Socket::connect(&listener.address(), CONNECT_PATIENCE)?;
+    let one = Socket::connect(&listener.address(), PATIENCE)?;
     let two = listener.accept()?.ok_or("the listener was closed")?;
     for socket in [&one, &two] {
         socket.tune(LaneRole::Fault)?;
