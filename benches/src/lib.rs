@@ -9,6 +9,7 @@
 //!   bitmaps         sets of pages: on the wire, walked, shared by lanes, and the heat made from them
 //!   page_states     claims on the page-state map, alone and against another thread
 //!   placement       mapping pages that are in the alias, against copying and moving them: one at a time, and in runs
+//!   fault_scaling   remote faults a second by threads that fault and by fault lanes, without a guest
 //!   dirty_tracking  what a real guest writes, found out by KVM's bitmaps and by its rings; what that costs the guest
 //!   encodings       pages in fewer bytes: each encoding; what a lane's packer costs and gains
 //! ```

@@ -19,6 +19,14 @@ pub enum MigrationError {
         /// The most that are possible.
         limit: u8,
     },
+    /// A number of lanes that cannot be.
+    #[error("{asked} fault lanes were asked for; between 1 and {limit} are possible")]
+    FaultLanes {
+        /// The number asked for.
+        asked: u8,
+        /// The most that are possible.
+        limit: u8,
+    },
     /// The destination cannot listen.
     #[error(transparent)]
     Listen(#[from] SocketError),

@@ -18,7 +18,12 @@ pub enum Reception<S> {
     /// A source has opened its control lane; others are missing.
     Gathering(Gathering<S>),
     /// A source has opened all of its lanes: this destination is taken.
-    Taken(SessionId),
+    Taken {
+        /// Its session.
+        session: SessionId,
+        /// How many fault lanes it has, or had: memory is divided among as many.
+        fault_lanes: usize,
+    },
 }
 
 /// The lanes that have come in so far.
@@ -61,7 +66,7 @@ impl<S> Reception<S> {
         is_open: impl Fn(&S) -> bool,
     ) -> Result<(), String> {
         match self {
-            Self::Taken(other) | Self::Gathering(Gathering { again: true, session: other, .. }) => {
+            Self::Taken { session: other, .. } | Self::Gathering(Gathering { again: true, session: other, .. }) => {
                 return Err(format!("this destination already receives another guest (session {})", other.hint()));
             }
             Self::Gathering(other)
@@ -79,7 +84,8 @@ impl<S> Reception<S> {
     /// The control lane of a source that joins again. An earlier attempt gives way: the source itself has given it up.
     ///
     /// # Errors
-    /// When the session is not the one that has this destination. This says nothing of what became of the guest.
+    /// When the session is not the one that has this destination, which says nothing of what became of the guest; or when it
+    /// comes with another number of fault lanes.
     pub fn control_again(
         &mut self,
         session: SessionId,
@@ -88,6 +94,14 @@ impl<S> Reception<S> {
         now: Instant,
     ) -> Result<(), String> {
         self.knows(session)?;
+        let before = match self {
+            Self::Taken { fault_lanes, .. } => *fault_lanes,
+            Self::Gathering(last) => last.fault.len(),
+            Self::Waiting => usize::from(lanes.fault),
+        };
+        if usize::from(lanes.fault) != before {
+            return Err(format!("{} fault lanes cannot take the place of {before}", lanes.fault));
+        }
         *self = Self::Gathering(Gathering::new(session, lanes, lane, now, true));
         Ok(())
     }
@@ -98,7 +112,9 @@ impl<S> Reception<S> {
     /// Where it was not.
     pub fn knows(&self, session: SessionId) -> Result<(), String> {
         match self {
-            Self::Taken(own) | Self::Gathering(Gathering { again: true, session: own, .. }) if *own == session => {
+            Self::Taken { session: own, .. } | Self::Gathering(Gathering { again: true, session: own, .. })
+                if *own == session =>
+            {
                 Ok(())
             }
             _ => Err(format!("session {session} is unknown here, which says nothing of where its guest runs")),
@@ -135,7 +151,11 @@ impl<S> Reception<S> {
     pub fn forget(&mut self, session: SessionId) {
         match self {
             Self::Gathering(gathering) if gathering.session == session => {
-                *self = if gathering.again { Self::Taken(session) } else { Self::Waiting };
+                *self = if gathering.again {
+                    Self::Taken { session, fault_lanes: gathering.fault.len() }
+                } else {
+                    Self::Waiting
+                };
             }
             _ => {}
         }
@@ -147,8 +167,9 @@ impl<S> Reception<S> {
         if gathering.fault.iter().chain(&gathering.bulk).any(Option::is_none) {
             return None;
         }
-        let session = gathering.session;
-        let Self::Gathering(gathering) = std::mem::replace(self, Self::Taken(session)) else { return None };
+        let (session, fault_lanes) = (gathering.session, gathering.fault.len());
+        let taken = Self::Taken { session, fault_lanes };
+        let Self::Gathering(gathering) = std::mem::replace(self, taken) else { return None };
         let numbered = |role, lanes: Vec<Option<S>>| {
             (0_u8..).zip(lanes.into_iter().flatten()).map(move |(index, lane)| (LaneId { role, index }, lane))
         };
@@ -232,6 +253,24 @@ mod tests {
         assert!(reception.control(TWO, lanes, "late", now + GATHERING_PATIENCE, |_| false).is_err());
         assert!(open(&mut reception).again);
         assert!(reception.knows(ONE).is_ok() && reception.knows(TWO).is_err());
+    }
+
+    #[test]
+    fn a_source_joins_again_with_as_many_fault_lanes() {
+        let mut reception = Reception::Waiting;
+        let now = Instant::now();
+        let lanes = |fault| LaneCounts { fault, bulk: 1 };
+        reception.control(ONE, lanes(2), "c", now, |_| true).unwrap();
+        for lane in [id(LaneRole::Fault, 1), id(LaneRole::Bulk, 0), id(LaneRole::Fault, 0)] {
+            assert!(reception.complete().is_none());
+            reception.page_lane(ONE, lane, "lane").unwrap();
+        }
+        assert_eq!(reception.complete().unwrap().pages.len(), 3);
+        assert!(reception.control_again(ONE, lanes(1), "c", now).unwrap_err().contains("place of 2"));
+        reception.control_again(ONE, lanes(2), "c", now).unwrap();
+        assert!(reception.control_again(ONE, lanes(3), "c", now).unwrap_err().contains("place of 2"));
+        reception.forget(ONE);
+        assert!(reception.control_again(ONE, lanes(1), "c", now).unwrap_err().contains("place of 2"));
     }
 
     #[test]

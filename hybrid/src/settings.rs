@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use switchover_pager::lane::FAULT_LANES_LIMIT;
 use switchover_precopy::pack::PackSettings;
 
 use crate::error::MigrationError;
@@ -17,6 +18,9 @@ pub struct Settings {
     pub limits: Limits,
     /// Post-copy is allowed: the controller may hand off whenever it wants.
     pub postcopy: bool,
+    /// How many `fault` lanes the source opens. The destination divides guest memory among as many userfaultfds, each with a
+    /// thread. A link that takes the place of a lost one has as many again, whatever is set then.
+    pub fault_lanes: u8,
     /// How many `bulk` lanes the source opens. Each encodes on a thread of its own.
     pub bulk_lanes: u8,
     /// Bounds on pushed bytes a second.
@@ -73,6 +77,7 @@ impl Default for Settings {
         Self {
             limits: Limits { mode: Mode::Postcopy, ..Limits::default() },
             postcopy: true,
+            fault_lanes: 1,
             bulk_lanes: 1,
             bandwidth: Bandwidth::default(),
             packing: PackSettings::default(),
@@ -90,8 +95,11 @@ impl Settings {
     /// Whether they can be followed.
     ///
     /// # Errors
-    /// When there are no bulk lanes, or too many.
+    /// When there are no fault lanes or no bulk lanes, or too many.
     pub fn check(&self) -> Result<(), MigrationError> {
+        if !(1..=FAULT_LANES_LIMIT).contains(&self.fault_lanes) {
+            return Err(MigrationError::FaultLanes { asked: self.fault_lanes, limit: FAULT_LANES_LIMIT });
+        }
         if (1..=BULK_LANES_LIMIT).contains(&self.bulk_lanes) {
             Ok(())
         } else {

@@ -5,6 +5,10 @@ use std::sync::Arc;
 use switchover_wire::socket::Socket;
 use switchover_wire::types::LaneId;
 
+/// The most fault lanes that a session may have. Each costs the destination a thread and a userfaultfd; where faults keep this
+/// many threads busy, the link is what they wait for.
+pub const FAULT_LANES_LIMIT: u8 = 16;
+
 /// An open lane.
 #[derive(Clone, Debug)]
 pub struct PageLane {

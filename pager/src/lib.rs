@@ -15,6 +15,9 @@
 //!   └────────────────────┘                                  └─────────────────────┘
 //! ```
 //!
+//! Faults may be divided among several fault lanes: RAM is cut into stripes ([`stripes`]), and each lane has a fault thread and a
+//! userfaultfd for its own.
+//!
 //! Read [`destination`] from the top, then `destination/fault.rs`: that file is the fault path.
 //!
 //! # What it promises
@@ -36,6 +39,7 @@ pub mod sent;
 pub mod source;
 pub mod state;
 pub mod stats;
+pub mod stripes;
 mod sync;
 pub mod trace;
 pub mod uffd;

@@ -60,6 +60,13 @@ impl WaitCounts {
         self.total_ns = self.total_ns.saturating_add(ns);
     }
 
+    /// Counts those of `other` too.
+    pub fn add(&mut self, other: &Self) {
+        self.faults += other.faults;
+        self.total_ns = self.total_ns.saturating_add(other.total_ns);
+        self.buckets.iter_mut().zip(other.buckets).for_each(|(bucket, more)| *bucket += more);
+    }
+
     /// The mean time of a fault in nanoseconds; `None` where there was none.
     #[must_use]
     pub const fn mean_ns(&self) -> Option<u64> {
@@ -136,6 +143,26 @@ impl FaultStats {
         }
     }
 
+    /// Counts what another shard's faults cost too.
+    pub fn add(&mut self, other: &Self) {
+        self.remote += other.remote;
+        self.raced += other.raced;
+        self.local += other.local;
+        self.joined += other.joined;
+        let histograms = [
+            (&mut self.total, &other.total),
+            (&mut self.queue, &other.queue),
+            (&mut self.wire, &other.wire),
+            (&mut self.place, &other.place),
+            (&mut self.wake, &other.wake),
+            (&mut self.local_total, &other.local_total),
+        ];
+        // All have the same bounds: none has a value that another could not take.
+        histograms.into_iter().for_each(|(all, more)| *all += more);
+        self.rate.add_all(&other.rate);
+        self.waits.add(&other.waits);
+    }
+
     fn count_wait(&mut self, ns: u64) {
         self.total.saturating_record(ns.max(1));
         self.waits.record(ns);
@@ -184,6 +211,13 @@ impl RateSeries {
             self.counts.resize(slice + 1, 0);
         }
         self.counts[slice] = self.counts[slice].saturating_add(count);
+    }
+
+    /// Adds the counts of another series, whichever began first.
+    pub fn add_all(&mut self, other: &Self) {
+        if let Some(start) = self.start.into_iter().chain(other.start).min() {
+            *self = Self { start: Some(start), counts: Self::merged([&*self, other].into_iter(), start) };
+        }
     }
 
     /// Adds the counts of several series over one common start.
@@ -239,6 +273,40 @@ mod tests {
         assert_eq!((stats.waits.faults, stats.total.len()), (10, 10));
         assert_eq!(stats.waits.mean_ns(), Some(times.iter().sum::<u64>() / 10));
         assert_eq!(WaitCounts::default().mean_ns(), None);
+    }
+
+    #[test]
+    fn two_shards_cost_what_both_cost() {
+        let (mut one, mut two, mut both) = (FaultStats::new(), FaultStats::new(), FaultStats::new());
+        let at = |us: u64| Nanos(100_000_000 + us * 1000);
+        let times = |us: u64| FaultTimes {
+            taken: at(us),
+            submitted: at(us + 1),
+            arrived: at(us + 30),
+            placed: at(us + 32),
+            woken: at(us + 35),
+        };
+        // The second shard's first fault comes before the first's.
+        let record = |stats: &mut FaultStats, us: u64| {
+            stats.record_remote(times(us));
+            stats.record_raced(at(us), Some(at(us + 50)));
+            stats.record_local(at(us), at(us + 3));
+            stats.joined += us;
+        };
+        // The second shard's first fault comes before the first's.
+        record(&mut one, 9_000);
+        [1_000, 20_000].into_iter().for_each(|us| record(&mut two, us));
+        [9_000, 1_000, 20_000].into_iter().for_each(|us| record(&mut both, us));
+        one.add(&two);
+        assert_eq!((one.remote, one.raced, one.local, one.joined), (3, 3, 3, 30_000));
+        assert_eq!((&one.total, &one.queue, &one.wire), (&both.total, &both.queue, &both.wire));
+        assert_eq!((&one.place, &one.wake, &one.local_total), (&both.place, &both.wake, &both.local_total));
+        assert_eq!(one.waits, both.waits);
+        assert_eq!(one.rate.start, Some(at(1_000)));
+        assert_eq!(one.rate.counts, [2, 0, 0, 0, 2, 0, 0, 0, 0, 2]);
+        let mut none = FaultStats::new();
+        none.add(&FaultStats::new());
+        assert!(none.rate.is_empty() && none.rate.counts.is_empty());
     }
 
     #[test]

@@ -1,23 +1,26 @@
-//! The userfaultfd that watches guest RAM, and what its return codes mean.
+//! The userfaultfds that watch guest RAM, and what their return codes mean.
 //!
 //! This module is the only one that calls userfaultfd. What holds here:
-//! - The watched range is the whole guest mapping of one [`Ram`], which [`Watch`] keeps alive.
+//! - The watched range is the whole guest mapping of one [`Ram`], which [`Watch`] keeps alive. Each page of it is registered
+//!   with the userfaultfd of its shard, and every call about it goes to that one: another would wake nobody.
 //! - Addresses are made from page indices that were checked against the RAM's size.
-//! - The descriptor is closed only after the range is unregistered, or with the process: closing it earlier would
-//!   answer every pending fault with a zero page. A [`Watch`] that is dropped while registered leaks it on purpose.
+//! - No descriptor is closed before all of the range is unregistered, or the process ends: closing it earlier would
+//!   answer every pending fault with a zero page. A [`Watch`] that is dropped while registered leaks them on purpose.
 
 use std::ffi::c_void;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 use thiserror::Error;
 use userfaultfd::{Error as UffdError, Event, EventBuffer, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
 use crate::ram::Ram;
+use crate::stripes::Stripes;
 
 /// `UFFD_FEATURE_MINOR_SHMEM` of linux/userfaultfd.h, which the crate does not name.
 const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
@@ -112,36 +115,51 @@ fn errno_of(error: &UffdError) -> i32 {
 /// Guest RAM under userfaultfd.
 #[derive(Debug)]
 pub struct Watch {
-    uffd: ManuallyDrop<Uffd>,
+    /// One for each shard.
+    uffds: ManuallyDrop<Box<[Uffd]>>,
+    stripes: Stripes,
     ram: Ram,
-    registered: AtomicBool,
+    /// So many stripes, from the first on, are watched no more, or are about to be.
+    ended: AtomicU64,
+    ending: Mutex<()>,
 }
 
 impl Watch {
-    /// Registers the whole guest mapping for missing and minor faults. From here on whoever touches a page that is
-    /// not mapped sleeps until it is placed.
+    /// Registers the whole guest mapping for missing and minor faults, with one userfaultfd.
+    ///
+    /// # Errors
+    /// See [`register_sharded`](Self::register_sharded).
+    pub fn register(ram: Ram) -> Result<Self, WatchError> {
+        Self::register_sharded(ram, 1)
+    }
+
+    /// Registers the whole guest mapping for missing and minor faults, with one userfaultfd for each of `shards`. From here on
+    /// whoever touches a page that is not mapped sleeps until it is placed.
     ///
     /// # Errors
     /// When the kernel has no userfaultfd for this process, or lacks minor faults on shared memory.
-    pub fn register(ram: Ram) -> Result<Self, WatchError> {
+    pub fn register_sharded(ram: Ram, shards: u8) -> Result<Self, WatchError> {
         if !ram.take_for_watching() {
             return Err(WatchError::UsedBefore);
         }
-        let uffd = UffdBuilder::new()
-            .close_on_exec(true)
-            .non_blocking(true)
-            // KVM takes guest page faults in the kernel.
-            .user_mode_only(false)
-            .require_features(FeatureFlags::MISSING_SHMEM | FeatureFlags::from_bits_retain(FEATURE_MINOR_SHMEM))
-            .create()
-            .map_err(WatchError::Open)?;
-        uffd.register_with_mode(
-            ram.guest_base().cast::<c_void>(),
-            ram.len_bytes(),
-            RegisterMode::MISSING | RegisterMode::MINOR,
-        )
-        .map_err(|source| WatchError::Register { pages: ram.pages(), source })?;
-        Ok(Self { uffd: ManuallyDrop::new(uffd), ram, registered: AtomicBool::new(true) })
+        let stripes = Stripes::new(ram.pages(), shards);
+        let uffds = (0..stripes.shards()).map(|_| open()).collect::<Result<Box<[_]>, _>>();
+        let watch = Self {
+            uffds: ManuallyDrop::new(uffds.map_err(WatchError::Open)?),
+            stripes,
+            ram,
+            ended: AtomicU64::new(0),
+            ending: Mutex::new(()),
+        };
+        for index in 0..stripes.count() {
+            let (uffd, start, length) = watch.stripe(index);
+            if let Err(source) = uffd.register_with_mode(start, length, RegisterMode::MISSING | RegisterMode::MINOR) {
+                // Nobody runs on it yet: it may be let go of.
+                watch.ended.store(stripes.count(), Ordering::Release);
+                return Err(WatchError::Register { pages: watch.ram.pages(), source });
+            }
+        }
+        Ok(watch)
     }
 
     /// The RAM that is watched.
@@ -150,10 +168,25 @@ impl Watch {
         &self.ram
     }
 
-    /// The descriptor, to be polled for faults.
+    /// How many userfaultfds watch it.
     #[must_use]
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        self.uffd.as_fd()
+    pub fn shards(&self) -> usize {
+        self.stripes.shards()
+    }
+
+    /// The shard that `page` belongs to, counted from 0.
+    #[must_use]
+    pub fn shard_of(&self, page: PageIndex) -> usize {
+        self.stripes.shard_of(page)
+    }
+
+    /// The descriptor of a shard, to be polled for faults.
+    ///
+    /// # Panics
+    /// When there is no such shard.
+    #[must_use]
+    pub fn fd(&self, shard: usize) -> BorrowedFd<'_> {
+        self.uffds[shard].as_fd()
     }
 
     /// Maps `count` pages whose bytes are in the alias, and wakes who waits for them unless `quiet`.
@@ -164,7 +197,7 @@ impl Watch {
     /// # Errors
     /// When a page has no memory behind it, or the kernel refuses for good.
     pub fn map(&self, first: PageIndex, count: PageCount, wake: bool) -> Result<(), WatchError> {
-        self.place("map", first, count, |address, length| self.uffd.r#continue(address, length, wake), None)
+        self.place("map", first, count, |uffd, address, length| uffd.r#continue(address, length, wake), None)
     }
 
     /// Maps `count` pages that are zero: the file's own pages where it has them, fresh zero pages where it has
@@ -177,11 +210,11 @@ impl Watch {
             "map zeros at",
             first,
             count,
-            |address, length| self.uffd.r#continue(address, length, true),
-            Some(&|address| {
+            |uffd, address, length| uffd.r#continue(address, length, true),
+            Some(&|uffd, address| {
                 // SAFETY: the address is that of a page of the guest mapping, which this object keeps mapped and
                 // registered; the page is not mapped yet, or the kernel answers EEXIST and changes nothing.
-                unsafe { self.uffd.zeropage(address, PAGE_SIZE, true) }.map(|bytes| bytes as u64)
+                unsafe { uffd.zeropage(address, PAGE_SIZE, true) }.map(|bytes| bytes as u64)
             }),
         )
     }
@@ -191,7 +224,7 @@ impl Watch {
     /// # Errors
     /// When the kernel refuses.
     pub fn wake(&self, page: PageIndex) -> Result<(), WatchError> {
-        self.uffd.wake(self.address(page), PAGE_SIZE).map_err(|error| WatchError::Place {
+        self.uffds[self.shard_of(page)].wake(self.address(page), PAGE_SIZE).map_err(|error| WatchError::Place {
             attempted: "wake",
             first: page,
             count: PageCount(1),
@@ -199,15 +232,23 @@ impl Watch {
         })
     }
 
-    /// Takes the faults that are waiting, appending their pages to `faults`.
+    /// Takes the faults on a shard's pages that are waiting, appending their pages to `faults`.
     ///
     /// # Errors
     /// When the descriptor fails, or tells of something that was never registered.
-    pub fn take_faults(&self, buffer: &mut FaultBuffer, faults: &mut Vec<PageIndex>) -> Result<(), WatchError> {
+    ///
+    /// # Panics
+    /// When there is no such shard.
+    pub fn take_faults(
+        &self,
+        shard: usize,
+        buffer: &mut FaultBuffer,
+        faults: &mut Vec<PageIndex>,
+    ) -> Result<(), WatchError> {
         // All of them: a poll tells of new faults only, not of those that were left.
         loop {
             let mut read = 0;
-            for event in self.uffd.read_events(&mut buffer.0).map_err(WatchError::Read)? {
+            for event in self.uffds[shard].read_events(&mut buffer.0).map_err(WatchError::Read)? {
                 match event.map_err(WatchError::Read)? {
                     Event::Pagefault { addr, .. } => faults.push(self.page_at(addr as usize)?),
                     other => return Err(WatchError::Unexpected(format!("{other:?}"))),
@@ -225,7 +266,7 @@ impl Watch {
     /// # Errors
     /// When the kernel refuses.
     pub fn unmap(&self, first: PageIndex, count: PageCount) -> Result<(), WatchError> {
-        let length = usize::try_from(count.bytes()).unwrap_or(usize::MAX);
+        let length = bytes(count);
         // SAFETY: the range lies inside the guest mapping, which `ram` keeps mapped. It is a shared mapping of a file: its
         // pages are unmapped, never freed, so nobody who holds an address into it loses a byte.
         let done = unsafe { libc::madvise(self.address(first), length, libc::MADV_DONTNEED) };
@@ -235,26 +276,40 @@ impl Watch {
         Err(WatchError::Place { attempted: "unmap", first, count, source: io::Error::last_os_error() })
     }
 
-    /// Whether it goes on.
+    /// Whether it goes on, for any page.
     #[must_use]
     pub fn is_registered(&self) -> bool {
-        self.registered.load(Ordering::Acquire)
+        self.watches(self.stripes.count().saturating_sub(1))
+    }
+
+    /// Whether it goes on for a stripe.
+    fn watches(&self, stripe: u64) -> bool {
+        stripe >= self.ended.load(Ordering::Acquire)
     }
 
     /// Ends the watch: nobody can fault any more, and what is not mapped is simply what the file holds. Only for
     /// RAM that is complete. Safe to repeat.
     ///
     /// # Errors
-    /// When the kernel refuses; the watch then goes on.
+    /// When the kernel refuses; the watch then goes on, for the rest at least.
     pub fn unregister(&self) -> Result<(), WatchError> {
-        // Told first: whoever is about to map a page of complete memory must know why the kernel refuses.
-        if !self.registered.swap(false, Ordering::AcqRel) {
-            return Ok(());
+        let _ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner);
+        for index in self.ended.load(Ordering::Acquire)..self.stripes.count() {
+            // Told first: whoever is about to map a page of complete memory must know why the kernel refuses.
+            self.ended.store(index + 1, Ordering::Release);
+            let (uffd, start, length) = self.stripe(index);
+            uffd.unregister(start, length).map_err(|error| {
+                self.ended.store(index, Ordering::Release);
+                WatchError::Unregister(error)
+            })?;
         }
-        self.uffd.unregister(self.ram.guest_base().cast::<c_void>(), self.ram.len_bytes()).map_err(|error| {
-            self.registered.store(true, Ordering::Release);
-            WatchError::Unregister(error)
-        })
+        Ok(())
+    }
+
+    /// A stripe's userfaultfd, address and length.
+    fn stripe(&self, index: u64) -> (&Uffd, *mut c_void, usize) {
+        let (first, count) = self.stripes.range(index);
+        (&self.uffds[self.stripes.owner(index)], self.address(first), bytes(count))
     }
 
     fn place(
@@ -262,9 +317,25 @@ impl Watch {
         attempted: &'static str,
         first: PageIndex,
         count: PageCount,
-        map: impl Fn(*mut c_void, usize) -> Result<u64, UffdError>,
-        fill_hole: Option<&dyn Fn(*mut c_void) -> Result<u64, UffdError>>,
+        map: impl Fn(&Uffd, *mut c_void, usize) -> Result<u64, UffdError>,
+        fill_hole: Option<FillHole<'_>>,
     ) -> Result<(), WatchError> {
+        // Two stripes are two mappings, which no call may span.
+        let mut pieces = self.stripes.cut(first, count);
+        pieces
+            .try_for_each(|(stripe, first, count)| self.place_within(attempted, stripe, first, count, &map, fill_hole))
+    }
+
+    fn place_within(
+        &self,
+        attempted: &'static str,
+        stripe: u64,
+        first: PageIndex,
+        count: PageCount,
+        map: &impl Fn(&Uffd, *mut c_void, usize) -> Result<u64, UffdError>,
+        fill_hole: Option<FillHole<'_>>,
+    ) -> Result<(), WatchError> {
+        let uffd = &self.uffds[self.stripes.owner(stripe)];
         let mut rest: Range<u64> = first.0..first.0 + count.0;
         let mut tries = 0;
         let broken = |rest: &Range<u64>, errno| WatchError::Place {
@@ -276,10 +347,10 @@ impl Watch {
         while rest.start < rest.end {
             let page = PageIndex(rest.start);
             let address = self.address(page);
-            let length = usize::try_from((rest.end - rest.start) * PAGE_SIZE_U64).unwrap_or(usize::MAX);
-            let mut answer = classify(map(address, length).map_err(|error| errno_of(&error)));
+            let length = bytes(PageCount(rest.end - rest.start));
+            let mut answer = classify(map(uffd, address, length).map_err(|error| errno_of(&error)));
             if let (Answer::Hole, Some(fill)) = (answer, fill_hole) {
-                answer = classify(fill(address).map_err(|error| errno_of(&error)));
+                answer = classify(fill(uffd, address).map_err(|error| errno_of(&error)));
             }
             match answer {
                 Answer::Mapped(bytes) => {
@@ -288,7 +359,7 @@ impl Watch {
                 }
                 Answer::AlreadyMapped => {
                     if let Err(error) = self.wake(page)
-                        && self.is_registered()
+                        && self.watches(stripe)
                     {
                         return Err(error);
                     }
@@ -303,7 +374,7 @@ impl Watch {
                     std::thread::yield_now();
                 }
                 // The watch has ended: memory is complete, and nobody can wait for a page of it.
-                Answer::Hole | Answer::Broken(_) if !self.is_registered() => return Ok(()),
+                Answer::Hole | Answer::Broken(_) if !self.watches(stripe) => return Ok(()),
                 Answer::Hole => return Err(broken(&rest, libc::EFAULT)),
                 Answer::Broken(errno) => return Err(broken(&rest, errno)),
             }
@@ -327,11 +398,28 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        if !self.registered.load(Ordering::Acquire) {
-            // SAFETY: `uffd` is not used again: this is the only place that drops it, and it runs once.
-            unsafe { ManuallyDrop::drop(&mut self.uffd) };
+        if !self.is_registered() {
+            // SAFETY: `uffds` are not used again: this is the only place that drops them, and it runs once.
+            unsafe { ManuallyDrop::drop(&mut self.uffds) };
         }
     }
+}
+
+/// How a page is mapped that has no memory behind it.
+type FillHole<'a> = &'a dyn Fn(&Uffd, *mut c_void) -> Result<u64, UffdError>;
+
+fn open() -> Result<Uffd, UffdError> {
+    UffdBuilder::new()
+        .close_on_exec(true)
+        .non_blocking(true)
+        // KVM takes guest page faults in the kernel.
+        .user_mode_only(false)
+        .require_features(FeatureFlags::MISSING_SHMEM | FeatureFlags::from_bits_retain(FEATURE_MINOR_SHMEM))
+        .create()
+}
+
+fn bytes(count: PageCount) -> usize {
+    usize::try_from(count.bytes()).unwrap_or(usize::MAX)
 }
 
 /// Room for the faults of one read.
@@ -356,7 +444,11 @@ mod tests {
 
     /// A watch over `pages` pages, or `None` (said visibly) where the host has no userfaultfd.
     fn watch(test: &str, pages: u64) -> Option<Watch> {
-        match Watch::register(Ram::new(PageCount(pages)).unwrap()) {
+        sharded(test, pages, 1)
+    }
+
+    fn sharded(test: &str, pages: u64, shards: u8) -> Option<Watch> {
+        match Watch::register_sharded(Ram::new(PageCount(pages)).unwrap(), shards) {
             Ok(watch) => Some(watch),
             Err(error) => {
                 println!("SKIP {test}: {error}");
@@ -376,12 +468,12 @@ mod tests {
         unsafe { ram.guest_base().add(offset).read_volatile() }
     }
 
-    fn wait_for_fault(watch: &Watch) -> PageIndex {
+    fn wait_for_fault(watch: &Watch, shard: usize) -> PageIndex {
         let (mut buffer, mut faults) = (FaultBuffer::default(), Vec::new());
         let deadline = Instant::now() + Duration::from_secs(10);
         while faults.is_empty() {
             assert!(Instant::now() < deadline, "no fault came");
-            watch.take_faults(&mut buffer, &mut faults).unwrap();
+            watch.take_faults(shard, &mut buffer, &mut faults).unwrap();
             thread::yield_now();
         }
         faults[0]
@@ -404,7 +496,7 @@ mod tests {
         let ram = watch.ram().clone();
         ram.populate().unwrap();
         let reader = thread::spawn(move || read_guest(&ram, PageIndex(5)));
-        assert_eq!(wait_for_fault(&watch), PageIndex(5));
+        assert_eq!(wait_for_fault(&watch, 0), PageIndex(5));
         write_alias(watch.ram(), PageIndex(5), 42);
         watch.map(PageIndex(5), PageCount(1), true).unwrap();
         assert_eq!(reader.join().unwrap(), 42);
@@ -445,7 +537,7 @@ mod tests {
         assert_eq!(read_guest(&ram, PageIndex(1)), 7);
         watch.unmap(PageIndex(1), PageCount(2)).unwrap();
         let reader = thread::spawn(move || read_guest(&ram, PageIndex(1)));
-        assert_eq!(wait_for_fault(&watch), PageIndex(1));
+        assert_eq!(wait_for_fault(&watch, 0), PageIndex(1));
         write_alias(watch.ram(), PageIndex(1), 8);
         watch.map(PageIndex(1), PageCount(1), true).unwrap();
         assert_eq!(reader.join().unwrap(), 8);
@@ -467,7 +559,7 @@ mod tests {
         let Some(watch) = watch("a_quiet_mapping_wakes_only_when_told", 2) else { return };
         let ram = watch.ram().clone();
         let reader = thread::spawn(move || read_guest(&ram, PageIndex(0)));
-        assert_eq!(wait_for_fault(&watch), PageIndex(0));
+        assert_eq!(wait_for_fault(&watch, 0), PageIndex(0));
         write_alias(watch.ram(), PageIndex(0), 9);
         watch.map(PageIndex(0), PageCount(1), false).unwrap();
         assert!(!reader.is_finished());
@@ -477,12 +569,74 @@ mod tests {
     }
 
     #[test]
-    fn a_watch_dropped_too_early_keeps_its_descriptor() {
-        let Some(watch) = watch("a_watch_dropped_too_early_keeps_its_descriptor", 2) else { return };
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&watch.fd());
+    fn a_watch_dropped_too_early_keeps_its_descriptors() {
+        let Some(watch) = sharded("a_watch_dropped_too_early_keeps_its_descriptors", 6, 3) else { return };
+        let descriptors = [0, 1, 2].map(|shard| std::os::fd::AsRawFd::as_raw_fd(&watch.fd(shard)));
         drop(watch);
-        // SAFETY: F_GETFD only asks whether the number is an open descriptor.
-        let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
-        assert!(flags >= 0, "closing it would have fed zeros to whoever waits");
+        for descriptor in descriptors {
+            // SAFETY: F_GETFD only asks whether the number is an open descriptor.
+            let flags = unsafe { libc::fcntl(descriptor, libc::F_GETFD) };
+            assert!(flags >= 0, "closing it would have fed zeros to whoever waits");
+        }
+    }
+
+    /// Readers of the first and the last page of each of four stripes of four pages, all of them waiting.
+    fn readers_at_borders(watch: &Watch) -> Vec<(PageIndex, thread::JoinHandle<u8>)> {
+        let pages = (0..16).filter(|page| page % 4 == 0 || page % 4 == 3).map(PageIndex);
+        let reader = |page| {
+            let ram = watch.ram().clone();
+            let reader = thread::spawn(move || read_guest(&ram, page));
+            assert_eq!(wait_for_fault(watch, watch.shard_of(page)), page);
+            (page, reader)
+        };
+        pages.map(reader).collect()
+    }
+
+    #[test]
+    fn a_run_across_shards_is_mapped_whole_and_wakes_everyone() {
+        let Some(watch) = sharded("a_run_across_shards_is_mapped_whole_and_wakes_everyone", 16, 3) else { return };
+        assert_eq!((watch.shards(), watch.shard_of(PageIndex(15))), (3, 0));
+        let readers = readers_at_borders(&watch);
+        (0_u8..16).for_each(|page| write_alias(watch.ram(), PageIndex(page.into()), page + 1));
+        watch.map(PageIndex(3), PageCount(11), true).unwrap();
+        watch.map(PageIndex(0), PageCount(16), true).unwrap();
+        for (page, reader) in readers {
+            assert_eq!(u64::from(reader.join().unwrap()), page.0 + 1);
+        }
+        // The kernel knows where each of them lies.
+        watch.unmap(PageIndex(2), PageCount(12)).unwrap();
+        let ram = watch.ram().clone();
+        let reader = thread::spawn(move || read_guest(&ram, PageIndex(8)));
+        assert_eq!(wait_for_fault(&watch, 2), PageIndex(8));
+        watch.map(PageIndex(8), PageCount(1), false).unwrap();
+        watch.wake(PageIndex(8)).unwrap();
+        assert_eq!(reader.join().unwrap(), 9);
+        watch.unregister().unwrap();
+    }
+
+    #[test]
+    fn holes_across_shards_are_mapped_as_zeros() {
+        let Some(watch) = sharded("holes_across_shards_are_mapped_as_zeros", 16, 4) else { return };
+        let readers = readers_at_borders(&watch);
+        watch.map_zero(PageIndex(0), PageCount(16)).unwrap();
+        for (page, reader) in readers {
+            assert_eq!(reader.join().unwrap(), 0, "{page}");
+        }
+        watch.unregister().unwrap();
+    }
+
+    #[test]
+    fn the_end_of_a_watch_is_the_end_for_every_shard() {
+        let Some(watch) = sharded("the_end_of_a_watch_is_the_end_for_every_shard", 16, 4) else { return };
+        let ram = watch.ram().clone();
+        ram.populate().unwrap();
+        assert!(watch.is_registered());
+        watch.unregister().unwrap();
+        watch.unregister().unwrap();
+        assert!(!watch.is_registered());
+        // Nobody would answer a fault.
+        assert!((0..16).all(|page| read_guest(&ram, PageIndex(page)) == 0));
+        watch.unmap(PageIndex(0), PageCount(16)).unwrap();
+        watch.map(PageIndex(2), PageCount(12), true).unwrap();
     }
 }

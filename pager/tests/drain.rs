@@ -30,16 +30,18 @@ fn filled() -> Ram {
     ram
 }
 
-fn move_memory(test: &str, bulk_lanes: u8, lazy: bool, bandwidth: u64) {
+fn move_memory(test: &str, fault_lanes: u8, bulk_lanes: u8, lazy: bool, bandwidth: u64) {
     if !userfaultfd_or_skip(test) {
         return;
     }
     let (from, to) = (filled(), Ram::new(PageCount(PAGES)).unwrap());
-    let roles = std::iter::once((LaneRole::Fault, 0)).chain((0..bulk_lanes).map(|index| (LaneRole::Bulk, index)));
+    let bulk = (0..bulk_lanes).map(|index| (LaneRole::Bulk, index));
+    let roles = (0..fault_lanes).map(|index| (LaneRole::Fault, index)).chain(bulk);
     let (source_lanes, destination_lanes): (Vec<_>, Vec<_>) = roles.map(|(role, index)| lane_pair(role, index)).unzip();
     let (source_notify, source_events) = events();
     let (notify, destination_events) = events();
 
+    let asked = source_lanes[..usize::from(fault_lanes)].to_vec();
     let mut source = SourcePager::start(from, source_lanes, bandwidth, &source_notify).unwrap();
     let mut destination = DestinationPager::start(to.clone(), destination_lanes, lazy, &notify).unwrap();
     let all = vec![u64::MAX; usize::try_from(PAGES.div_ceil(64)).unwrap()];
@@ -73,6 +75,10 @@ fn move_memory(test: &str, bulk_lanes: u8, lazy: bool, bandwidth: u64) {
     assert_eq!(seen.zero + seen.pushed + seen.requested, PAGES, "{seen:?}");
     assert!(seen.zero >= PAGES / 3, "{seen:?}");
     assert_eq!(stats.remote + stats.raced, seen.requests, "every request is either answered or raced");
+    if bandwidth > 0 {
+        // The guest outruns the push, all over its memory.
+        assert!(asked.iter().all(|lane| lane.socket.counters().received() > 0), "a fault lane stood idle");
+    }
     assert_eq!(source.progress().remaining, PageCount(0));
     for page in 0..PAGES {
         assert_eq!(guest_read(&to, PageIndex(page), 0), page + 1, "page {page} lost the guest's write");
@@ -82,22 +88,51 @@ fn move_memory(test: &str, bulk_lanes: u8, lazy: bool, bandwidth: u64) {
 
 #[test]
 fn one_bulk_lane() {
-    move_memory("one_bulk_lane", 1, false, 0);
+    move_memory("one_bulk_lane", 1, 1, false, 0);
 }
 
 #[test]
 fn three_bulk_lanes() {
-    move_memory("three_bulk_lanes", 3, false, 0);
+    move_memory("three_bulk_lanes", 1, 3, false, 0);
 }
 
 #[test]
 fn lazy_memory() {
-    move_memory("lazy_memory", 1, true, 0);
+    move_memory("lazy_memory", 1, 1, true, 0);
 }
 
 #[test]
 fn a_slow_push_is_overtaken_by_faults() {
-    move_memory("a_slow_push_is_overtaken_by_faults", 1, false, 20_000_000);
+    move_memory("a_slow_push_is_overtaken_by_faults", 1, 1, false, 20_000_000);
+}
+
+#[test]
+fn three_fault_lanes_and_two_bulk_lanes() {
+    move_memory("three_fault_lanes_and_two_bulk_lanes", 3, 2, false, 0);
+}
+
+#[test]
+fn two_fault_lanes_and_lazy_memory() {
+    move_memory("two_fault_lanes_and_lazy_memory", 2, 1, true, 0);
+}
+
+#[test]
+fn sixteen_fault_lanes_overtake_a_slow_push() {
+    move_memory("sixteen_fault_lanes_overtake_a_slow_push", 16, 1, false, 20_000_000);
+}
+
+#[test]
+fn no_fault_lane_and_too_many_are_refused() {
+    if !userfaultfd_or_skip("no_fault_lane_and_too_many_are_refused") {
+        return;
+    }
+    let (notify, _events) = events();
+    for fault_lanes in [0, 17] {
+        let lanes = (0..fault_lanes).map(|index| lane_pair(LaneRole::Fault, index).1).collect();
+        let ram = Ram::new(PageCount(64)).unwrap();
+        let error = DestinationPager::start(ram, lanes, false, &notify).err().unwrap();
+        assert!(error.to_string().contains(&format!("{fault_lanes} fault lanes")), "{error}");
+    }
 }
 
 #[test]

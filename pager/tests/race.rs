@@ -16,6 +16,7 @@ use common::{events, guest_read, guest_write, lane_pair, userfaultfd_or_skip};
 use switchover_pager::destination::DestinationPager;
 use switchover_pager::lane::PagerEvent;
 use switchover_pager::ram::Ram;
+use switchover_pager::stripes::Stripes;
 use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, FrameFlags};
 use switchover_wire::frame::fault::{FaultReply, FaultRequest, ReplyContent};
 use switchover_wire::ring::Ring;
@@ -31,14 +32,25 @@ fn old_page() -> Vec<u8> {
 
 #[test]
 fn the_guests_write_survives_the_copy_that_comes_too_late() {
-    if !userfaultfd_or_skip("the_guests_write_survives_the_copy_that_comes_too_late") {
+    the_guests_write_survives("the_guests_write_survives_the_copy_that_comes_too_late", 1);
+}
+
+#[test]
+fn the_guests_write_survives_whichever_lane_is_late() {
+    the_guests_write_survives("the_guests_write_survives_whichever_lane_is_late", 3);
+}
+
+fn the_guests_write_survives(test: &str, fault_lanes: u8) {
+    if !userfaultfd_or_skip(test) {
         return;
     }
-    let (fault, destination_fault) = lane_pair(LaneRole::Fault, 0);
+    let lanes = (0..fault_lanes).map(|index| lane_pair(LaneRole::Fault, index));
+    let (faults, mut lanes): (Vec<_>, Vec<_>) = lanes.unzip();
+    let stripes = Stripes::new(PageCount(PAGES), fault_lanes);
     let (bulk, destination_bulk) = lane_pair(LaneRole::Bulk, 0);
     let (notify, pager_events) = events();
     let ram = Ram::new(PageCount(PAGES)).unwrap();
-    let lanes = vec![destination_fault, destination_bulk];
+    lanes.push(destination_bulk);
     let mut pager = DestinationPager::start(ram.clone(), lanes, false, &notify).unwrap();
     pager.hand_over(&vec![u64::MAX; usize::try_from(ram.pages().0.div_ceil(64)).unwrap()]).unwrap();
 
@@ -55,11 +67,13 @@ fn the_guests_write_survives_the_copy_that_comes_too_late() {
     };
     let mut ring = Ring::new(2).unwrap();
     let old = old_page();
-    for _ in 0..PAGES {
+    for page in (0..PAGES).map(PageIndex) {
+        // On the lane of the page that the guest waits for.
+        let fault = &faults[stripes.shard_of(page)];
         let mut request = [0; FaultRequest::LEN];
         ring.recv_exact(fault.socket.as_fd(), &mut [IoSliceMut::new(&mut request)]).unwrap();
         let request = FaultRequest::decode(&request, PageCount(PAGES)).unwrap();
-        let page = request.page;
+        assert_eq!(request.page, page);
 
         let first = PageIndex(page.0 / CHUNK_PAGES * CHUNK_PAGES);
         let frame =

@@ -6,6 +6,7 @@ mod breaking;
 mod chain;
 mod commands;
 mod failures;
+mod fault_lanes;
 mod figures;
 mod foreign;
 mod guests;

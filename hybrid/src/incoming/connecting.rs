@@ -6,10 +6,10 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use switchover_pager::lane::PageLane;
+use switchover_pager::lane::{FAULT_LANES_LIMIT, PageLane};
 use switchover_wire::clock::{HostClock, Nanos};
 use switchover_wire::description::describe_mismatches;
-use switchover_wire::handshake::{Hello, Welcome, accept, read_hello, refuse};
+use switchover_wire::handshake::{Hello, LaneCounts, Welcome, accept, read_hello, refuse};
 use switchover_wire::message::ControlMessage;
 use switchover_wire::socket::{Listener, Socket};
 use switchover_wire::types::{LaneId, LaneRole};
@@ -126,10 +126,11 @@ impl Shared {
         if unknown != 0 {
             return Err(format!("the source asks for capabilities {unknown:#x}, which this destination does not have"));
         }
-        if hello.lanes.fault != 1 || !(1..=BULK_LANES_LIMIT).contains(&hello.lanes.bulk) {
-            let (fault, bulk) = (hello.lanes.fault, hello.lanes.bulk);
+        let LaneCounts { fault, bulk } = hello.lanes;
+        if !(1..=FAULT_LANES_LIMIT).contains(&fault) || !(1..=BULK_LANES_LIMIT).contains(&bulk) {
             return Err(format!(
-                "the source wants {fault} fault and {bulk} bulk lanes; this destination takes 1 and 1 to {BULK_LANES_LIMIT}"
+                "the source wants {fault} fault and {bulk} bulk lanes; this destination takes 1 to {FAULT_LANES_LIMIT} and 1 to \
+                 {BULK_LANES_LIMIT}"
             ));
         }
         let source = hello.description.as_ref().ok_or("the source did not describe its machine")?;

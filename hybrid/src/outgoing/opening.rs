@@ -100,6 +100,8 @@ impl Shared {
         };
         let session = *self.name.get().ok_or_else(|| "the session was never begun".to_owned())?;
         let capabilities = capability::POSTCOPY | capability::REJOIN;
+        // Memory is divided for the lanes that there were.
+        let settings = Settings { fault_lanes: self.settings.fault_lanes, ..settings };
         let Opened { control, pages, .. } = self.open_lanes(&to, session, &settings, capabilities)?;
         let events = self.events.of_link();
         let mut tunables = self.tunables();
@@ -133,7 +135,7 @@ impl Shared {
         settings: &Settings,
         capabilities: u64,
     ) -> Result<Opened, Unopened> {
-        let lanes = LaneCounts { fault: 1, bulk: settings.bulk_lanes };
+        let lanes = LaneCounts { fault: settings.fault_lanes, bulk: settings.bulk_lanes };
         let hello = |role, index| Hello {
             version_min: VERSION_MIN,
             version_max: VERSION_MAX,
@@ -146,9 +148,10 @@ impl Shared {
         };
         let control = self.open_lane(to, &hello(LaneRole::Control, 0))?;
         let mut pages = Vec::new();
+        let fault = (0..lanes.fault).map(|index| (LaneRole::Fault, index));
         let bulk = (0..lanes.bulk).map(|index| (LaneRole::Bulk, index));
         let mut round_trip = Duration::MAX;
-        for (role, index) in std::iter::once((LaneRole::Fault, 0)).chain(bulk) {
+        for (role, index) in fault.chain(bulk) {
             let began = Instant::now();
             let socket = self.open_lane(to, &hello(role, index))?;
             // Connecting and the handshake are a round trip each.

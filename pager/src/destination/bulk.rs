@@ -218,7 +218,7 @@ impl BulkReceiver {
             let page = page_at(first, bit);
             if !still_counts {
                 if self.shared.states.release(page, self.tag) {
-                    self.shared.ask_anew(page);
+                    self.shared.shard_of(page).ask_anew(page);
                 }
             } else {
                 self.shared.states.version_arrived(page, self.tag, zero >> bit & 1 == 1);
@@ -327,9 +327,10 @@ impl BulkReceiver {
         };
         if let Err(error) = received {
             for bit in bits(won) {
-                self.shared.stains.add(page_at(first, bit));
-                if self.shared.states.release(page_at(first, bit), self.tag) {
-                    self.shared.ask_anew(page_at(first, bit));
+                let page = page_at(first, bit);
+                self.shared.stains.add(page);
+                if self.shared.states.release(page, self.tag) {
+                    self.shared.shard_of(page).ask_anew(page);
                 }
             }
             return Err(error);
@@ -405,12 +406,13 @@ impl BulkReceiver {
         Ok(())
     }
 
-    /// Tells the fault thread, which keeps the books, when the faults on these pages were woken.
+    /// Tells the fault threads, which keep the books, when the faults on these pages were woken.
     fn report_raced(&self, first: PageIndex, wanted: u64) {
         if wanted != 0 {
             let now = Nanos::now();
             for bit in bits(wanted) {
-                self.shared.raced_wakes.force_push((page_at(first, bit), now));
+                let page = page_at(first, bit);
+                self.shared.shard_of(page).report_raced(page, now);
             }
         }
     }

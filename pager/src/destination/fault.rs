@@ -3,12 +3,14 @@
 //! One thread, one io_uring. It polls the userfaultfd, asks for absent pages in 16-byte requests, receives the
 //! answers straight into the alias, maps them and wakes the vCPU. Nothing here allocates once it runs, and no lock is
 //! held across a system call.
+//!
+//! There are as many of these as shards of memory, each for the faults on its own pages.
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 
 use switchover_wire::clock::Nanos;
 use switchover_wire::frame::FrameError;
@@ -17,7 +19,8 @@ use switchover_wire::ring::{EventRing, RingError};
 use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 use thiserror::Error;
 
-use super::{Shared, poll_fd};
+use super::Shared;
+use super::shard::Shard;
 use crate::cpu;
 use crate::lane::{PageLane, PagerEvent};
 use crate::state::{Arrival, Claim, FaultVerdict, LaneTag};
@@ -91,6 +94,8 @@ pub struct FaultService {
     /// The claims of whatever fault lane there is: one ends before the next begins.
     tag: LaneTag,
     shared: Arc<Shared>,
+    /// Whose faults these are.
+    shard: Arc<Shard>,
     woken_poll: OwnedFd,
     fault_buffer: FaultBuffer,
     fault_pages: Vec<PageIndex>,
@@ -120,12 +125,17 @@ struct Buffers {
 }
 
 impl FaultService {
-    /// The service for the pages of `shared`, asking over `lane`.
+    /// The service for the pages of `shard`, asking over `lane`, claiming them as `tag`.
     ///
     /// # Errors
     /// When there is no ring for it.
-    pub(super) fn new(lane: PageLane, tag: LaneTag, shared: &Arc<Shared>) -> Result<Self, FaultError> {
-        shared.seat.sit();
+    pub(super) fn new(
+        lane: PageLane,
+        tag: LaneTag,
+        shared: &Arc<Shared>,
+        shard: &Arc<Shard>,
+    ) -> Result<Self, FaultError> {
+        shard.seat.sit();
         Ok(Self {
             ring: EventRing::new(RING_ENTRIES)?,
             buffers: Box::new(Buffers {
@@ -136,7 +146,8 @@ impl FaultService {
             lane,
             tag,
             shared: Arc::clone(shared),
-            woken_poll: poll_fd(&shared.wake_fault_thread)?,
+            shard: Arc::clone(shard),
+            woken_poll: shard.woken_fd()?,
             fault_buffer: FaultBuffer::default(),
             fault_pages: Vec::with_capacity(ROOM),
             asked: VecDeque::with_capacity(ROOM),
@@ -158,7 +169,7 @@ impl FaultService {
     /// When faults can no longer be served at all. A lane that fails is only reported; another may come in its place.
     pub fn run(mut self) -> Result<(), FaultError> {
         cpu::be_prompt();
-        self.ring.poll_multishot(self.shared.watch.fd(), FAULTS_READY)?;
+        self.ring.poll_multishot(self.shared.watch.fd(self.shard.index), FAULTS_READY)?;
         self.ring.poll_multishot(self.woken_poll.as_fd(), WOKEN)?;
         self.receive_header()?;
         while !self.shared.stopping.load(Ordering::Acquire) {
@@ -168,7 +179,7 @@ impl FaultService {
                     (FAULTS_READY, Ok(_)) => self.take_faults()?,
                     (FAULTS_READY, Err(error)) => return Err(error.into()),
                     (WOKEN, _) => {
-                        let _ = self.shared.wake_fault_thread.read();
+                        self.shard.heard();
                         self.adopt_orphans()?;
                     }
                     (token, result) => {
@@ -193,7 +204,7 @@ impl FaultService {
         if self.lane_open || self.sending || self.awaiting {
             return Ok(());
         }
-        let Some(lane) = self.shared.seat.take() else { return Ok(()) };
+        let Some(lane) = self.shard.seat.take() else { return Ok(()) };
         self.lane = lane;
         self.lane_open = true;
         self.requests.clear();
@@ -212,7 +223,7 @@ impl FaultService {
 
     /// Asks for the pages whose lanes do not bring them after all.
     fn adopt_orphans(&mut self) -> Result<(), FaultError> {
-        while let Some(page) = self.shared.orphans.pop() {
+        while let Some(page) = self.shard.next_orphan() {
             self.serve(page, Nanos::now())?;
         }
         Ok(())
@@ -222,7 +233,7 @@ impl FaultService {
     fn take_faults(&mut self) -> Result<(), FaultError> {
         let mut pages = std::mem::take(&mut self.fault_pages);
         pages.clear();
-        self.shared.watch.take_faults(&mut self.fault_buffer, &mut pages)?;
+        self.shared.watch.take_faults(self.shard.index, &mut self.fault_buffer, &mut pages)?;
         let taken = Nanos::now();
         for page in &pages {
             self.serve(*page, taken)?;
@@ -340,7 +351,7 @@ impl FaultService {
         if claimed {
             self.shared.stains.add(asked.page);
             self.shared.states.release(asked.page, self.tag);
-            // Still waited for. Nobody else asks in between: faults are taken by this thread alone.
+            // Still waited for. Nobody else asks in between: this shard's faults are taken by this thread alone.
             self.shared.states.fault(asked.page);
         }
         self.asked.push_front(asked);
@@ -371,7 +382,7 @@ impl FaultService {
                     (self.shared.notify)(event);
                 }
                 self.lane_open = false;
-                self.shared.seat.leave();
+                self.shard.seat.leave();
                 Ok(())
             }
         }
@@ -438,7 +449,7 @@ impl FaultService {
     }
 
     fn match_raced(&mut self) {
-        while let Some(wake) = self.shared.raced_wakes.pop() {
+        while let Some(wake) = self.shard.next_raced() {
             self.wakes.push(wake);
         }
         let mut index = 0;
@@ -461,7 +472,7 @@ impl FaultService {
     }
 
     fn with_stats(&self, record: impl FnOnce(&mut FaultStats)) {
-        record(&mut self.shared.faults.lock().unwrap_or_else(PoisonError::into_inner));
+        record(&mut self.shard.stats());
     }
 }
 

@@ -8,6 +8,9 @@
 //!                     both write the alias of pages that they have claimed in `PageStates`
 //! ```
 //!
+//! There may be several fault lanes. Each has a fault thread, a userfaultfd and a share of the pages of its own then: a *shard*.
+//! The states of pages are one map for all.
+//!
 //! Before the handoff the bulk lanes bring pre-copy's versions of pages, and `mapper.rs` maps what stays cold. What the
 //! handoff changes is in `handoff.rs`.
 
@@ -16,16 +19,15 @@ mod fault;
 mod handoff;
 mod mapper;
 mod seat;
+mod shard;
 mod stains;
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
-use crossbeam::queue::{ArrayQueue, SegQueue};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use switchover_wire::clock::Nanos;
 use switchover_wire::types::{LaneRole, PAGE_SIZE, PageIndex};
 use thiserror::Error;
@@ -34,20 +36,16 @@ use self::bulk::{BulkError, BulkReceiver};
 use self::fault::FaultService;
 use self::handoff::Handoff;
 use self::mapper::MappedAhead;
-use self::seat::Seat;
+use self::shard::Shard;
 use self::stains::Stains;
 use crate::cpu::{self, CpuMeter, CpuTime};
-use crate::lane::{Notify, PageLane, PagerEvent};
+use crate::lane::{FAULT_LANES_LIMIT, Notify, PageLane, PagerEvent};
 use crate::ram::{Ram, RamError};
 use crate::source::thread_name;
 use crate::state::{Arrival, Claim, LaneTag, PageStates};
 use crate::stats::{FaultStats, RateSeries, WaitCounts};
 use crate::trace::{FaultTrace, TracedFault};
 use crate::uffd::{Watch, WatchError};
-
-/// Wake-ups of raced faults that the bulk lanes report and the fault thread has not looked at yet. More than there
-/// can be faults under way; what does not fit is counted without its time.
-const RACED_WAKES: usize = 4096;
 
 /// The destination's pager could not start or end.
 #[derive(Debug, Error)]
@@ -80,11 +78,19 @@ pub enum DestinationPagerError {
         /// How many there are.
         lanes: usize,
     },
-    /// Not exactly one fault lane.
-    #[error("{lanes} fault lanes were opened; this version serves faults over exactly one")]
+    /// No fault lane, or too many.
+    #[error("{lanes} fault lanes were opened; faults are served over 1 to {FAULT_LANES_LIMIT}")]
     FaultLanes {
         /// How many there are.
         lanes: usize,
+    },
+    /// Another number of fault lanes than memory is divided for.
+    #[error("{lanes} fault lanes were opened in place of {shards} that were lost; it must be as many")]
+    OtherFaultLanes {
+        /// How many there are.
+        lanes: usize,
+        /// How many there were.
+        shards: usize,
     },
     /// No eventfd.
     #[error("cannot create an eventfd: {0}")]
@@ -115,20 +121,16 @@ struct Shared {
     handoff: Handoff,
     ahead: MappedAhead,
     stains: Stains,
-    /// Pages that a fault waits for and that nobody brings any more: the fault thread asks for them.
-    orphans: SegQueue<PageIndex>,
-    seat: Seat,
+    /// As many as the watch has.
+    shards: Box<[Arc<Shard>]>,
     /// The link was lost once: pages may have landed in part.
     rejoined: AtomicBool,
-    wake_fault_thread: EventFd,
     /// Whether RAM's pages are allocated: then a zero page can be mapped like any other.
     populated: bool,
     missing: AtomicU64,
     last_placed: AtomicU64,
     stopping: AtomicBool,
-    raced_wakes: ArrayQueue<(PageIndex, Nanos)>,
     counts: Counts,
-    faults: Mutex<FaultStats>,
     trace: FaultTrace,
     pushed_rates: Mutex<Vec<RateSeries>>,
     bulk_lanes_open: AtomicU64,
@@ -183,23 +185,25 @@ impl Shared {
         }
     }
 
-    /// A fault waits for `page`, whose lane does not bring it after all.
-    fn ask_anew(&self, page: PageIndex) {
-        self.orphans.push(page);
-        self.wake_fault_thread();
-    }
-
-    fn wake_fault_thread(&self) {
-        if let Err(errno) = self.wake_fault_thread.write(1) {
-            tracing::error!(%errno, "cannot wake the fault thread");
-        }
+    /// Who serves the faults on `page`.
+    fn shard_of(&self, page: PageIndex) -> &Shard {
+        &self.shards[self.watch.shard_of(page)]
     }
 }
 
 /// What a lane's thread does.
 enum Service {
     Bulk(Box<BulkReceiver>),
-    Fault(Box<FaultService>),
+    Fault(Box<FaultService>, Arc<Shard>),
+}
+
+impl Service {
+    fn shard(&self) -> Option<Arc<Shard>> {
+        match self {
+            Self::Bulk(_) => None,
+            Self::Fault(_, shard) => Some(Arc::clone(shard)),
+        }
+    }
 }
 
 /// How far the destination has come.
@@ -231,46 +235,37 @@ pub struct DestinationPager {
     lanes: Vec<PageLane>,
     /// The threads of the bulk lanes, which end with their lanes.
     bulk_threads: Vec<JoinHandle<()>>,
-    /// The fault thread and the mapper, which do not.
+    /// The fault threads and the mapper, which do not.
     threads: Vec<JoinHandle<()>>,
     cpu: Arc<CpuMeter>,
 }
 
-/// The fault thread's claims; the bulk lanes' follow.
-const FAULT_TAG: LaneTag = LaneTag::FIRST;
-
 impl DestinationPager {
-    /// Reserves `ram` (unless `lazy`), registers it, and serves its faults from now on. All of RAM counts as absent:
-    /// nothing may have been loaded into it. Until [`hand_over`](Self::hand_over) the lanes bring versions of pages that later
+    /// Reserves `ram` (unless `lazy`), registers it, divided among as many shards as there are fault lanes, and serves its faults
+    /// from now on. All of RAM counts as absent: nothing may have been loaded into it. Until [`hand_over`](Self::hand_over) the lanes bring versions of pages that later
     /// ones may replace, and nobody may run on this memory.
     ///
     /// # Errors
-    /// When memory is short, userfaultfd refuses, or the lanes are not one fault lane and a few bulk lanes.
+    /// When memory is short, userfaultfd refuses, or the lanes are not a few fault lanes and a few bulk lanes.
     pub fn start(ram: Ram, lanes: Vec<PageLane>, lazy: bool, notify: &Notify) -> Result<Self, DestinationPagerError> {
-        check_lanes(&lanes)?;
-        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(|errno| DestinationPagerError::EventFd(errno.into()))?;
+        let shards = check_lanes(&lanes)?;
         if !lazy {
             reserve(&ram)?;
         }
         let pages = ram.pages();
         let shared = Arc::new(Shared {
-            watch: Watch::register(ram)?,
+            shards: (0..usize::from(shards)).map(|index| Shard::new(index).map(Arc::new)).collect::<Result<_, _>>()?,
+            watch: Watch::register_sharded(ram, shards)?,
             states: PageStates::new(pages),
             handoff: Handoff::default(),
             ahead: MappedAhead::new(pages),
             stains: Stains::new(pages),
-            orphans: SegQueue::new(),
-            seat: Seat::default(),
             rejoined: AtomicBool::new(false),
-            wake_fault_thread: wake,
             populated: !lazy,
             missing: AtomicU64::new(pages.0),
             last_placed: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
-            raced_wakes: ArrayQueue::new(RACED_WAKES),
             counts: Counts::default(),
-            faults: Mutex::new(FaultStats::new()),
             trace: FaultTrace::default(),
             pushed_rates: Mutex::new(Vec::new()),
             bulk_lanes_open: AtomicU64::new(0),
@@ -286,10 +281,13 @@ impl DestinationPager {
     }
 
     fn spawn_all(&mut self, lanes: Vec<PageLane>) -> Result<(), DestinationPagerError> {
-        let (fault, bulk): (Vec<_>, Vec<_>) = lanes.into_iter().partition(|lane| lane.id.role == LaneRole::Fault);
-        for lane in fault {
+        let (fault, bulk) = by_role(lanes);
+        let shards = self.shared.shards.iter().map(Arc::clone).collect::<Vec<_>>();
+        for ((lane, tag), shard) in fault.into_iter().zip(tags(0)).zip(shards) {
             self.lanes.push(lane.clone());
-            let thread = self.spawn(lane, FAULT_TAG)?;
+            let service = FaultService::new(lane.clone(), tag, &self.shared, &shard);
+            let service = service.map_err(|error| no_service(&lane, error.to_string()))?;
+            let thread = self.spawn(&lane, Service::Fault(Box::new(service), shard))?;
             self.threads.push(thread);
         }
         self.spawn_bulk(bulk)?;
@@ -298,9 +296,12 @@ impl DestinationPager {
 
     fn spawn_bulk(&mut self, lanes: Vec<PageLane>) -> Result<(), DestinationPagerError> {
         self.shared.bulk_lanes_open.store(lanes.len() as u64, Ordering::Release);
-        for (lane, tag) in lanes.into_iter().zip((FAULT_TAG.number() + 1..).map_while(LaneTag::new)) {
+        // The fault threads keep their tags, whichever lanes they have.
+        for (lane, tag) in lanes.into_iter().zip(tags(self.shared.shards.len())) {
             self.lanes.push(lane.clone());
-            let thread = self.spawn(lane, tag)?;
+            let service = BulkReceiver::new(lane.clone(), tag, &self.shared);
+            let service = service.map_err(|error| no_service(&lane, error.to_string()))?;
+            let thread = self.spawn(&lane, Service::Bulk(Box::new(service)))?;
             self.bulk_threads.push(thread);
         }
         Ok(())
@@ -312,7 +313,8 @@ impl DestinationPager {
         self.shared.rejoined.store(true, Ordering::Release);
         self.end_bulk_lanes();
         self.lanes.clear();
-        self.shared.seat.wait_left();
+        let deadline = Instant::now() + seat::PATIENCE;
+        self.shared.shards.iter().for_each(|shard| shard.seat.wait_left(deadline));
     }
 
     /// The pages that are not here, a bit each, in words of 64: what a source that joins again has to send. Of a detached pager,
@@ -331,18 +333,24 @@ impl DestinationPager {
     /// The source must be serving.
     ///
     /// # Errors
-    /// When the lanes are not one fault lane and a few bulk lanes, or a thread cannot be started. It is detached then.
+    /// When the lanes are not as many fault lanes as before and a few bulk lanes, or a thread cannot be started. It is detached
+    /// then.
     pub fn attach(&mut self, lanes: Vec<PageLane>) -> Result<(), DestinationPagerError> {
-        check_lanes(&lanes)?;
         self.detach();
-        let (fault, bulk): (Vec<_>, Vec<_>) = lanes.into_iter().partition(|lane| lane.id.role == LaneRole::Fault);
+        let (lanes_of_faults, shards) = (usize::from(check_lanes(&lanes)?), self.shared.shards.len());
+        if lanes_of_faults != shards {
+            return Err(DestinationPagerError::OtherFaultLanes { lanes: lanes_of_faults, shards });
+        }
+        let (fault, bulk) = by_role(lanes);
         if let Err(error) = self.spawn_bulk(bulk) {
             self.detach();
             return Err(error);
         }
         self.lanes.extend(fault.iter().cloned());
-        fault.into_iter().for_each(|lane| self.shared.seat.offer(lane));
-        self.shared.wake_fault_thread();
+        for (lane, shard) in fault.into_iter().zip(&self.shared.shards) {
+            shard.seat.offer(lane);
+            shard.wake();
+        }
         Ok(())
     }
 
@@ -394,40 +402,28 @@ impl DestinationPager {
         Ok(self.shared.watch.unregister()?)
     }
 
-    fn spawn(&self, lane: PageLane, tag: LaneTag) -> Result<JoinHandle<()>, DestinationPagerError> {
-        let shared = Arc::clone(&self.shared);
-        let cpu = Arc::clone(&self.cpu);
-        let id = lane.id;
+    /// The service was made already and not on its thread, so that what is started can also serve.
+    fn spawn(&self, lane: &PageLane, service: Service) -> Result<JoinHandle<()>, DestinationPagerError> {
+        let (shared, cpu, id) = (Arc::clone(&self.shared), Arc::clone(&self.cpu), lane.id);
         let name = id.to_string();
-        // Made here and not on its thread, so that what is started can also serve.
-        let no_service = |reason: String| DestinationPagerError::Service { lane: id.to_string(), reason };
-        let service = match id.role {
-            LaneRole::Bulk => {
-                let service = BulkReceiver::new(lane, tag, &shared);
-                Service::Bulk(Box::new(service.map_err(|error| no_service(error.to_string()))?))
-            }
-            _ => {
-                let service = FaultService::new(lane, tag, &shared);
-                Service::Fault(Box::new(service.map_err(|error| no_service(error.to_string()))?))
-            }
-        };
         let body = move || {
+            let shard = service.shard();
             let failed = cpu.measure(|| match service {
                 Service::Bulk(receiver) => receiver.run().err().map(|error| match error {
                     // What is here cannot be mapped, and who waits for it is not woken: no other lane helps.
                     BulkError::Watch(error) => PagerEvent::Broken { reason: error.to_string() },
                     error => PagerEvent::LaneFailed { lane: id, reason: error.to_string() },
                 }),
-                // The fault thread ends only when faults can no longer be served at all.
-                Service::Fault(service) => {
+                // A fault thread ends only when faults can no longer be served at all.
+                Service::Fault(service, _) => {
                     service.run().err().map(|error| PagerEvent::Broken { reason: error.to_string() })
                 }
             });
             if let Some(event) = failed.filter(|_| !shared.stopping.load(Ordering::Acquire)) {
                 (shared.notify)(event);
             }
-            if id.role == LaneRole::Fault {
-                shared.seat.leave();
+            if let Some(shard) = shard {
+                shard.seat.leave();
             }
         };
         thread::Builder::new()
@@ -457,7 +453,9 @@ impl DestinationPager {
     /// What faults cost so far.
     #[must_use]
     pub fn fault_stats(&self) -> FaultStats {
-        self.shared.faults.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let mut all = FaultStats::new();
+        self.shared.shards.iter().for_each(|shard| all.add(&shard.stats()));
+        all
     }
 
     /// Keeps every fault from now on, up to [`MOST_TRACED`](crate::trace::MOST_TRACED).
@@ -474,7 +472,9 @@ impl DestinationPager {
     /// How long faults whose pages were asked for took so far, in few words.
     #[must_use]
     pub fn waits(&self) -> WaitCounts {
-        self.shared.faults.lock().unwrap_or_else(PoisonError::into_inner).waits
+        let mut all = WaitCounts::default();
+        self.shared.shards.iter().for_each(|shard| all.add(&shard.stats().waits));
+        all
     }
 
     /// Non-zero pushed pages placed over time, from `start` on. Of the lanes that have ended.
@@ -525,7 +525,7 @@ impl DestinationPager {
     fn end_threads(&mut self) {
         self.shared.stopping.store(true, Ordering::Release);
         self.shared.handoff.stop();
-        self.shared.wake_fault_thread();
+        self.shared.shards.iter().for_each(|shard| shard.wake());
         self.end_bulk_lanes();
         join(&mut self.threads);
     }
@@ -574,19 +574,30 @@ fn join(threads: &mut Vec<JoinHandle<()>>) {
     }
 }
 
-/// One fault lane, and not more lanes than can be named.
-fn check_lanes(lanes: &[PageLane]) -> Result<(), DestinationPagerError> {
+/// How many fault lanes there are: a few, and not more lanes in all than can be named.
+fn check_lanes(lanes: &[PageLane]) -> Result<u8, DestinationPagerError> {
     let fault_lanes = lanes.iter().filter(|lane| lane.id.role == LaneRole::Fault).count();
-    if fault_lanes != 1 {
-        return Err(DestinationPagerError::FaultLanes { lanes: fault_lanes });
-    }
     if lanes.len() > usize::from(LaneTag::LIMIT) {
         return Err(DestinationPagerError::TooManyLanes { lanes: lanes.len() });
     }
-    Ok(())
+    u8::try_from(fault_lanes)
+        .ok()
+        .filter(|lanes| (1..=FAULT_LANES_LIMIT).contains(lanes))
+        .ok_or(DestinationPagerError::FaultLanes { lanes: fault_lanes })
 }
 
-/// The descriptor of an eventfd, for polling.
-fn poll_fd(event: &EventFd) -> io::Result<OwnedFd> {
-    event.as_fd().try_clone_to_owned()
+/// The fault lanes in the order of their numbers, and the others.
+fn by_role(lanes: Vec<PageLane>) -> (Vec<PageLane>, Vec<PageLane>) {
+    let (mut fault, bulk): (Vec<_>, Vec<_>) = lanes.into_iter().partition(|lane| lane.id.role == LaneRole::Fault);
+    fault.sort_by_key(|lane| lane.id.index);
+    (fault, bulk)
+}
+
+/// The tags from number `first` on.
+fn tags(first: usize) -> impl Iterator<Item = LaneTag> {
+    (0..LaneTag::LIMIT).skip(first).map_while(LaneTag::new)
+}
+
+fn no_service(lane: &PageLane, reason: String) -> DestinationPagerError {
+    DestinationPagerError::Service { lane: lane.id.to_string(), reason }
 }

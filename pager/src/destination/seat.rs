@@ -2,12 +2,12 @@
 //! must be done with one before it takes up another.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::lane::PageLane;
 
-/// How long the fault thread may take to let go of a lane that is shut down: microseconds, unless it has no processor.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the fault threads may take to let go of lanes that are shut down: microseconds, unless they have no processor.
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Where the fault lane sits.
 #[derive(Debug, Default)]
@@ -35,10 +35,12 @@ impl Seat {
         self.left.notify_all();
     }
 
-    /// Waits until the fault thread has reported the end of its lane, which was shut down. No other is next then.
-    pub fn wait_left(&self) {
+    /// Waits until the fault thread has reported the end of its lane, which was shut down, or until `deadline`. No other is next
+    /// then.
+    pub fn wait_left(&self, deadline: Instant) {
         self.state().next = None;
-        let left = self.left.wait_timeout_while(self.state(), PATIENCE, |state| state.taken);
+        let patience = deadline.saturating_duration_since(Instant::now());
+        let left = self.left.wait_timeout_while(self.state(), patience, |state| state.taken);
         if left.unwrap_or_else(PoisonError::into_inner).1.timed_out() {
             tracing::error!("the fault thread does not let go of its lane");
         }

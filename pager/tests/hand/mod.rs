@@ -8,10 +8,11 @@ use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, unbounded};
+use crossbeam::channel::{Receiver, Sender, unbounded};
 use switchover_pager::destination::DestinationPager;
 use switchover_pager::lane::{PageLane, PagerEvent};
 use switchover_pager::ram::Ram;
+use switchover_pager::stripes::Stripes;
 use switchover_wire::frame::bulk::{BulkFrame, FrameFlags, Taken};
 use switchover_wire::frame::fault::{FaultReply, FaultRequest, ReplyContent};
 use switchover_wire::ring::Ring;
@@ -73,8 +74,8 @@ pub struct Hand {
     lanes: Vec<PageLane>,
     beyond: Vec<PageLane>,
     ring: Ring,
-    fault: PageLane,
-    requests: Receiver<FaultRequest>,
+    fault: Vec<PageLane>,
+    requests: Receiver<(usize, FaultRequest)>,
     receipts: Vec<Receiver<Taken>>,
 }
 
@@ -82,34 +83,49 @@ pub struct Hand {
 struct Ends {
     near: Vec<PageLane>,
     beyond: Vec<PageLane>,
-    fault: PageLane,
-    far_fault: PageLane,
-    requests: Receiver<FaultRequest>,
+    fault: Vec<PageLane>,
+    far_fault: Vec<PageLane>,
+    requests: Receiver<(usize, FaultRequest)>,
     receipts: Vec<Receiver<Taken>>,
 }
 
 impl Ends {
-    fn new(pages: u64, lanes: u8) -> Self {
-        let (fault, far_fault) = lane_pair(LaneRole::Fault, 0);
+    fn new(pages: u64, fault_lanes: u8, lanes: u8) -> Self {
+        let fault_lanes = (0..fault_lanes).map(|index| lane_pair(LaneRole::Fault, index));
+        let (fault, far_fault): (Vec<_>, Vec<_>) = fault_lanes.unzip();
         let (near, beyond): (Vec<_>, Vec<_>) = (0..lanes).map(|index| lane_pair(LaneRole::Bulk, index)).unzip();
-        let requests = listen(&fault, move |bytes: &[u8; FaultRequest::LEN]| {
-            FaultRequest::decode(bytes, PageCount(pages)).unwrap()
-        });
-        let receipts = near.iter().map(|lane| listen(lane, |bytes| Taken::decode(bytes).unwrap())).collect();
+        let (sender, requests) = unbounded();
+        for (number, lane) in fault.iter().enumerate() {
+            listen(lane, &sender, move |bytes: &[u8; FaultRequest::LEN]| {
+                (number, FaultRequest::decode(bytes, PageCount(pages)).unwrap())
+            });
+        }
+        let receipt = |lane| {
+            let (sender, receipts) = unbounded();
+            listen(lane, &sender, |bytes| Taken::decode(bytes).unwrap());
+            receipts
+        };
+        let receipts = near.iter().map(receipt).collect();
         Self { near, beyond, fault, far_fault, requests, receipts }
     }
 
     fn far(&self) -> Vec<PageLane> {
-        std::iter::once(&self.far_fault).chain(&self.beyond).cloned().collect()
+        // In no order: a lane is known by its number.
+        self.far_fault.iter().rev().chain(&self.beyond).cloned().collect()
     }
 }
 
 impl Hand {
     /// A destination of this size that waits for pre-copy over `lanes` bulk lanes.
     pub fn new(pages: u64, lanes: u8, lazy: bool) -> Self {
+        Self::sharded(pages, 1, lanes, lazy)
+    }
+
+    /// The same, with several fault lanes.
+    pub fn sharded(pages: u64, fault_lanes: u8, lanes: u8, lazy: bool) -> Self {
         let ram = Ram::new(PageCount(pages)).unwrap();
         let (notify, events) = events();
-        let ends = Ends::new(pages, lanes);
+        let ends = Ends::new(pages, fault_lanes, lanes);
         let pager = DestinationPager::start(ram.clone(), ends.far(), lazy, &notify).unwrap();
         let Ends { near, beyond, fault, requests, receipts, .. } = ends;
         let ring = Ring::new(2).unwrap();
@@ -118,7 +134,7 @@ impl Hand {
 
     /// The link is lost, and what it reported is looked at no more.
     pub fn detach(&mut self) {
-        self.lanes.iter().chain([&self.fault]).for_each(|lane| lane.socket.shutdown());
+        self.lanes.iter().chain(&self.fault).for_each(|lane| lane.socket.shutdown());
         self.pager.as_mut().unwrap().detach();
         let lost = self.events.try_iter().filter(|event| !matches!(event, PagerEvent::LaneFailed { .. }));
         assert_eq!(lost.collect::<Vec<_>>(), []);
@@ -126,15 +142,32 @@ impl Hand {
 
     /// New lanes in place of lost ones.
     pub fn attach(&mut self, lanes: u8) {
-        let ends = Ends::new(self.ram.pages().0, lanes);
+        let ends = Ends::new(self.ram.pages().0, u8::try_from(self.fault.len()).unwrap(), lanes);
         self.pager.as_mut().unwrap().attach(ends.far()).unwrap();
         let Ends { near, beyond, fault, requests, receipts, .. } = ends;
         (self.lanes, self.beyond, self.fault, self.requests, self.receipts) = (near, beyond, fault, requests, receipts);
     }
 
-    /// Bytes on the fault lane, of part of an answer perhaps.
+    /// New lanes in place of lost ones, of which so many are fault lanes. Why they are not taken.
+    pub fn refused(&mut self, fault_lanes: u8) -> String {
+        let ends = Ends::new(self.ram.pages().0, fault_lanes, 1);
+        self.pager.as_mut().unwrap().attach(ends.far()).unwrap_err().to_string()
+    }
+
+    /// Bytes on the first fault lane, of part of an answer perhaps.
     pub fn send_fault_bytes(&mut self, bytes: &[u8]) {
-        self.ring.send_all(self.fault.socket.as_fd(), &[IoSlice::new(bytes)]).unwrap();
+        self.ring.send_all(self.fault[0].socket.as_fd(), &[IoSlice::new(bytes)]).unwrap();
+    }
+
+    /// Bytes on the fault lane of `page`.
+    pub fn send_fault_bytes_for(&mut self, page: PageIndex, bytes: &[u8]) {
+        let socket = &self.fault[self.lane_of(page)].socket;
+        self.ring.send_all(socket.as_fd(), &[IoSlice::new(bytes)]).unwrap();
+    }
+
+    /// The fault lane that `page` is asked for on.
+    pub fn lane_of(&self, page: PageIndex) -> usize {
+        Stripes::new(self.ram.pages(), u8::try_from(self.fault.len()).unwrap()).shard_of(page)
     }
 
     pub fn pager(&self) -> &DestinationPager {
@@ -176,9 +209,11 @@ impl Hand {
         self.beyond[lane].socket.counters().received()
     }
 
-    /// The next request for a page.
+    /// The next request for a page, on the lane of that page.
     pub fn request(&self) -> FaultRequest {
-        self.requests.recv_timeout(PATIENCE).expect("nobody asks for the page")
+        let (lane, request) = self.requests.recv_timeout(PATIENCE).expect("nobody asks for the page");
+        assert_eq!(lane, self.lane_of(request.page), "{} was asked for on another's lane", request.page);
+        request
     }
 
     /// Whether a request is here that nobody has looked at.
@@ -188,8 +223,7 @@ impl Hand {
 
     pub fn answer(&mut self, request: FaultRequest, content: ReplyContent, bytes: &[u8]) {
         let reply = FaultReply { page: request.page, tag: request.tag, content }.encode();
-        let socket = &self.fault.socket;
-        self.ring.send_all(socket.as_fd(), &[IoSlice::new(&reply), IoSlice::new(bytes)]).unwrap();
+        self.send_fault_bytes_for(request.page, &[&reply, bytes].concat());
     }
 
     /// Why a bulk lane has ended.
@@ -218,6 +252,11 @@ impl Hand {
     /// Memory is complete, and the pager ends without an error.
     pub fn complete(&mut self) {
         assert_eq!(self.events.recv_timeout(PATIENCE), Ok(PagerEvent::Complete));
+        self.end_complete();
+    }
+
+    /// The pager, which has said that memory is complete, ends without an error.
+    pub fn end_complete(&mut self) {
         self.pager.as_mut().unwrap().finish().unwrap();
         assert_eq!(self.events.try_iter().collect::<Vec<_>>(), []);
     }
@@ -230,13 +269,13 @@ impl Hand {
     }
 }
 
-/// What comes on a lane, decoded.
+/// Sends on what comes on a lane, decoded.
 fn listen<const LEN: usize, T: Send + 'static>(
     lane: &PageLane,
+    sender: &Sender<T>,
     decode: impl Fn(&[u8; LEN]) -> T + Send + 'static,
-) -> Receiver<T> {
-    let (sender, receiver) = unbounded();
-    let lane = lane.clone();
+) {
+    let (lane, sender) = (lane.clone(), sender.clone());
     thread::spawn(move || {
         let mut ring = Ring::new(2).unwrap();
         let mut bytes = [0; LEN];
@@ -246,5 +285,4 @@ fn listen<const LEN: usize, T: Send + 'static>(
             }
         }
     });
-    receiver
 }

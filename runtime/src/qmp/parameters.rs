@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value, json};
 use switchover_hybrid::monitor::Mode;
+use switchover_pager::lane::FAULT_LANES_LIMIT;
 use switchover_precopy::pack::Compression;
 
 use super::arguments::Arguments;
@@ -17,6 +18,8 @@ pub struct Parameters {
     pub max_postcopy_bandwidth: u64,
     /// The longest blackout, in milliseconds, that pre-copy may end with.
     pub downtime_limit_ms: u64,
+    /// `fault` lanes of a migration.
+    pub fault_lanes: u8,
     /// `bulk` lanes of a migration with `multifd`.
     pub multifd_channels: u8,
     /// What lanes compress with where `multifd` is on and nothing else was asked for.
@@ -70,6 +73,7 @@ impl Default for Parameters {
             max_bandwidth: 0,
             max_postcopy_bandwidth: 0,
             downtime_limit_ms: 300,
+            fault_lanes: 1,
             multifd_channels: 2,
             multifd_compression: MultifdCompression::None,
             multifd_zstd_level: 1,
@@ -115,7 +119,7 @@ const COMPRESSIONS: [(&str, Compression); 4] = [
 const MULTIFD_COMPRESSIONS: [(&str, MultifdCompression); 2] =
     [("none", MultifdCompression::None), ("zstd", MultifdCompression::Zstd)];
 
-const SETTABLE: [Entry; 20] = [
+const SETTABLE: [Entry; 21] = [
     Entry {
         name: "max-bandwidth",
         get: |all| json!(all.max_bandwidth),
@@ -227,6 +231,11 @@ const SETTABLE: [Entry; 20] = [
         set: |all, given| given.within(BUDGETS, " ms").map(|value| all.time_budget_ms = value),
     },
     Entry {
+        name: "x-switchover-fault-lanes",
+        get: |all| json!(all.fault_lanes),
+        set: |all, given| given.between(1..=FAULT_LANES_LIMIT).map(|value| all.fault_lanes = value),
+    },
+    Entry {
         name: "x-switchover-record-bitmaps",
         get: |all| json!(all.record_bitmaps),
         set: |all, given| given.boolean().map(|value| all.record_bitmaps = value),
@@ -246,10 +255,11 @@ const SETTABLE: [Entry; 20] = [
 /// Those that a migration takes along when it begins, and whose names are not QEMU's: changing one under way is refused.
 /// QEMU's own are accepted at any time, as QEMU accepts them; where they cannot take effect at once, the next migration
 /// has them.
-const FIXED_UNDER_WAY: [&str; 5] = [
+const FIXED_UNDER_WAY: [&str; 6] = [
     "x-switchover-mode",
     "x-switchover-compression",
     "x-switchover-same-as",
+    "x-switchover-fault-lanes",
     "x-switchover-record-bitmaps",
     "x-switchover-record-faults",
 ];
@@ -380,6 +390,7 @@ mod tests {
             "x-switchover-blackout": 0, "x-switchover-compression": "lz4", "x-switchover-same-as": false,
             "x-switchover-max-rounds": 1, "x-switchover-time-budget": 4_294_967_295_u32,
             "x-switchover-record-bitmaps": true, "x-switchover-record-faults": true, "x-switchover-silence": 1000,
+            "x-switchover-fault-lanes": 16,
         });
         let other = other.as_object().unwrap();
         assert_eq!(other.len(), SETTABLE.len());
@@ -416,6 +427,7 @@ mod tests {
         assert_eq!(own.max_rounds, limits.round_budget);
         let silence = switchover_hybrid::settings::Settings::default().silence;
         assert_eq!(u128::from(own.silence_ms), silence.as_millis());
+        assert_eq!(own.fault_lanes, switchover_hybrid::settings::Settings::default().fault_lanes);
         assert_eq!(own.same_as, pack.same_as);
     }
 
@@ -425,6 +437,14 @@ mod tests {
             (json!({"zzz": 5}), "Parameter 'zzz' is unexpected"),
             (json!({"multifd-channels": 0}), "Parameter 'multifd-channels' expects a value between 1 and 255"),
             (json!({"multifd-channels": 1000}), "Parameter 'multifd-channels' expects uint8_t"),
+            (
+                json!({"x-switchover-fault-lanes": 0}),
+                "Parameter 'x-switchover-fault-lanes' expects a value between 1 and 16",
+            ),
+            (
+                json!({"x-switchover-fault-lanes": 17}),
+                "Parameter 'x-switchover-fault-lanes' expects a value between 1 and 16",
+            ),
             (json!({"max-postcopy-bandwidth": "5"}), "Parameter 'max-postcopy-bandwidth' expects uint64"),
             (json!({"max-bandwidth": -1}), "Parameter 'max-bandwidth' expects uint64"),
             (
@@ -494,6 +514,7 @@ mod tests {
             (json!({"x-switchover-mode": "hybrid"}), true),
             (json!({"x-switchover-compression": "off"}), true),
             (json!({"x-switchover-same-as": false}), true),
+            (json!({"x-switchover-fault-lanes": 2}), true),
             (json!({"x-switchover-record-bitmaps": true}), true),
             (json!({"x-switchover-record-faults": true}), true),
             (json!({"x-switchover-mode": "precopy", "x-switchover-compression": "adaptive"}), false),

@@ -30,6 +30,7 @@ pub fn settings(capabilities: &Capabilities, parameters: &Parameters) -> Setting
     Settings {
         limits: limits(parameters),
         postcopy: capabilities.has("postcopy-ram") || parameters.mode != Mode::Precopy,
+        fault_lanes: parameters.fault_lanes,
         bulk_lanes: if capabilities.has("multifd") { parameters.multifd_channels } else { 1 },
         bandwidth: bandwidth(parameters),
         packing: packing(capabilities, parameters),
@@ -207,14 +208,17 @@ mod tests {
             record_bitmaps: true,
             record_faults: true,
             multifd_channels: 7,
+            fault_lanes: 3,
             silence_ms: 1_500,
             ..Parameters::default()
         };
         let settings = with(&["pause-before-switchover", "multifd"], &parameters);
         assert!(settings.pause_before_switchover && settings.record_bitmaps && settings.record_faults);
-        assert_eq!((settings.bulk_lanes, settings.silence), (7, Duration::from_millis(1_500)));
+        assert_eq!((settings.bulk_lanes, settings.fault_lanes), (7, 3));
+        assert_eq!(settings.silence, Duration::from_millis(1_500));
         let settings = with(&[], &Parameters::default());
         assert!(!settings.pause_before_switchover && !settings.record_bitmaps && !settings.record_faults);
-        assert_eq!((settings.bulk_lanes, settings.silence), (1, Settings::default().silence));
+        assert_eq!((settings.bulk_lanes, settings.fault_lanes), (1, 1));
+        assert_eq!(settings.silence, Settings::default().silence);
     }
 }
