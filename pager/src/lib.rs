@@ -43,5 +43,6 @@ pub mod stripes;
 mod sync;
 pub mod trace;
 pub mod uffd;
+mod wait;
 mod words;
 pub mod zero;

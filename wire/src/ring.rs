@@ -19,6 +19,7 @@
 
 mod blocking;
 mod event;
+mod spin;
 
 use std::io;
 

@@ -173,7 +173,7 @@ impl FaultService {
         self.ring.poll_multishot(self.woken_poll.as_fd(), WOKEN)?;
         self.receive_header()?;
         while !self.shared.stopping.load(Ordering::Acquire) {
-            self.ring.submit_and_wait(1, None)?;
+            self.wait()?;
             while let Some(completion) = self.ring.next() {
                 match (completion.token, completion.result) {
                     (FAULTS_READY, Ok(_)) => self.take_faults()?,
@@ -196,6 +196,18 @@ impl FaultService {
             self.send_requests()?;
         }
         Ok(())
+    }
+
+    /// Waits until something has happened: without sleeping while a vCPU waits for an answer and processors are to be had.
+    fn wait(&mut self) -> Result<(), FaultError> {
+        if self.lane_open && !self.asked.is_empty() {
+            let lanes = self.shared.bulk_lanes_open.load(Ordering::Relaxed) as usize;
+            let spin = self.shared.idleness.spin(lanes, Nanos::now());
+            if !spin.is_zero() && self.ring.submit_and_spin(spin)? {
+                return Ok(());
+            }
+        }
+        Ok(self.ring.submit_and_wait(1, None)?)
     }
 
     /// Goes over to the lane that was opened in place of a lost one, as soon as the kernel has let go of everything of the old

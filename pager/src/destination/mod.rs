@@ -46,6 +46,7 @@ use crate::state::{Arrival, Claim, LaneTag, PageStates};
 use crate::stats::{FaultStats, RateSeries, WaitCounts};
 use crate::trace::{FaultTrace, TracedFault};
 use crate::uffd::{Watch, WatchError};
+use crate::wait::Idleness;
 
 /// The destination's pager could not start or end.
 #[derive(Debug, Error)]
@@ -134,6 +135,7 @@ struct Shared {
     trace: FaultTrace,
     pushed_rates: Mutex<Vec<RateSeries>>,
     bulk_lanes_open: AtomicU64,
+    idleness: Idleness,
     notify: Notify,
 }
 
@@ -269,6 +271,7 @@ impl DestinationPager {
             trace: FaultTrace::default(),
             pushed_rates: Mutex::new(Vec::new()),
             bulk_lanes_open: AtomicU64::new(0),
+            idleness: Idleness::new(),
             notify: Arc::clone(notify),
         });
         let cpu = Arc::new(CpuMeter::default());

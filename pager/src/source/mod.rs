@@ -25,6 +25,7 @@ use crate::lane::{Notify, PageLane, PagerEvent};
 use crate::pace::Pacer;
 use crate::ram::Ram;
 use crate::sent::{ChunkIndex, SentPages};
+use crate::wait::Idleness;
 
 /// The source's pager could not start.
 #[derive(Debug, Error)]
@@ -51,6 +52,8 @@ struct Shared {
     /// Set while guest memory is paused, and may be read.
     serving: AtomicBool,
     stopping: AtomicBool,
+    idleness: Idleness,
+    pushers: usize,
     counts: Counts,
 }
 
@@ -163,6 +166,8 @@ impl SourcePager {
             as_they_are: OnceLock::new(),
             serving: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
+            idleness: Idleness::new(),
+            pushers,
             counts: Counts::default(),
         });
         let (start, started) = bounded::<()>(0);

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
+use switchover_wire::clock::Nanos;
 use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, FrameFlags};
 use switchover_wire::ring::{Ring, RingError};
 use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
@@ -203,6 +204,7 @@ impl Pusher {
     }
 
     fn count(&mut self, data: u64, zero: u64, bytes: u64) {
+        self.shared.idleness.note_push(Nanos::now());
         let counts = &self.shared.counts;
         counts.zero.fetch_add(u64::from(zero.count_ones()), Ordering::Relaxed);
         counts.data.fetch_add(u64::from(data.count_ones()), Ordering::Relaxed);

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use switchover_wire::clock::Nanos;
 use switchover_wire::frame::FrameError;
 use switchover_wire::frame::fault::{FaultReply, FaultRequest, ReplyContent};
 use switchover_wire::ring::{Ring, RingError};
@@ -57,6 +58,8 @@ impl FaultServer {
         cpu::be_prompt();
         let mut request = [0; FaultRequest::LEN];
         loop {
+            // Only the next request can tell that a vCPU waits: it comes soon, or not for a while.
+            self.ring.spin_for(self.shared.idleness.spin(self.shared.pushers, Nanos::now()));
             self.ring.recv_exact(self.lane.socket.as_fd(), &mut [IoSliceMut::new(&mut request)])?;
             self.lane.socket.counters().add_received(FaultRequest::LEN as u64);
             let request = FaultRequest::decode(&request, self.shared.ram.pages())?;

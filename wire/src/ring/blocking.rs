@@ -9,6 +9,7 @@ use std::time::Duration;
 use io_uring::squeue::Entry;
 use io_uring::{IoUring, opcode, types};
 
+use super::spin::Spin;
 use super::{RingError, build, outcome};
 
 /// The most parts that one `sendmsg` or `recvmsg` takes (`UIO_MAXIOV` in the kernel).
@@ -27,6 +28,8 @@ pub struct Ring {
     /// The thread that enabled `uring`.
     owner: Option<ThreadId>,
     entries: u32,
+    /// How long to ask again and again before sleeping.
+    spin: Duration,
     /// Working copy of the caller's parts; empty between calls.
     scratch: Vec<libc::iovec>,
 }
@@ -57,7 +60,13 @@ impl Ring {
     /// When the kernel refuses.
     pub fn new(entries: u32) -> Result<Self, RingError> {
         let entries = entries.max(1);
-        Ok(Self { uring: Some(build(entries)?), owner: None, entries, scratch: Vec::new() })
+        Ok(Self { uring: Some(build(entries)?), owner: None, entries, spin: Duration::ZERO, scratch: Vec::new() })
+    }
+
+    /// Asks again and again, for at most `most`, whether an operation is over, and sleeps only then. For a thread that has a
+    /// processor to itself and waits for microseconds; zero, as in the beginning, to sleep at once.
+    pub const fn spin_for(&mut self, most: Duration) {
+        self.spin = most;
     }
 
     /// Sends all bytes of all parts, in order, and returns how many they were. No signal is raised when the other
@@ -200,12 +209,18 @@ impl Ring {
     /// # Safety
     /// What `entry` points at must stay valid until this returns.
     unsafe fn run(&mut self, entry: &Entry, operation: &'static str) -> Result<i32, RingError> {
+        let spin = self.spin;
         let uring = self.ready(operation)?;
         // SAFETY: the caller keeps what `entry` points at valid, and every way out of this function is taken only
         // after the operation's completion, or after the ring that alone knew of it has gone.
         if let Err(error) = unsafe { uring.submission().push(entry) } {
             self.uring = None;
             return Err(RingError::Io { operation, source: io::Error::other(error) });
+        }
+        if !spin.is_zero()
+            && let Some(result) = spun(uring, spin)
+        {
+            return Ok(result);
         }
         loop {
             let entered = uring.submit_and_wait(1);
@@ -242,6 +257,25 @@ impl Ring {
             self.owner = Some(me);
         }
         Ok(self.uring.insert(uring))
+    }
+}
+
+/// Submits what is queued, and asks for its result for as long as that. Errors show again to whoever waits.
+fn spun(uring: &mut IoUring, most: Duration) -> Option<i32> {
+    let spin = Spin::new(most);
+    loop {
+        let queue = uring.submission();
+        let to_do = !queue.is_empty() || queue.taskrun() || queue.cq_overflow();
+        drop(queue);
+        if to_do && uring.submit().is_err() {
+            return None;
+        }
+        if let Some(completion) = uring.completion().next() {
+            return Some(completion.result());
+        }
+        if !spin.again() {
+            return None;
+        }
     }
 }
 

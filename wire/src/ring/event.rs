@@ -9,6 +9,7 @@ use std::time::Duration;
 use io_uring::squeue::Entry;
 use io_uring::{IoUring, cqueue, opcode, types};
 
+use super::spin::Spin;
 use super::{RingError, build, outcome};
 
 /// Marks the completion of a cancellation. Slots are counted from 0 and never reach it.
@@ -139,6 +140,24 @@ impl EventRing {
                 let time = types::Timespec::from(timeout);
                 let args = types::SubmitArgs::new().timespec(&time);
                 forgive(self.uring.submitter().submit_with_args(min, &args))
+            }
+        }
+    }
+
+    /// Hands what is queued to the kernel and asks again and again, for at most `most`, whether a completion is there. Says whether
+    /// one is. For a thread that has a processor to itself and waits for microseconds.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or another thread owns the ring (`EEXIST`).
+    pub fn submit_and_spin(&mut self, most: Duration) -> io::Result<bool> {
+        let spin = Spin::new(most);
+        loop {
+            self.submit()?;
+            if !self.uring.completion().is_empty() {
+                return Ok(true);
+            }
+            if !spin.again() {
+                return Ok(false);
             }
         }
     }
