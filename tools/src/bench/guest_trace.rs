@@ -417,7 +417,7 @@ mod tests {
         let progress = GuestTrace::read(&lines).progress(&MARKS);
         // Of the half second from 1.8 s on two periods are slow, which makes 96 %; of that from 1.7 s on, three.
         assert!((progress.recovered_s.unwrap() - 0.8).abs() < 1e-9, "{progress:?}");
-        let never = GuestTrace::read(&lines[..24]).progress(&MARKS);
+        let never = GuestTrace::read(&lines[..23]).progress(&MARKS);
         assert_eq!(never.recovered_s, None, "half a second at the full rate was not seen");
     }
 
