@@ -41,14 +41,26 @@ fn is_there(name: &str) -> bool {
 
 #[test]
 fn qemus_guests_are_measured_and_verified_as_ours_are() {
-    const NAME: &str = "qemus_guests_are_measured_and_verified_as_ours_are";
-    let lab = lab!(NAME);
-    if !is_there(NAME) {
+    let lab = lab!("qemus_guests_are_measured_and_verified_as_ours_are");
+    if !is_there("qemus_guests_are_measured_and_verified_as_ours_are") {
         return;
     }
     let out = lab.path("report");
     // A small and slow guest, so that pre-copy ends in any build.
-    let guest = ["--memory", "128M", "--append", "ws=16M pace=5000", "--runs", "1", "--seed", "5", "--warmup", "0.6", "--after", "0.8"];
+    let guest = [
+        "--memory",
+        "128M",
+        "--append",
+        "ws=16M pace=5000",
+        "--runs",
+        "1",
+        "--seed",
+        "5",
+        "--warmup",
+        "0.6",
+        "--after",
+        "0.8",
+    ];
     let said = bench(&[&["--peer", "qemu", "--quick"][..], &guest].concat(), &out, None);
     let (stdout, stderr) = (String::from_utf8_lossy(&said.stdout), String::from_utf8_lossy(&said.stderr));
     assert_eq!(said.status.code(), Some(0), "{stdout}\n{stderr}");
@@ -57,8 +69,10 @@ fn qemus_guests_are_measured_and_verified_as_ours_are() {
     let report: Value = serde_json::from_slice(&fs::read(out.join("report.json")).unwrap()).unwrap();
     assert_eq!((&report["verified"], &report["settings"]["seed"]), (&Value::Bool(true), &Value::from(5)));
     let modes = report["modes"].as_array().unwrap();
-    let names: Vec<_> =
-        modes.iter().map(|mode| format!("{} {}", mode["vmm"].as_str().unwrap(), mode["mode"].as_str().unwrap())).collect();
+    let names: Vec<_> = modes
+        .iter()
+        .map(|mode| format!("{} {}", mode["vmm"].as_str().unwrap(), mode["mode"].as_str().unwrap()))
+        .collect();
     let all = ["precopy", "multifd", "postcopy", "postcopy-preempt", "precopy-postcopy"];
     let ours = ["precopy", "postcopy", "hybrid"].map(|mode| format!("switchover {mode}"));
     assert_eq!(names, [&ours[..], &all.map(|mode| format!("qemu {mode}"))].concat());

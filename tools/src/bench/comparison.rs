@@ -15,7 +15,7 @@ const ASKED: &[(&str, &str, Bound)] = &[
     ("drain_gbit_s", "Drain rate", Bound::RatioAtLeast(3.0)),
     (LOST, "Progress lost within 10 s", Bound::RatioAtMost(0.25)),
     (RECOVERED, "Back at 95 % of its rate after", Bound::AtMost(2.0)),
-    ("cpu_s_per_gib", "CPU of both processes for a GiB", Bound::RatioAtMost(1.0)),
+    ("cpu_s_per_gib", "CPU for a GiB, both processes", Bound::RatioAtMost(1.0)),
 ];
 
 /// The figures in which the best of both are held against each other, and whether more of them is better.

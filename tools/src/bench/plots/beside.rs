@@ -114,7 +114,14 @@ pub fn gaps(modes: &[&ModeReport]) -> Result<Option<String>, PlotError> {
                 panel.dot((*gap, middle), 3, ink)?;
             }
         }
-        panel.pixel_text("dot: a run · bar: the median · shaded: where it is, 95 %", 980, 18, Anchor::Right, Ink::Muted, SMALL)
+        panel.pixel_text(
+            "dot: a run · bar: the median · shaded: where it is, 95 %",
+            980,
+            18,
+            Anchor::Right,
+            Ink::Muted,
+            SMALL,
+        )
     })?;
     Ok(Some(picture))
 }

@@ -11,7 +11,7 @@ use super::super::schema::{ModeReport, Spread};
 /// and the column's width.
 const COLUMNS: &[(&str, [&str; 2], bool, usize)] = &[
     ("gap_ns", ["blackout that the", "guest saw, ms"], true, 20),
-    ("lost_around_s", ["progress lost", "within 10 s, s"], true, 20),
+    ("lost_around_s", ["progress lost", "within 10 s, s"], true, 22),
     ("recovered_s", ["95 %", "in s"], false, 7),
     ("drain_gbit_s", ["drain", "Gbit/s"], false, 7),
     ("cpu_s_per_gib", ["CPU s", "a GiB"], false, 7),
@@ -36,7 +36,7 @@ pub fn comparison(text: &mut String, comparison: &Comparison, modes: &[ModeRepor
 
 fn all_modes(text: &mut String, cell: &ComparedCell, modes: &[ModeReport]) {
     for line in 0..2 {
-        let _ = write!(text, "  {:<23}{:>5}", "", if line == 0 { "runs" } else { "" });
+        let _ = write!(text, "  {:<22}{:>5}", "", if line == 0 { "runs" } else { "" });
         for (_, heading, _, width) in COLUMNS {
             let _ = write!(text, "{:>width$}", heading.get(line).copied().unwrap_or_default());
         }
@@ -44,7 +44,7 @@ fn all_modes(text: &mut String, cell: &ComparedCell, modes: &[ModeReport]) {
     }
     for mode in modes.iter().filter(|mode| is_in(mode, cell)) {
         let verified = mode.runs.iter().filter(|run| run.verified && run.not_converged.is_none()).count();
-        let _ = write!(text, "  {:<23}{verified:>5}", mode.name());
+        let _ = write!(text, "  {:<22}{verified:>5}", mode.name());
         for (key, _, interval, width) in COLUMNS {
             let shown = FIGURES.iter().find(|figure| figure.key == *key).zip(spread(mode, key));
             let shown = shown.map_or_else(|| "–".to_owned(), |(figure, spread)| value(figure, spread, *interval));
@@ -88,7 +88,7 @@ fn asked(text: &mut String, comparison: &Comparison, cell: &ComparedCell) {
         let theirs = demand.theirs.as_ref().map(|best| best_of(demand, best)).unwrap_or_default();
         let _ = writeln!(
             text,
-            "  {:<31} {:<9} {:>11} {theirs:>28} {:>12} {}",
+            "  {:<30} {:<9} {:>11} {theirs:>28} {:>12} {}",
             demand.label,
             demand.mode,
             demand.ours.map_or_else(|| "never".to_owned(), |value| with_unit(&demand.figure, value)),
