@@ -144,7 +144,7 @@ mod tests {
         }
     }
 
-    fn said(event: &str, data: Value, micros: u64) -> Value {
+    fn said(event: &str, data: &Value, micros: u64) -> Value {
         json!({ "event": event, "data": data, "timestamp": { "seconds": 1_000, "microseconds": micros } })
     }
 
@@ -155,9 +155,9 @@ mod tests {
             "ram": { "transferred": 273_334_106, "postcopy-bytes": 250_000_000, "postcopy-requests": 70 },
         });
         let events = [
-            said("MIGRATION", json!({ "status": "postcopy-active" }), 71_900),
-            said("RESUME", Value::Null, 75_000),
-            said("MIGRATION", json!({ "status": "completed" }), 475_000),
+            said("MIGRATION", &json!({ "status": "postcopy-active" }), 71_900),
+            said("RESUME", &Value::Null, 75_000),
+            said("MIGRATION", &json!({ "status": "completed" }), 475_000),
         ];
         let found = account(&answer, &events);
         assert_eq!((found.drain_ns, found.drain_bytes), (Some(400_000_000), Some(250_000_000)));
@@ -169,7 +169,7 @@ mod tests {
     #[test]
     fn a_pre_copy_drains_nothing() {
         let answer = json!({ "downtime": 118, "ram": { "transferred": 604_675_293, "postcopy-bytes": 0 } });
-        let events = [said("RESUME", Value::Null, 1), said("MIGRATION", json!({ "status": "completed" }), 2)];
+        let events = [said("RESUME", &Value::Null, 1), said("MIGRATION", &json!({ "status": "completed" }), 2)];
         let found = account(&answer, &events);
         assert_eq!((found.drain_ns, found.drain_bytes, found.wire_bytes), (None, None, Some(604_675_293)));
     }
