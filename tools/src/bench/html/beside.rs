@@ -18,7 +18,7 @@ const COLUMNS: [(&str, &str); 8] = [
     ("gap_ns", "blackout the guest saw, ms"),
     ("own_downtime_ns", "VMM says, ms"),
     ("lost_around_s", "progress lost, s"),
-    ("recovered_s", "back at 95 %, s"),
+    ("recovered_s", "back at 95&nbsp;%, s"),
     ("drain_gbit_s", "drain, Gbit/s"),
     ("total_ns", "whole migration, ms"),
     ("cpu_s_per_gib", "CPU, s a GiB"),
@@ -44,7 +44,7 @@ pub fn section(
             html,
             "<h2>Beside {peer}{title}</h2>\n<p class=\"note\">The same guest, memory, vCPUs and link, and the guest’s own \
              words for both. The modes’ runs took turns, each round in an order of its own (seed {}). Brackets: where the \
-             median is with a probability of 95 %, by bootstrap.</p>",
+             median is with a probability of 95&nbsp;%, by bootstrap.</p>",
             report.settings.seed
         );
         verdict(html, cell);

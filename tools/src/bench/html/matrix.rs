@@ -173,7 +173,9 @@ fn judgement(html: &mut String, judgement: Option<&Judgement>) {
 fn comparison(html: &mut String, modes: &[&Aggregate]) {
     html.push_str("<div class=\"scroll\"><table>\n<thead><tr><th>median (least – most)</th>");
     for mode in modes {
-        let _ = write!(html, "<th>{}</th>", escape(mode_name(&mode.report.mode).trim_end_matches(" migration")));
+        let whose = if mode.report.is_ours() { String::new() } else { format!("{} ", mode.report.vmm) };
+        let name = mode_name(&mode.report.mode).trim_end_matches(" migration");
+        let _ = write!(html, "<th>{}</th>", escape(&format!("{whose}{name}")));
     }
     html.push_str("<th class=\"text\">unit</th></tr></thead>\n<tbody>\n");
     for descriptor in COMPARED.iter().filter_map(|key| FIGURES.iter().find(|figure| figure.key == *key)) {

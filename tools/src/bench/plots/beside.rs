@@ -94,7 +94,7 @@ pub fn gaps(modes: &[&ModeReport]) -> Result<Option<String>, PlotError> {
     let count = i32::try_from(rows.len()).unwrap_or(i32::MAX / ROW);
     let bottom = 30 + count * ROW;
     let picture = picture(1000, u32::try_from(bottom + 48).unwrap_or(320), |canvas| {
-        let panel = canvas.panel(190..980, 30..bottom, left..right, 0.0..f64::from(count));
+        let panel = canvas.panel(190..930, 30..bottom, left..right, 0.0..f64::from(count));
         panel.x_axis(&decades(left, right, number), "longest gap that the guest saw, ms")?;
         for (index, (name, ours, gaps, spread)) in (0..).zip(&rows) {
             let ink = if *ours { Ink::Main } else { Ink::Second };
@@ -116,7 +116,7 @@ pub fn gaps(modes: &[&ModeReport]) -> Result<Option<String>, PlotError> {
         }
         panel.pixel_text(
             "dot: a run · bar: the median · shaded: where it is, 95 %",
-            980,
+            930,
             18,
             Anchor::Right,
             Ink::Muted,
