@@ -70,7 +70,7 @@ pub struct Account {
     pub total_ns: Option<u64>,
     /// Its set-up.
     pub setup_ns: Option<u64>,
-    /// From the guest's start at the destination until that had all memory; absent where that was there before.
+    /// From when pages could come after the handoff until all had; absent where that was there before.
     pub drain_ns: Option<u64>,
     /// What crossed in that time.
     pub drain_bytes: Option<u64>,
