@@ -1,7 +1,7 @@
 //! Whose virtual machines are moved, one file each. All are processes that speak QMP and print the guest's serial port
 //! on their standard output.
 //!
-//! A further peer is a file with a [`Peer`] in it, and its line in [`PEERS`].
+//! A further peer is a file with a [`Peer`] in it, and its line in `PEERS`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
