@@ -210,6 +210,12 @@ impl ComparedFigure {
     }
 }
 
+/// The median time after which a mode's guests were back at their rate: infinite where the median run's never was.
+#[must_use]
+pub fn recovered(mode: &ModeReport) -> Option<f64> {
+    Sample::of(mode, RECOVERED).map(|sample| sample.median)
+}
+
 /// A figure in the runs of a mode that moved the guest.
 struct Sample {
     mode: String,
@@ -362,6 +368,7 @@ mod tests {
         let cell = compared(&modes);
         let found = demand(&cell, RECOVERED, "postcopy", false);
         assert_eq!((found.ours, found.met), (None, false));
+        assert_eq!(recovered(modes.iter().find(|mode| mode.name() == "postcopy").unwrap()), Some(f64::INFINITY));
         set(&mut modes, "postcopy", |figures| figures.progress.recovered_s = Some(1.9));
         assert!(demand(&compared(&modes), RECOVERED, "postcopy", false).met);
     }

@@ -3,14 +3,14 @@
 use std::fmt::Write as _;
 
 use super::super::aggregate::Aggregate;
-use super::super::comparison::{Best, ComparedCell, ComparedFamily, ComparedFigure, Comparison, Demand};
+use super::super::comparison::{Best, ComparedCell, ComparedFamily, ComparedFigure, Comparison, Demand, recovered};
 use super::super::figures::FIGURES;
 use super::super::format::{figure, number};
 use super::super::modes::Family;
 use super::super::plots::beside;
 use super::super::plots::canvas::PlotError;
 use super::super::schema::{ModeReport, OURS, Report, RunReport};
-use super::super::table::beside::{bound, spread, with_unit};
+use super::super::table::beside::{back_after, bound, spread, with_unit};
 use super::escape;
 
 /// What tells the modes of both apart: the figure, and the heading of its column.
@@ -104,6 +104,11 @@ fn all_modes(html: &mut String, modes: &[&ModeReport]) {
         let class = if mode.is_ours() { " class=\"ours\"" } else { "" };
         let _ = write!(html, "<tr{class}><td>{}</td>", escape(&mode.name()));
         for (key, _) in COLUMNS {
+            let never = recovered(mode).filter(|median| key == "recovered_s" && mode_lacks(mode, key, *median));
+            if let Some(median) = never {
+                let _ = write!(html, "<td>{}</td>", back_after(median));
+                continue;
+            }
             let found = FIGURES.iter().find(|figure| figure.key == key).zip(spread(mode, key));
             let Some((descriptor, found)) = found else {
                 html.push_str("<td>–</td>");
@@ -122,6 +127,11 @@ fn all_modes(html: &mut String, modes: &[&ModeReport]) {
         let _ = writeln!(html, "<td>{good} of {}{stayed}</td></tr>", mode.runs.len());
     }
     html.push_str("</tbody></table></div>\n");
+}
+
+/// Whether some of a mode's runs have not the figure, so that its summary does not say how it went.
+fn mode_lacks(mode: &ModeReport, key: &str, median: f64) -> bool {
+    mode.summary.get(key).is_none_or(|spread| spread.median.total_cmp(&median).is_ne())
 }
 
 fn asked(html: &mut String, cell: &ComparedCell, peer: &str) {

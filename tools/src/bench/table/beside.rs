@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::super::comparison::{Best, Bound, ComparedCell, Comparison, Demand};
+use super::super::comparison::{Best, Bound, ComparedCell, Comparison, Demand, recovered};
 use super::super::figures::{FIGURES, Figure};
 use super::super::format::{figure, number};
 use super::super::schema::{ModeReport, Spread};
@@ -47,7 +47,10 @@ fn all_modes(text: &mut String, cell: &ComparedCell, modes: &[ModeReport]) {
         let _ = write!(text, "  {:<22}{verified:>5}", mode.name());
         for (key, _, interval, width) in COLUMNS {
             let shown = FIGURES.iter().find(|figure| figure.key == *key).zip(spread(mode, key));
-            let shown = shown.map_or_else(|| "–".to_owned(), |(figure, spread)| value(figure, spread, *interval));
+            let shown = match recovered(mode).filter(|_| *key == "recovered_s") {
+                Some(median) => back_after(median),
+                None => shown.map_or_else(|| "–".to_owned(), |(figure, spread)| value(figure, spread, *interval)),
+            };
             let _ = write!(text, "{shown:>width$}");
         }
         text.push('\n');
@@ -63,6 +66,12 @@ fn is_in(mode: &ModeReport, cell: &ComparedCell) -> bool {
 pub fn spread<'a>(mode: &'a ModeReport, key: &str) -> Option<&'a Spread> {
     let own = key == "own_downtime_ns" && mode.is_ours();
     mode.summary.get(if own { "blackout_ns" } else { key })
+}
+
+/// Seconds until a guest was back at its rate, counting runs whose guest never was.
+#[must_use]
+pub fn back_after(median: f64) -> String {
+    if median.is_finite() { number(median) } else { "never".to_owned() }
 }
 
 /// `3.12 [2.95, 3.40]`.
