@@ -9,7 +9,9 @@ use super::bandwidth::Bandwidth;
 use super::felt;
 use super::figures::FIGURES;
 use super::latency::{PARTS, Percentiles, merge};
+use super::modes::Family;
 use super::schema::{ModeReport, RunReport, Spread};
+use super::statistics::{median, median_interval};
 
 /// A mode's runs and what they say together, with the merged histograms that plots and files are made from.
 #[derive(Clone, Debug)]
@@ -59,6 +61,7 @@ impl Aggregate {
         let verified = !runs.is_empty() && runs.iter().all(|run| run.verified);
         let report = ModeReport {
             mode: mode.to_owned(),
+            family: None,
             vmm: vmm.to_owned(),
             guest: String::new(),
             bandwidth_bit_s: None,
@@ -78,8 +81,16 @@ impl Aggregate {
         self
     }
 
+    /// The same, of a mode of this family.
+    #[must_use]
+    pub fn of_family(mut self, family: Family) -> Self {
+        self.report.family = Some(family);
+        self
+    }
+
     /// The run to show in plots: the one whose blackout is the median (the shorter of two middle ones), or else the
-    /// first that has reports of both sides, or of the source alone.
+    /// first that has reports of both sides, or of the source alone. Of a VMM that reports nothing, the one with the median
+    /// of what the guest saw.
     #[must_use]
     pub fn typical_run(&self) -> Option<&RunReport> {
         let complete = || self.report.runs.iter().filter(|run| run.source.is_some() && run.destination.is_some());
@@ -90,6 +101,7 @@ impl Aggregate {
             .copied()
             .or_else(|| complete().next())
             .or_else(|| self.report.runs.iter().find(|run| run.source.is_some()))
+            .or_else(|| self.report.run_with_median_gap())
     }
 }
 
@@ -100,9 +112,16 @@ impl Spread {
         values.retain(|value| value.is_finite());
         values.sort_by(f64::total_cmp);
         let (min, max) = (*values.first()?, *values.last()?);
-        let upper = *values.get(values.len() / 2)?;
-        let lower = *values.get((values.len() - 1) / 2)?;
-        Some(Self { median: lower.midpoint(upper), min, max, runs: u32::try_from(values.len()).unwrap_or(u32::MAX) })
+        let interval = median_interval(&values);
+        let runs = u32::try_from(values.len()).unwrap_or(u32::MAX);
+        Some(Self {
+            median: median(values)?,
+            min,
+            max,
+            runs,
+            ci_low: interval.map(|interval| interval.low),
+            ci_high: interval.map(|interval| interval.high),
+        })
     }
 }
 
@@ -115,7 +134,9 @@ mod tests {
     fn a_median_of_even_and_odd_counts() {
         let spread = Spread::of(vec![5.0, 1.0, 3.0]).unwrap();
         assert_eq!((spread.median, spread.min, spread.max, spread.runs), (3.0, 1.0, 5.0, 3));
+        assert_eq!((spread.ci_low, spread.ci_high), (Some(1.0), Some(5.0)));
         assert_eq!(Spread::of(vec![4.0, 1.0, 3.0, 2.0]).unwrap().median, 2.5);
+        assert_eq!(Spread::of(vec![4.0]).unwrap().ci_low, None);
         assert_eq!(Spread::of(vec![]), None);
     }
 

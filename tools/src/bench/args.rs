@@ -1,11 +1,13 @@
 //! What `switchover bench` takes, and what it makes of it.
 
 use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::{Args, ValueEnum};
 
 use super::bandwidth::Bandwidth;
 use super::modes::{self, Mode};
+use super::vmm::{self, Peer};
 use crate::failure::Failure;
 use crate::guests;
 use crate::size::Size;
@@ -22,8 +24,8 @@ pub struct BenchArgs {
     #[arg(long, value_name = "ELF", conflicts_with = "matrix")]
     kernel: Option<PathBuf>,
 
-    /// Ways to move it, separated by commas: precopy, postcopy, hybrid. Their runs take turns [default: postcopy, with
-    /// --matrix all]
+    /// Ways to move it, separated by commas: precopy, postcopy, hybrid, or with --peer also those of the peer. Their runs
+    /// take turns [default: postcopy, with --matrix all, with --peer all of both]
     #[arg(long, value_name = "MODE,…", value_delimiter = ',')]
     modes: Vec<String>,
 
@@ -36,7 +38,7 @@ pub struct BenchArgs {
     #[arg(long)]
     matrix: bool,
 
-    /// Runs of each mode [default: 5, with --quick 2]
+    /// Runs of each mode [default: 5, with --peer 10, with --quick 2]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: Option<u32>,
 
@@ -60,16 +62,16 @@ pub struct BenchArgs {
     #[arg(long, value_enum, default_value_t = Link::Tcp)]
     link: Link,
 
-    /// Seconds that the guest works before it is moved [default: 2, with --matrix 1.5, with --quick 1]
+    /// Seconds that the guest works before it is moved [default: 2, with --peer 5, with --matrix 1.5, with --quick 1]
     #[arg(long, value_name = "S", value_parser = seconds)]
     warmup: Option<f64>,
 
-    /// Seconds that it goes on after it has arrived whole [default: 2, with --quick and --matrix 1.5]
+    /// Seconds that it goes on after it has arrived whole [default: 2, with --peer 5.5, with --quick and --matrix 1.5]
     #[arg(long, value_name = "S", value_parser = seconds)]
     after: Option<f64>,
 
     /// Seconds after which a pre-copy that has not ended is cancelled; it did not converge then [default: what the source's
-    /// own budget allows, with --matrix 15]
+    /// own budget allows, with --matrix and --peer 15]
     #[arg(long, value_name = "S", value_parser = seconds)]
     patience: Option<f64>,
 
@@ -82,9 +84,13 @@ pub struct BenchArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "matrix")]
     trace: Option<PathBuf>,
 
-    /// Another VMM to measure beside this one (not built yet)
+    /// Another VMM to measure beside this one, in the same runs and by the same guest: qemu
     #[arg(long, value_name = "NAME")]
     peer: Option<String>,
+
+    /// What the order of the runs follows from, to have the same again [default: another one each time]
+    #[arg(long, value_name = "N")]
+    seed: Option<u32>,
 
     /// Directory for the report; made where it is missing
     #[arg(long, value_name = "DIR", default_value = "switchover-report")]
@@ -113,10 +119,17 @@ Examples:
   Remote faults as the guest feels them: switchover bench --guest once --warmup 1 --hold-push 1.5 --append \
                                            'gaps=fine pace=50000'
   Is the hybrid the best of both:      switchover bench --matrix
+  Beside QEMU, ten runs of each mode:  switchover bench --peer qemu
+  Only what one asks about:            switchover bench --peer qemu --modes postcopy,postcopy-preempt
 
 A bandwidth is held by the source (max-bandwidth before the handoff, max-postcopy-bandwidth after it, which does not bound
 the answers to faults); over --link veth by the kernel instead, for everything that either side sends.
 A pre-copy that cannot keep up with the guest ends without moving it: it did not converge, and its cost is infinite.
+
+--peer qemu moves the same guest with the same memory and vCPUs over the same link between two processes of QEMU (8.0 or
+later) by its modes precopy, multifd, postcopy, postcopy-preempt and precopy-postcopy (0.6 s of pre-copy, then post-copy).
+The guest itself says how it fared, alike for both. All runs of one round are made in random order. It takes a quarter of an
+hour.
 
 It writes report.html to look at, report.json (switchover.report/v1) with everything in it, and the fault latencies as
 *.hgrm and *.hlog for HdrHistogram's tools.
@@ -186,6 +199,12 @@ pub struct Plan {
     pub matrix: bool,
     /// The ways to move it.
     pub modes: Vec<&'static dyn Mode>,
+    /// The VMM to measure beside this one.
+    pub peer: Option<&'static Peer>,
+    /// Its ways to move it.
+    pub peer_modes: Vec<&'static dyn Mode>,
+    /// What the order of the runs follows from.
+    pub seed: u32,
     /// Runs of each.
     pub runs: u32,
     /// Guest memory.
@@ -245,6 +264,9 @@ const MATRIX: Defaults = Defaults {
     patience_s: Some(15.0),
     ..REFERENCE
 };
+/// The guest is watched for five seconds on either side of the move.
+const BESIDE_A_PEER: Defaults =
+    Defaults { modes: &modes::NAMES, runs: 10, warmup_s: 5.0, after_s: 5.5, patience_s: Some(15.0), ..REFERENCE };
 /// The guests of the matrix: what pre-copy likes best, and what it likes least.
 const MATRIX_GUESTS: [&str; 4] = ["hotset", "sequential", "random", "idle"];
 
@@ -254,27 +276,19 @@ impl BenchArgs {
     /// # Errors
     /// When they ask for what there is not.
     pub fn plan(&self) -> Result<Plan, Failure> {
-        if let Some(peer) = &self.peer {
-            return Err(Failure::usage(format_args!(
-                "--peer {peer} is not built yet: bench measures switchover alone for now; leave --peer out"
-            )));
-        }
-        let defaults = match (self.matrix, self.quick) {
-            (false, false) => REFERENCE,
-            (false, true) => QUICK,
-            (true, false) => MATRIX,
-            (true, true) => Defaults { runs: QUICK.runs, floor_s: QUICK.floor_s, ..MATRIX },
-        };
-        let modes = if self.modes.is_empty() {
-            defaults.modes.iter().map(|name| modes::by_name(name)).collect::<Result<Vec<_>, _>>()?
-        } else {
-            self.modes.iter().map(|name| modes::by_name(name)).collect::<Result<Vec<_>, _>>()?
-        };
-        for (index, mode) in modes.iter().enumerate() {
-            if modes.iter().take(index).any(|other| other.name() == mode.name()) {
-                return Err(Failure::usage(format_args!("--modes names {} twice; its runs are --runs", mode.name())));
+        let peer = self.peer.as_deref().map(vmm::peer).transpose()?;
+        let defaults = match (self.matrix, self.quick, peer) {
+            (false, false, None) => REFERENCE,
+            (false, true, None) => QUICK,
+            (true, false, None) => MATRIX,
+            (true, false, Some(_)) => Defaults { runs: BESIDE_A_PEER.runs, ..MATRIX },
+            (true, true, _) => Defaults { runs: QUICK.runs, floor_s: QUICK.floor_s, ..MATRIX },
+            (false, false, Some(_)) => BESIDE_A_PEER,
+            (false, true, Some(_)) => {
+                Defaults { modes: BESIDE_A_PEER.modes, patience_s: BESIDE_A_PEER.patience_s, ..QUICK }
             }
-        }
+        };
+        let [modes, peer_modes] = self.modes(&defaults, peer)?;
         let memory = self.memory.map_or_else(|| defaults.memory.parse(), Ok).map_err(Failure::usage)?;
         if self.trace.is_some() {
             if !modes.iter().any(|mode| mode.precopies()) {
@@ -293,6 +307,9 @@ impl BenchArgs {
             cells: self.cells(&defaults, memory)?,
             matrix: self.matrix,
             modes,
+            peer,
+            peer_modes,
+            seed: self.seed.unwrap_or_else(any_seed),
             runs: self.runs.unwrap_or(defaults.runs),
             memory,
             vcpus: self.vcpus,
@@ -306,6 +323,39 @@ impl BenchArgs {
             out: self.out.clone(),
             floor_s: defaults.floor_s,
         })
+    }
+
+    /// This VMM's modes, and the peer's.
+    fn modes(&self, defaults: &Defaults, peer: Option<&'static Peer>) -> Result<[Vec<&'static dyn Mode>; 2], Failure> {
+        let others = peer.map_or(&[][..], |peer| peer.modes);
+        if self.modes.is_empty() {
+            let ours = defaults.modes.iter().map(|name| modes::by_name(name)).collect::<Result<_, _>>()?;
+            return Ok([ours, others.to_vec()]);
+        }
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for (index, name) in self.modes.iter().enumerate() {
+            if self.modes.iter().take(index).any(|other| other == name) {
+                return Err(Failure::usage(format_args!("--modes names {name} twice; its runs are --runs")));
+            }
+            let before = theirs.len();
+            theirs.extend(others.iter().filter(|mode| mode.name() == name));
+            match modes::by_name(name) {
+                Ok(mode) => ours.push(mode),
+                Err(_) if theirs.len() > before => {}
+                Err(failure) => return Err(failure),
+            }
+        }
+        if let Some(peer) = peer.filter(|_| ours.is_empty() || theirs.is_empty()) {
+            let whose = if ours.is_empty() { "switchover" } else { peer.name };
+            let names: Vec<_> = others.iter().map(|mode| mode.name()).collect();
+            return Err(Failure::usage(format_args!(
+                "--modes names none of {whose}'s, and there is nothing to compare; switchover has {}, {} has {}",
+                modes::NAMES.join(", "),
+                peer.name,
+                names.join(", ")
+            )));
+        }
+        Ok([ours, theirs])
     }
 
     /// Every guest at every bandwidth, guest by guest.
@@ -340,6 +390,12 @@ impl BenchArgs {
         let ours = format!("ws={working_set} vcpus={} period={}", self.vcpus, self.period);
         if self.append.is_empty() { ours } else { format!("{ours} {}", self.append) }
     }
+}
+
+/// The clock's: nobody chose it.
+fn any_seed() -> u32 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    now.subsec_nanos() ^ u32::try_from(now.as_secs() & u64::from(u32::MAX)).unwrap_or_default()
 }
 
 fn builtin(name: &str) -> Result<Guest, Failure> {
@@ -426,13 +482,34 @@ mod tests {
             (&["--trace", "t"], "add hybrid"),
             (&["--trace", "t", "--modes", "hybrid", "--bandwidth", "1G,5G"], "one --bandwidth"),
             (&["--hold-push", "1", "--modes", "postcopy,hybrid"], "--hold-push is for"),
-            (&["--peer", "qemu"], "--peer qemu is not built yet"),
+            (&["--peer", "xen"], "no such peer; choose from qemu"),
+            (&["--modes", "multifd"], "no such mode"),
+            (&["--peer", "qemu", "--modes", "hybrid"], "none of qemu's"),
+            (&["--peer", "qemu", "--modes", "multifd"], "none of switchover's"),
             (&["--guest", "nobody"], "choose one of random"),
         ] {
             let failure = plan(arguments).unwrap_err();
             assert_eq!(failure.status, 2);
             assert!(failure.sentence.contains(about), "{}", failure.sentence);
         }
+    }
+
+    #[test]
+    fn beside_a_peer_both_move_it_in_all_their_ways_ten_times() {
+        let names = |modes: &[&'static dyn Mode]| modes.iter().map(|mode| mode.name()).collect::<Vec<_>>();
+        let plan = plan(&["--peer", "qemu", "--seed", "7"]).unwrap();
+        assert_eq!((names(&plan.modes), plan.runs, plan.seed), (modes::NAMES.to_vec(), 10, 7));
+        let all = ["precopy", "multifd", "postcopy", "postcopy-preempt", "precopy-postcopy"];
+        assert_eq!(names(&plan.peer_modes), all);
+        assert!(plan.warmup_s + plan.after_s >= 10.0, "ten seconds are to be seen");
+    }
+
+    #[test]
+    fn a_mode_of_both_is_measured_in_both() {
+        let names = |modes: &[&'static dyn Mode]| modes.iter().map(|mode| mode.name()).collect::<Vec<_>>();
+        let plan = plan(&["--peer", "qemu", "--quick", "--modes", "postcopy,multifd,hybrid"]).unwrap();
+        assert_eq!(names(&plan.modes), ["postcopy", "hybrid"]);
+        assert_eq!((names(&plan.peer_modes), plan.runs), (vec!["postcopy", "multifd"], 2));
     }
 
     #[test]

@@ -14,6 +14,7 @@ use tempfile::TempDir;
 
 use super::args::{Cell, Guest, Link, Plan};
 use super::bandwidth::Bandwidth;
+use super::cpu_time::CpuTime;
 use super::felt::Felt;
 use super::figures::{Figures, deciding};
 use super::guest_lines::Line;
@@ -24,7 +25,7 @@ use super::process::Process;
 use super::run_error::RunError;
 use super::schema::RunReport;
 use super::serial_log::{self, Chunk};
-use super::vmm::{Machine, Vmm};
+use super::vmm::{Account, Machine, Vmm};
 use crate::failure::Failure;
 use crate::qmp_client::QmpClient;
 use crate::signals::EndRequests;
@@ -81,6 +82,9 @@ struct Outcome {
     marks: Marks,
     source: Option<SideReport>,
     destination: Option<SideReport>,
+    account: Account,
+    /// CPU time of both processes without their vCPUs.
+    cpu_ns: Option<u64>,
     not_converged: Option<String>,
     /// When the pusher was let go, where it was held back.
     released: Option<Nanos>,
@@ -129,8 +133,9 @@ impl<'a> Driver<'a> {
                 let figures = match (&outcome.source, &outcome.destination) {
                     (Some(source), Some(destination)) => Figures::of(source, destination, progress),
                     (Some(source), None) => Figures::of_attempt(source, progress),
-                    _ => Figures { progress, ..Figures::default() },
+                    _ => Figures::of_account(&outcome.account, progress),
                 };
+                let figures = figures.with_cpu(outcome.cpu_ns, guest.working_set);
                 RunReport {
                     run,
                     verified: doubts.is_empty(),
@@ -211,9 +216,14 @@ impl<'a> Driver<'a> {
         self.pause(self.plan.warmup_s, &mut [source, destination])?;
 
         tell("moving");
+        mode.prepare(&mut source_qmp, &mut destination_qmp)?;
         let uri = self.listen(&mut destination_qmp, files)?;
         // The network holds the bandwidth by itself.
         let bandwidth = if self.network.is_some() { Bandwidth::UNLIMITED } else { cell.bandwidth };
+        let is_vcpu = |name: &str| vmm.is_vcpu_thread(name);
+        let [source_id, destination_id] = [source.id(), destination.id()];
+        let cpu = || Some([CpuTime::of(source_id, &is_vcpu)?, CpuTime::of(destination_id, &is_vcpu)?]);
+        let cpu_before = cpu();
         let mut pair = Pair {
             source: &mut source_qmp,
             destination: &mut destination_qmp,
@@ -226,6 +236,9 @@ impl<'a> Driver<'a> {
         };
         let moved = mode.migrate(&mut pair)?;
         let released = pair.hold.and_then(|hold| hold.released);
+        let cpu_ns = cpu_before
+            .zip(cpu())
+            .and_then(|([s, d], [source, destination])| Some(source.since(&s)? + destination.since(&d)?));
         tell("watching it go on");
         let stayed = moved.stayed.is_some();
         if stayed {
@@ -235,6 +248,14 @@ impl<'a> Driver<'a> {
         }
         let source_report = vmm.report(SOURCE, &mut source_qmp)?;
         let not_converged = moved.stayed.as_ref().map(|why| not_converged(why, source_report.as_ref())).transpose()?;
+        let account = if stayed {
+            Account::default()
+        } else {
+            // A command that was answered proves nothing.
+            run_state(&mut source_qmp, SOURCE, "postmigrate")?;
+            run_state(&mut destination_qmp, DESTINATION, "running")?;
+            vmm.account(&mut source_qmp, &mut destination_qmp)?
+        };
         // A destination that nothing came to has nothing to tell.
         let destination_report = if stayed { None } else { vmm.report(DESTINATION, &mut destination_qmp)? };
         tell("ending");
@@ -246,6 +267,8 @@ impl<'a> Driver<'a> {
             marks: marks(warm_up, &moved, source_report.as_ref()),
             source: source_report,
             destination: destination_report,
+            account,
+            cpu_ns,
             not_converged,
             released,
         })
@@ -367,6 +390,13 @@ fn connect(process: &mut Process, who: &'static str, socket: &Path) -> Result<Qm
             }
         }
     }
+}
+
+/// What a side says of itself must be `wanted`.
+fn run_state(qmp: &mut QmpClient, who: &'static str, wanted: &'static str) -> Result<(), RunError> {
+    let answer = qmp.execute("query-status", json!({})).map_err(RunError::on(who))?;
+    let state = answer.get("status").and_then(Value::as_str).unwrap_or("unknown");
+    if state == wanted { Ok(()) } else { Err(RunError::RunState { who, state: state.to_owned(), wanted }) }
 }
 
 fn quit(process: &mut Process, qmp: &mut QmpClient, who: &'static str) -> Result<(), RunError> {

@@ -8,6 +8,7 @@ use switchover_hybrid::report::{DecisionReport, LaneBytes, PrecopyReport, SideRe
 use switchover_wire::types::PAGE_SIZE_U64;
 
 use super::guest_trace::{Progress, seconds};
+use super::vmm::Account;
 
 /// What a second of the whole migration costs beside the guest-seconds lost: the hosts' time, and the risk that a failure
 /// in it bears.
@@ -70,6 +71,13 @@ pub struct Figures {
     pub wire_bytes: Option<u64>,
     /// Bytes of vCPU and device state.
     pub state_bytes: Option<u64>,
+    /// What the VMM itself says of how long the guest stood still, where it is one that says so. Not what the guest felt.
+    pub own_downtime_ns: Option<u64>,
+    /// Pages that the destination asked for because a vCPU waited.
+    pub page_requests: Option<u64>,
+    /// CPU time of both processes, without their vCPUs' threads, from `migrate` to the completion, for each GiB of the
+    /// guest's working set.
+    pub cpu_s_per_gib: Option<f64>,
     /// CPU time of the source's migration threads, user and system.
     pub cpu_source_s: Option<f64>,
     /// CPU time of the destination's migration threads, user and system.
@@ -114,11 +122,16 @@ pub const FIGURES: &[Figure] = &[
     figure("gap_ns", "Longest gap that the guest saw", Unit::Milliseconds, |f| count(f.progress.gap_ns)),
     figure("gap_before_ns", "… and before the move", Unit::Milliseconds, |f| count(f.progress.gap_before_ns)),
     figure("lost_s", "Guest progress lost", Unit::Seconds, |f| f.progress.lost_s),
+    figure("lost_around_s", "… within 10 s around the move", Unit::Seconds, |f| f.progress.lost_around_s),
+    figure("recovered_s", "Back at 95 % of its rate after", Unit::Seconds, |f| f.progress.recovered_s),
     figure("cost_s", "Cost: lost + 0.1 × whole migration", Unit::Seconds, |f| f.cost_s),
     figure("end_rate_percent", "Guest's rate at the end, of the steady", Unit::Percent, |f| {
         f.progress.end_rate_percent
     }),
     figure("steady_visits_per_s", "Guest's steady rate before", Unit::PerSecond, |f| f.progress.steady_visits_per_s),
+    figure("own_downtime_ns", "Downtime as the VMM itself reports it", Unit::Milliseconds, |f| {
+        count(f.own_downtime_ns)
+    }),
     figure("drain_ns", "Drain", Unit::Milliseconds, |f| count(f.drain_ns)),
     figure("drain_gbit_s", "Drain rate", Unit::GigabitsPerSecond, |f| f.drain_gbit_s),
     figure("setup_ns", "Set-up", Unit::Milliseconds, |f| count(f.setup_ns)),
@@ -137,12 +150,14 @@ pub const FIGURES: &[Figure] = &[
     figure("faults_raced", "Faults, raced", Unit::Count, |f| count(f.faults_raced)),
     figure("faults_local", "Faults, local", Unit::Count, |f| count(f.faults_local)),
     figure("faults_joined", "Faults, joined", Unit::Count, |f| count(f.faults_joined)),
+    figure("page_requests", "Pages asked for", Unit::Count, |f| count(f.page_requests)),
     figure("pages_pushed", "Pages pushed", Unit::Count, |f| count(f.pages_pushed)),
     figure("pages_requested", "Pages requested", Unit::Count, |f| count(f.pages_requested)),
     figure("pages_zero", "Pages zero", Unit::Count, |f| count(f.pages_zero)),
     figure("pages_discarded", "Pages that came twice", Unit::Count, |f| count(f.pages_discarded)),
     figure("wire_bytes", "Bytes on all lanes", Unit::Bytes, |f| count(f.wire_bytes)),
     figure("state_bytes", "vCPU and device state", Unit::Bytes, |f| count(f.state_bytes)),
+    figure("cpu_s_per_gib", "CPU of both processes for a GiB", Unit::Seconds, |f| f.cpu_s_per_gib),
     figure("cpu_source_s", "CPU, source's migration threads", Unit::Seconds, |f| f.cpu_source_s),
     figure("cpu_destination_s", "CPU, destination's migration threads", Unit::Seconds, |f| f.cpu_destination_s),
 ];
@@ -157,14 +172,16 @@ impl Figures {
         let started = source.phases.first().map(|phase| phase.start_ns);
         let setup = source.phases.iter().find(|phase| phase.name == "setup");
         let total_ns = span(started, source.instants.drained_ns);
-        let cost = |lost: f64, total| lost + COST_OF_A_SECOND * seconds(total);
         Self {
             blackout_ns: blackout(source, destination),
             cost_s: progress.lost_s.zip(total_ns).map(|(lost, total)| cost(lost, total)),
             total_ns,
             setup_ns: setup.and_then(|phase| span(Some(phase.start_ns), phase.end_ns)),
             drain_ns,
-            drain_gbit_s: pages.zip(drain_ns).and_then(|(pages, ns)| gbit_s(pages.pushed + pages.requested, ns)),
+            drain_gbit_s: pages
+                .zip(drain_ns)
+                .and_then(|(pages, ns)| gbit_s((pages.pushed + pages.requested).checked_mul(PAGE_SIZE_U64)?, ns)),
+            page_requests: faults.map(|faults| faults.remote + faults.raced),
             faults_remote: faults.map(|faults| faults.remote),
             faults_raced: faults.map(|faults| faults.raced),
             faults_local: faults.map(|faults| faults.local),
@@ -177,6 +194,31 @@ impl Figures {
             cpu_destination_s: Some(destination.cpu.user + destination.cpu.system),
             ..Self::of_attempt(source, progress)
         }
+    }
+
+    /// The figures of a run from what a VMM that keeps no such reports says, and how the guest fared.
+    #[must_use]
+    pub fn of_account(account: &Account, progress: Progress) -> Self {
+        Self {
+            progress,
+            own_downtime_ns: account.own_downtime_ns,
+            cost_s: progress.lost_s.zip(account.total_ns).map(|(lost, total)| cost(lost, total)),
+            total_ns: account.total_ns,
+            setup_ns: account.setup_ns,
+            drain_ns: account.drain_ns,
+            drain_gbit_s: account.drain_bytes.zip(account.drain_ns).and_then(|(bytes, ns)| gbit_s(bytes, ns)),
+            page_requests: account.page_requests,
+            wire_bytes: account.wire_bytes,
+            ..Self::default()
+        }
+    }
+
+    /// The same, with the CPU time that both processes spent, without their vCPUs, on a guest of this working set.
+    #[must_use]
+    pub fn with_cpu(mut self, spent_ns: Option<u64>, working_set: u64) -> Self {
+        let gib = count(Some(working_set)).map(|bytes| bytes / f64::from(1 << 30)).filter(|gib| *gib > 0.0);
+        self.cpu_s_per_gib = spent_ns.zip(gib).map(|(ns, gib)| seconds(ns) / gib);
+        self
     }
 
     /// The figures of a run whose guest stayed at the source: it has no blackout, no total and no cost.
@@ -247,13 +289,17 @@ fn blackout(source: &SideReport, destination: &SideReport) -> Option<u64> {
     span(source.instants.last_exit_ns, destination.instants.first_entry_ns)
 }
 
+fn cost(lost_s: f64, total_ns: u64) -> f64 {
+    lost_s + COST_OF_A_SECOND * seconds(total_ns)
+}
+
 /// A span that ends before it starts is no span.
 fn span(start: Option<u64>, end: Option<u64>) -> Option<u64> {
     end?.checked_sub(start?)
 }
 
-fn gbit_s(pages: u64, ns: u64) -> Option<f64> {
-    let bits = count(Some(pages.checked_mul(PAGE_SIZE_U64)?.checked_mul(8)?))?;
+fn gbit_s(bytes: u64, ns: u64) -> Option<f64> {
+    let bits = count(Some(bytes.checked_mul(8)?))?;
     // Bits in a nanosecond are gigabits in a second.
     (ns > 0).then(|| bits / (seconds(ns) * 1e9))
 }
@@ -321,6 +367,29 @@ mod tests {
     }
 
     #[test]
+    fn an_account_makes_the_same_figures_as_far_as_it_goes() {
+        let account = Account {
+            own_downtime_ns: Some(2_000_000),
+            total_ns: Some(500_000_000),
+            drain_ns: Some(400_000_000),
+            drain_bytes: Some(250_000_000),
+            ..Account::default()
+        };
+        let progress = Progress { lost_s: Some(0.5), ..Progress::default() };
+        let figures = Figures::of_account(&account, progress);
+        assert_eq!((figures.drain_gbit_s, figures.blackout_ns), (Some(5.0), None));
+        assert!((figures.cost_s.unwrap() - 0.55).abs() < 1e-12);
+    }
+
+    #[test]
+    fn cpu_time_is_for_a_gib_of_the_working_set() {
+        let figures = Figures::default().with_cpu(Some(300_000_000), 256 << 20);
+        assert!((figures.cpu_s_per_gib.unwrap() - 1.2).abs() < 1e-12);
+        assert_eq!(Figures::default().with_cpu(Some(1), 0).cpu_s_per_gib, None);
+        assert_eq!(Figures::default().with_cpu(None, 1 << 30).cpu_s_per_gib, None);
+    }
+
+    #[test]
     fn every_figure_is_listed_under_its_fields_name() {
         let (source, destination) = synthetic::hybrid_sides(1);
         let progress = Progress {
@@ -330,14 +399,20 @@ mod tests {
             lost_s: Some(4.0),
             window_s: Some(5.0),
             end_rate_percent: Some(99.0),
+            lost_around_s: Some(4.5),
+            around_s: Some(10.0),
+            recovered_s: Some(0.3),
         };
-        let figures = Figures::of(&source, &destination, progress);
+        let account = Account { own_downtime_ns: Some(1_000_000), ..Account::default() };
+        let own_downtime_ns = Figures::of_account(&account, progress).own_downtime_ns;
+        let figures =
+            Figures { own_downtime_ns, ..Figures::of(&source, &destination, progress).with_cpu(Some(9), 1 << 28) };
         let json = serde_json::to_value(figures).unwrap();
         let fields = json.as_object().unwrap();
         for figure in FIGURES {
             assert_eq!(fields[figure.key].as_f64(), (figure.get)(&figures), "{}", figure.key);
         }
-        // The window is the frame of a figure, and what ended pre-copy is a word.
-        assert_eq!(fields.len(), FIGURES.len() + 2);
+        // The windows are the frames of figures, and what ended pre-copy is a word.
+        assert_eq!(fields.len(), FIGURES.len() + 3);
     }
 }

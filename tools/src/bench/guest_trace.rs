@@ -15,8 +15,14 @@ const MOST_COMPLAINTS: usize = 8;
 /// the hypervisor's page tables to be warm again, short enough that noise does not drown the figure.
 pub const SETTLE_NS: u64 = 1_000_000_000;
 
+/// How long after it a guest is watched for what it lost around the move: half of ten seconds, whose other half, before
+/// it, is the steady rate itself.
+pub const AROUND_NS: u64 = 5_000_000_000;
+
 /// A guest that does this much of its steady rate again has recovered; the rest is noise.
 const RECOVERED: f64 = 0.9;
+/// A guest that does this much of its steady rate is back at it.
+const BACK: f64 = 0.95;
 /// Over how long its rate is looked at for that.
 const RATE_NS: u64 = 500_000_000;
 
@@ -92,6 +98,17 @@ pub struct Progress {
     pub window_s: Option<f64>,
     /// The guest's rate in the last half second of that stretch, in percent of the steady one.
     pub end_rate_percent: Option<f64>,
+    /// The same as `lost_s`, over a stretch that does not depend on how the guest fared: to the first line read
+    /// [`AROUND_NS`] after the completion.
+    #[serde(default)]
+    pub lost_around_s: Option<f64>,
+    /// That stretch; shorter where the run ended before.
+    #[serde(default)]
+    pub around_s: Option<f64>,
+    /// From the handoff to the start of the first half second in which the guest did 95 % of its steady rate; absent where
+    /// there was none.
+    #[serde(default)]
+    pub recovered_s: Option<f64>,
 }
 
 impl GuestTrace {
@@ -195,16 +212,23 @@ impl GuestTrace {
             (Some(open), Some(close)) if close.read_ns > open.read_ns => (open, close),
             _ => return Progress::default(),
         };
-        let window = self.between(open.read_ns, close.read_ns);
-        let window_s = seconds(close.read_ns - open.read_ns);
-        #[expect(clippy::cast_precision_loss, reason = "a count of visits stays far below 2^52")]
-        let visits = window.iter().skip(1).map(|period| period.visits).sum::<u64>() as f64;
+        let lost = |end: &GuestPeriod| {
+            let window = self.between(open.read_ns, end.read_ns);
+            let window_s = seconds(end.read_ns.saturating_sub(open.read_ns));
+            (window_s, steady_visits_per_s.map(|rate| window_s - visits(window) / rate))
+        };
+        let (window_s, lost_s) = lost(close);
+        let watched = marks.completed_ns.saturating_add(AROUND_NS);
+        let (around_s, lost_around_s) = lost(self.first_from(watched).unwrap_or(close));
         Progress {
             steady_visits_per_s,
             gap_before_ns: longest_gap(steady),
             gap_ns: longest_gap(self.around(marks)),
-            lost_s: steady_visits_per_s.map(|rate| window_s - visits / rate),
+            lost_s,
             window_s: Some(window_s),
+            lost_around_s,
+            around_s: Some(around_s),
+            recovered_s: steady_visits_per_s.and_then(|steady| self.recovered(marks.handoff_ns, steady)),
             end_rate_percent: self
                 .rate_before(close.read_ns)
                 .zip(steady_visits_per_s)
@@ -231,6 +255,26 @@ impl GuestTrace {
             _ => true,
         };
         line.filter(recovered).or(self.periods.last())
+    }
+
+    /// The first line read at `from_ns` or later; the run's last where there is none.
+    fn first_from(&self, from_ns: u64) -> Option<&GuestPeriod> {
+        self.periods.iter().find(|period| period.read_ns >= from_ns).or(self.periods.last())
+    }
+
+    /// Seconds from `handoff_ns` to the first line behind which the guest did [`BACK`] of its steady rate for [`RATE_NS`]: to
+    /// the first line read that much later, so that single periods, which are noisy, do not decide.
+    fn recovered(&self, handoff_ns: u64, steady: f64) -> Option<f64> {
+        let from = self.periods.partition_point(|period| period.read_ns < handoff_ns);
+        let after = self.periods.get(from..)?;
+        let back = |(index, start): &(usize, &GuestPeriod)| {
+            let until = start.read_ns.saturating_add(RATE_NS);
+            let window = after.iter().skip(*index).position(|period| period.read_ns >= until);
+            let window = window.and_then(|length| after.get(*index..=*index + length));
+            window.and_then(rate).is_some_and(|rate| rate >= steady * BACK)
+        };
+        let (_, start) = after.iter().enumerate().find(back)?;
+        Some(seconds(start.read_ns - handoff_ns))
     }
 
     /// Visits a second over the last [`RATE_NS`] before `end_ns`.
@@ -284,10 +328,15 @@ pub fn seconds(ns: u64) -> f64 {
 /// Visits a second from the first line's reading to the last one's.
 fn rate(periods: &[GuestPeriod]) -> Option<f64> {
     let (first, last) = (periods.first()?, periods.last()?);
-    #[expect(clippy::cast_precision_loss, reason = "a count of visits stays far below 2^52")]
-    let visits = periods.iter().skip(1).map(|period| period.visits).sum::<u64>() as f64;
+    let visits = visits(periods);
     let time = seconds(last.read_ns.checked_sub(first.read_ns)?);
     (time > 0.0 && visits > 0.0).then(|| visits / time)
+}
+
+/// Visits from the first line to the last one.
+#[expect(clippy::cast_precision_loss, reason = "a count of visits stays far below 2^52")]
+fn visits(periods: &[GuestPeriod]) -> f64 {
+    periods.iter().skip(1).map(|period| period.visits).sum::<u64>() as f64
 }
 
 fn longest_gap(periods: &[GuestPeriod]) -> Option<u64> {
@@ -367,6 +416,34 @@ mod tests {
         // From the line at 0.9 s to the last one, at 4.0 s; half of 20 periods of 0.1 s.
         assert!((progress.window_s.unwrap() - 3.1).abs() < 1e-9, "{progress:?}");
         assert!((progress.lost_s.unwrap() - 1.0).abs() < 1e-9, "{progress:?}");
+    }
+
+    #[test]
+    fn a_guest_is_back_when_it_does_its_rate_for_half_a_second() {
+        // Moved at 1.0 s. Nine tenths of its rate from then to 2.0 s, but for one good period.
+        let mut lines = moved(1, 0, false);
+        for line in lines[11..21].iter_mut().enumerate().filter(|(index, _)| *index != 4).map(|(_, line)| line) {
+            line.bytes = String::from_utf8(line.bytes.clone()).unwrap().replace("1000", "900").into_bytes();
+        }
+        let progress = GuestTrace::read(&lines).progress(&MARKS);
+        // Of the half second from 1.8 s on two periods are slow, which makes 96 %; of that from 1.7 s on, three.
+        assert!((progress.recovered_s.unwrap() - 0.8).abs() < 1e-9, "{progress:?}");
+        let never = GuestTrace::read(&lines[..23]).progress(&MARKS);
+        assert_eq!(never.recovered_s, None, "half a second at the full rate was not seen");
+    }
+
+    #[test]
+    fn what_is_lost_around_the_move_is_watched_for_as_long_however_the_guest_fares() {
+        let mut lines = moved(1, 30, false);
+        // Slow again from 3.0 s on: too late for `lost_s`.
+        for line in &mut lines[31..41] {
+            line.bytes = String::from_utf8(line.bytes.clone()).unwrap().replace("1000", "900").into_bytes();
+        }
+        let progress = GuestTrace::read(&lines).progress(&MARKS);
+        assert!((progress.lost_s.unwrap() - 0.030).abs() < 1e-9, "{progress:?}");
+        // The run ends at 4.0 s, before 5 s are over.
+        assert!((progress.around_s.unwrap() - 3.1).abs() < 1e-9, "{progress:?}");
+        assert!((progress.lost_around_s.unwrap() - 0.130).abs() < 1e-9, "{progress:?}");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+mod beside;
 mod loaded;
 mod matrix;
 mod precopy;
@@ -34,8 +35,12 @@ pub fn page(report: &Report, aggregates: &[Aggregate]) -> Result<String, PlotErr
         ink_rules()
     );
     header(&mut html, report);
+    if let Some(comparison) = &report.comparison {
+        beside::section(&mut html, report, comparison, aggregates)?;
+    }
     if let Some(matrix) = &report.matrix {
-        matrix::section(&mut html, matrix, aggregates);
+        let ours = || aggregates.iter().filter(|aggregate| aggregate.report.is_ours());
+        matrix::section(&mut html, matrix, &ours().collect::<Vec<_>>());
     }
     if report.matrix.as_ref().is_none_or(|matrix| matrix.cells.len() == 1) {
         for aggregate in aggregates {
@@ -63,9 +68,16 @@ fn ink_rules() -> String {
     })
 }
 
+/// Ways of this VMM, and the peer.
 fn modes(report: &Report) -> String {
+    let peer = report.settings.peer.as_ref();
+    let beside = peer.map(|peer| format!(" beside {} {}", peer.title, peer.version)).unwrap_or_default();
+    format!("{}{beside}", our_modes(report))
+}
+
+fn our_modes(report: &Report) -> String {
     let mut names: Vec<&str> = Vec::new();
-    for mode in &report.modes {
+    for mode in report.modes.iter().filter(|mode| mode.is_ours()) {
         let name = mode_name(&mode.mode);
         if !names.contains(&name) {
             names.push(name);
@@ -83,6 +95,9 @@ fn mode_name(mode: &str) -> &str {
         "postcopy" => "post-copy migration",
         "precopy" => "pre-copy migration",
         "hybrid" => "hybrid migration",
+        "multifd" => "pre-copy with multifd",
+        "postcopy-preempt" => "post-copy with preempt",
+        "precopy-postcopy" => "pre-copy, then post-copy",
         other => other,
     }
 }
@@ -142,7 +157,12 @@ fn bandwidths(report: &Report) -> String {
 
 fn mode(html: &mut String, report: &Report, aggregate: &Aggregate) -> Result<(), PlotError> {
     if report.modes.len() > 1 {
-        let _ = writeln!(html, "<h2>{}</h2>", capitalised(&escape(mode_name(&aggregate.report.mode))));
+        let name = mode_name(&aggregate.report.mode);
+        let title = match report.settings.peer.as_ref().filter(|_| !aggregate.report.is_ours()) {
+            Some(peer) => format!("{} {}: {name}", peer.title, peer.version),
+            None => capitalised(name),
+        };
+        let _ = writeln!(html, "<h2>{}</h2>", escape(&title));
     }
     precopy::endings(html, &aggregate.report);
     cards(html, aggregate);
@@ -172,6 +192,8 @@ fn cards(html: &mut String, aggregate: &Aggregate) {
         ("precopy_bytes", "pre-copied"),
         ("drain_ns", "drain"),
         ("drain_gbit_s", "drain rate"),
+        ("recovered_s", "back at 95 % of its rate after"),
+        ("cpu_s_per_gib", "CPU of both processes for a GiB"),
     ] {
         let found = FIGURES.iter().find(|figure| figure.key == key).zip(summary.get(key));
         let Some((descriptor, spread)) = found else { continue };
@@ -213,6 +235,8 @@ fn plots(html: &mut String, report: &Report, aggregate: &Aggregate, typical: &Ru
     let number = typical.run;
     let chosen = if aggregate.report.runs.len() > 1 && typical.figures.blackout_ns.is_some() {
         format!("Run {number}, the one with the median blackout.")
+    } else if aggregate.report.runs.len() > 1 && typical.source.is_none() {
+        format!("Run {number}, the one whose guest saw the median gap.")
     } else if aggregate.report.runs.len() > 1 {
         format!("Run {number}.")
     } else {
@@ -265,14 +289,17 @@ fn figures_table(html: &mut String, aggregate: &Aggregate) {
     if aggregate.report.summary.is_empty() {
         return;
     }
-    html.push_str("<h2>Figures</h2>\n<div class=\"scroll\"><table>\n<thead><tr><th>figure</th><th>median</th><th>min</th><th>max</th><th class=\"text\">unit</th><th>runs</th></tr></thead>\n<tbody>\n");
+    html.push_str("<h2>Figures</h2>\n<div class=\"scroll\"><table>\n<thead><tr><th>figure</th><th>median</th><th>where it is, 95 %</th><th>min</th><th>max</th><th class=\"text\">unit</th><th>runs</th></tr></thead>\n<tbody>\n");
     for descriptor in FIGURES {
         let Some(spread) = aggregate.report.summary.get(descriptor.key) else { continue };
         let shown = [spread.median, spread.min, spread.max].map(|value| figure(value, descriptor.unit));
         let [(median, unit), (min, _), (max, _)] = &shown;
+        let show = |value| figure(value, descriptor.unit).0;
+        let interval = spread.ci_low.zip(spread.ci_high).map(|(low, high)| format!("{} – {}", show(low), show(high)));
+        let interval = interval.unwrap_or_else(|| "–".to_owned());
         let _ = writeln!(
             html,
-            "<tr><td>{}</td><td>{median}</td><td>{min}</td><td>{max}</td><td class=\"text\">{unit}</td><td>{}</td></tr>",
+            "<tr><td>{}</td><td>{median}</td><td>{interval}</td><td>{min}</td><td>{max}</td><td class=\"text\">{unit}</td><td>{}</td></tr>",
             descriptor.label, spread.runs
         );
     }
@@ -402,6 +429,9 @@ fn setting(html: &mut String, report: &Report) {
     if host.virtualised {
         cpu.push_str(", itself virtual");
     }
+    let peer = settings.peer.as_ref();
+    let peer =
+        peer.map_or_else(|| "none".to_owned(), |peer| format!("{} {}, {}", peer.title, peer.version, peer.program));
     html.push_str("<h2>Setting</h2>\n<table>\n<tbody>\n");
     for (name, value) in [
         ("Guest", format!("{} {}", settings.guest, settings.append)),
@@ -409,10 +439,11 @@ fn setting(html: &mut String, report: &Report) {
         (
             "Runs",
             format!(
-                "{} a mode; warm-up {} s, {} s after the move, guest period {} ms",
-                settings.runs, settings.warmup_s, settings.after_s, settings.period_ms
+                "{} a mode; warm-up {} s, {} s after the move, guest period {} ms; seed of their order {}",
+                settings.runs, settings.warmup_s, settings.after_s, settings.period_ms, settings.seed
             ),
         ),
+        ("Peer", peer),
         ("CPU", cpu),
         ("Memory", bytes(ns_as(host.memory, 1.0))),
         ("Kernel", host.kernel.clone()),
@@ -469,7 +500,8 @@ mod tests {
         for outside in ["<script", "<link", "src=", "url(", "@import"] {
             assert!(!html.contains(outside), "{outside}");
         }
-        for figure in FIGURES {
+        // A peer's alone.
+        for figure in FIGURES.iter().filter(|figure| figure.key != "own_downtime_ns") {
             assert!(html.contains(figure.label), "{}", figure.label);
         }
     }
@@ -491,6 +523,25 @@ mod tests {
         }
         // Pre-copy's phases and progress; four pictures of each of the others.
         assert_eq!(html.matches("<svg").count(), 10);
+    }
+
+    #[test]
+    fn a_peer_is_compared_before_everything_else() {
+        let (report, aggregates) = synthetic::beside_a_peer(5);
+        let html = page(&report, &aggregates).unwrap();
+        keep("beside.html", &html);
+        for text in [
+            "Post-copy, hybrid migration beside QEMU 10.0.2",
+            "<h2>Beside QEMU 10.0.2</h2>",
+            "demands met",
+            "QEMU 10.0.2: post-copy with preempt",
+            "The best of both: post-copy",
+            "seed of their order 7",
+        ] {
+            assert!(html.contains(text), "{text}");
+        }
+        // Two of both, four of each of ours, one of each of the peer's.
+        assert_eq!(html.matches("<svg").count(), 2 + 2 * 4 + 3);
     }
 
     #[test]

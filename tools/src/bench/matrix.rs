@@ -6,6 +6,7 @@ use switchover_hybrid::monitor::Choice;
 use super::bandwidth::Bandwidth;
 use super::figures::Figures;
 use super::schema::ModeReport;
+use super::statistics::median;
 
 /// The hybrid's cost may be this many times the better pure mode's.
 pub const MOST_COST_RATIO: f64 = 1.15;
@@ -83,11 +84,11 @@ pub struct Judgement {
 }
 
 impl Matrix {
-    /// Of `modes`; `None` where no cell has more than one.
+    /// Of this VMM's `modes`; `None` where no cell has more than one.
     #[must_use]
     pub fn of(modes: &[ModeReport]) -> Option<Self> {
         let mut cells: Vec<(&ModeReport, Vec<&ModeReport>)> = Vec::new();
-        for mode in modes {
+        for mode in modes.iter().filter(|mode| mode.is_ours()) {
             let same = |(first, _): &&mut (&ModeReport, Vec<&ModeReport>)| {
                 first.guest == mode.guest && first.bandwidth_bit_s == mode.bandwidth_bit_s
             };
@@ -192,14 +193,6 @@ fn gap(mode: &ModeReport) -> Option<f64> {
     };
     let moved = mode.carried_out().filter(|run| run.not_converged.is_none());
     median(moved.filter_map(|run| gap(&run.figures)).collect())
-}
-
-fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    let upper = *values.get(values.len() / 2)?;
-    let lower = *values.get((values.len() - 1) / 2)?;
-    // Of two infinities and of one, the mean is infinite.
-    Some(if upper.is_infinite() { upper } else { lower.midpoint(upper) })
 }
 
 fn judge(ours: f64, against: &str, other: f64, most: f64) -> Option<Judgement> {

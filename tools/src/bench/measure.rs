@@ -7,10 +7,13 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::aggregate::Aggregate;
 use super::args::{Cell, Plan};
 use super::calendar;
+use super::comparison::Comparison;
 use super::driver::{Driver, Order};
 use super::host_info::HostInfo;
 use super::matrix::Matrix;
-use super::schema::{Report, RunReport, SCHEMA, Settings};
+use super::modes::Mode;
+use super::schema::{PeerInfo, Report, RunReport, SCHEMA, Settings};
+use super::statistics::{SplitMix64, shuffle};
 use super::vmm::Vmm;
 use crate::failure::Failure;
 use crate::floor;
@@ -19,25 +22,42 @@ use crate::signals::EndRequests;
 /// How often the line on the terminal moves.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Makes all runs of `plan`, or as many as there is time for until the user ends it.
+/// One way in which one VMM moves a guest.
+#[derive(Clone, Copy)]
+pub struct Entry<'a> {
+    /// Whose machines.
+    pub vmm: &'a dyn Vmm,
+    /// How.
+    pub mode: &'static dyn Mode,
+}
+
+/// Makes all runs of `plan` of each of `entries`, or as many as there is time for until the user ends it. `peer` is whose
+/// some of them are.
 ///
 /// # Errors
 /// When there is nothing to run with, or a side reported a histogram that is none.
-pub fn measure(plan: &Plan, vmm: &dyn Vmm, ends: &EndRequests) -> Result<(Report, Vec<Aggregate>), Failure> {
+pub fn measure(
+    plan: &Plan,
+    entries: &[Entry<'_>],
+    peer: Option<PeerInfo>,
+    ends: &EndRequests,
+) -> Result<(Report, Vec<Aggregate>), Failure> {
     let created = calendar::utc(SystemTime::now());
     let driver = Driver::new(plan, ends)?;
-    let bar = progress_bar(u64::from(plan.runs) * plan.modes.len() as u64 * plan.cells.len() as u64);
+    let bar = progress_bar(u64::from(plan.runs) * entries.len() as u64 * plan.cells.len() as u64);
     bar.set_message("measuring the floor");
     let floor = floor::measure(Duration::from_secs_f64(plan.floor_s));
     let mut aggregates = Vec::new();
+    let mut generator = SplitMix64::new(u64::from(plan.seed));
     for cell in &plan.cells {
         driver.prepare(cell)?;
-        for (mode, runs) in plan.modes.iter().zip(take_turns(plan, cell, &driver, vmm, &bar, ends)) {
+        let turns = Turns { plan, cell, driver: &driver, bar: &bar, ends };
+        for (Entry { vmm, mode }, runs) in entries.iter().zip(turns.take(entries, &mut generator)) {
             if runs.is_empty() {
                 continue;
             }
             let aggregate = Aggregate::of(mode.name(), vmm.name(), runs).map_err(Failure::failed)?;
-            aggregates.push(aggregate.in_cell(cell.guest_name(), cell.bandwidth));
+            aggregates.push(aggregate.of_family(mode.family()).in_cell(cell.guest_name(), cell.bandwidth));
         }
     }
     bar.finish_and_clear();
@@ -48,7 +68,8 @@ pub fn measure(plan: &Plan, vmm: &dyn Vmm, ends: &EndRequests) -> Result<(Report
         switchover: env!("CARGO_PKG_VERSION").to_owned(),
         verified: !modes.is_empty() && modes.iter().all(|mode| mode.verified),
         host: HostInfo::here(),
-        settings: settings(plan),
+        comparison: peer.as_ref().and_then(|peer| Comparison::of(&modes, peer)),
+        settings: settings(plan, peer),
         floor: Some(floor),
         matrix: Matrix::of(&modes),
         interrupted: ends.count() > 0,
@@ -57,38 +78,51 @@ pub fn measure(plan: &Plan, vmm: &dyn Vmm, ends: &EndRequests) -> Result<(Report
     Ok((report, aggregates))
 }
 
-/// Run 1 of every mode, then run 2 of every mode, and so on: what the host does meanwhile hits them alike. The runs of
-/// each mode, in the plan's order of modes; none that the user interrupted.
-fn take_turns(
-    plan: &Plan,
-    cell: &Cell,
-    driver: &Driver<'_>,
-    vmm: &dyn Vmm,
-    bar: &ProgressBar,
-    ends: &EndRequests,
-) -> Vec<Vec<RunReport>> {
-    let mut runs: Vec<Vec<RunReport>> = plan.modes.iter().map(|_| Vec::new()).collect();
-    for run in 1..=plan.runs {
-        for (mode, done) in plan.modes.iter().zip(&mut runs) {
-            // What could not be carried out once will not be the next time.
-            let hopeless = done.last().is_some_and(|last: &RunReport| last.marks.is_none());
-            if hopeless || ends.count() > 0 {
-                bar.inc(1);
-                continue;
-            }
-            let place = format!("{} {}, {} run {run} of {}", cell.guest_name(), cell.bandwidth, mode.name(), plan.runs);
-            let tell = |what: &str| bar.set_message(format!("{place}: {what}"));
-            let report = driver.run(vmm, Order { cell, mode: *mode, run, tell: &tell });
-            if report.marks.is_some() || ends.count() == 0 {
-                done.push(report);
-            }
-            bar.inc(1);
-        }
-    }
-    runs
+/// What the runs of one cell need.
+struct Turns<'a> {
+    plan: &'a Plan,
+    cell: &'a Cell,
+    driver: &'a Driver<'a>,
+    bar: &'a ProgressBar,
+    ends: &'a EndRequests,
 }
 
-fn settings(plan: &Plan) -> Settings {
+impl Turns<'_> {
+    /// Run 1 of every entry in random order, then run 2 of every entry in another, and so on: what the host does meanwhile
+    /// hits them alike, and none always comes behind the same other. The runs of each entry, in the entries' order; none that
+    /// the user interrupted.
+    fn take(&self, entries: &[Entry<'_>], generator: &mut SplitMix64) -> Vec<Vec<RunReport>> {
+        let mut runs: Vec<Vec<RunReport>> = entries.iter().map(|_| Vec::new()).collect();
+        for run in 1..=self.plan.runs {
+            let mut round: Vec<_> = entries.iter().zip(&mut runs).collect();
+            shuffle(&mut round, generator);
+            for (entry, done) in round {
+                self.make(*entry, run, done);
+                self.bar.inc(1);
+            }
+        }
+        runs
+    }
+
+    fn make(&self, Entry { vmm, mode }: Entry<'_>, run: u32, done: &mut Vec<RunReport>) {
+        // What could not be carried out once will not be the next time.
+        let hopeless = done.last().is_some_and(|last: &RunReport| last.marks.is_none());
+        if hopeless || self.ends.count() > 0 {
+            return;
+        }
+        let (cell, plan) = (self.cell, self.plan);
+        let whose = if plan.peer.is_some() { format!("{} ", vmm.name()) } else { String::new() };
+        let (guest, link) = (cell.guest_name(), cell.bandwidth);
+        let place = format!("{guest} {link}, {whose}{} run {run} of {}", mode.name(), plan.runs);
+        let tell = |what: &str| self.bar.set_message(format!("{place}: {what}"));
+        let report = self.driver.run(vmm, Order { cell, mode, run, tell: &tell });
+        if report.marks.is_some() || self.ends.count() == 0 {
+            done.push(report);
+        }
+    }
+}
+
+fn settings(plan: &Plan, peer: Option<PeerInfo>) -> Settings {
     let mut guests: Vec<String> = plan.cells.iter().map(Cell::guest_name).collect();
     guests.dedup();
     Settings {
@@ -103,6 +137,8 @@ fn settings(plan: &Plan) -> Settings {
         after_s: plan.after_s,
         patience_s: plan.patience_s,
         hold_push_s: plan.hold_push_s,
+        seed: plan.seed,
+        peer,
     }
 }
 

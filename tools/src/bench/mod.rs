@@ -7,19 +7,21 @@
 //!                   driver ── one run ──▶ RunReport ──▶ aggregate, matrix ──▶ Report ──▶ report.html (html, plots)
 //!                    │  process: two children,   ▲                         └──▶ *.hgrm, *.hlog (hdr_files), trace
 //!                    │  their serial ports       │
-//!                    │  modes: QMP commands      │
+//!                    │  modes: QMP commands      │        comparison
 //!                    │  network: what is between │
 //!                    ▼  vmm: whose machines      │
 //!              serial_log → guest_lines → guest_trace: doubts, progress
 //! ```
 //!
-//! A further mode is a file in `modes`, a further VMM one in `vmm`. What every figure means is said in
+//! A further mode is a file in `modes`; a further VMM is one in `vmm`, and brings its own modes. What every figure means is said in
 //! `docs/report.md`.
 
 pub mod aggregate;
 pub mod args;
 pub mod bandwidth;
 mod calendar;
+pub mod comparison;
+mod cpu_time;
 mod driver;
 pub mod felt;
 pub mod figures;
@@ -39,6 +41,7 @@ pub mod process;
 pub mod run_error;
 pub mod schema;
 pub mod serial_log;
+mod statistics;
 #[cfg(test)]
 mod synthetic;
 pub mod table;
@@ -51,7 +54,8 @@ use std::path::Path;
 use self::aggregate::Aggregate;
 pub use self::args::BenchArgs;
 use self::hdr_files::{write_all, write_file};
-use self::schema::{Report, RunReport};
+use self::measure::Entry;
+use self::schema::{PeerInfo, Report, RunReport};
 use self::vmm::Switchover;
 use crate::failure::{Failure, say};
 use crate::signals::EndRequests;
@@ -65,6 +69,7 @@ const MOST_NAMED: usize = 5;
 /// When the arguments make no sense, the report cannot be written, or a run was not verified.
 pub fn main(args: &BenchArgs) -> Result<(), Failure> {
     let plan = args.plan()?;
+    let peer = plan.peer.map(|peer| (peer.find)().map(|found| (peer, found))).transpose()?;
     let ends = EndRequests::take(|number| {
         if number > 1 {
             // The machines' processes end with this one.
@@ -79,7 +84,18 @@ pub fn main(args: &BenchArgs) -> Result<(), Failure> {
     let executable = std::env::current_exe().map_err(|error| {
         Failure::failed(format_args!("cannot find out which program this is: {error}; is /proc there?"))
     })?;
-    let (report, aggregates) = measure::measure(&plan, &Switchover { executable }, &ends)?;
+    let ours = Switchover { executable };
+    let mut entries: Vec<_> = plan.modes.iter().map(|mode| Entry { vmm: &ours, mode: *mode }).collect();
+    if let Some((_, found)) = &peer {
+        entries.extend(plan.peer_modes.iter().map(|mode| Entry { vmm: &*found.vmm, mode: *mode }));
+    }
+    let info = peer.as_ref().map(|(peer, found)| PeerInfo {
+        name: peer.name.to_owned(),
+        title: peer.title.to_owned(),
+        version: found.version.clone(),
+        program: found.program.display().to_string(),
+    });
+    let (report, aggregates) = measure::measure(&plan, &entries, info, &ends)?;
     write(&report, &aggregates, &plan.out)?;
     if let Some(path) = &plan.trace {
         match traced(&aggregates) {
@@ -110,7 +126,9 @@ fn write(report: &Report, aggregates: &[Aggregate], directory: &Path) -> Result<
     let cells = cells(report);
     // The matrix' histograms are in the JSON: hundreds of files would help nobody.
     if cells == 1 {
-        aggregates.iter().try_for_each(|aggregate| write_all(aggregate, directory)).map_err(Failure::failed)?;
+        // A peer has none, and would overwrite ours.
+        let mut ours = aggregates.iter().filter(|aggregate| aggregate.report.is_ours());
+        ours.try_for_each(|aggregate| write_all(aggregate, directory)).map_err(Failure::failed)?;
     }
     let page = html::page(report, aggregates).map_err(Failure::failed)?;
     write_file(&directory.join("report.html"), page.as_bytes()).map_err(Failure::failed)
@@ -135,8 +153,8 @@ fn judge(report: &Report) -> Result<(), Failure> {
     let why: Vec<_> = report
         .modes
         .iter()
-        .flat_map(|mode| mode.runs.iter().filter(doubtful).map(|run| (&mode.mode, run)))
-        .map(|(mode, run)| format!("{mode} run {}: {}", run.run, run.doubts.join("; ")))
+        .flat_map(|mode| mode.runs.iter().filter(doubtful).map(move |run| (mode, run)))
+        .map(|(mode, run)| format!("{} run {}: {}", mode.name(), run.run, run.doubts.join("; ")))
         .take(MOST_NAMED)
         .collect();
     Err(Failure::failed(format_args!("not every run was verified: {}", why.join(" | "))))

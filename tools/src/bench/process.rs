@@ -77,6 +77,12 @@ impl Process {
         Ok(process)
     }
 
+    /// Its id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// What it has printed.
     #[must_use]
     pub fn serial(&self) -> &Capture {

@@ -73,6 +73,16 @@ pub enum RunError {
         /// What is missing.
         what: String,
     },
+    /// A side is not what it must be once its guest has moved.
+    #[error("{who} is in run state `{state}` after the move, not `{wanted}`: it is not proven where the guest runs")]
+    RunState {
+        /// Which.
+        who: &'static str,
+        /// What it says of itself.
+        state: String,
+        /// What it must say.
+        wanted: &'static str,
+    },
     /// The migration failed, and not because it did not converge.
     #[error("the migration failed: {reason}")]
     Failed {

@@ -10,13 +10,18 @@ use serde::{Deserialize, Serialize};
 use switchover_hybrid::report::SideReport;
 
 use super::bandwidth::Bandwidth;
+use super::comparison::Comparison;
 use super::felt::Felt;
 use super::figures::Figures;
 use super::guest_trace::{GuestTrace, Marks};
 use super::host_info::HostInfo;
 use super::latency::Percentiles;
 use super::matrix::Matrix;
+use super::modes::Family;
 use crate::floor::FloorReport;
+
+/// What [`ModeReport::vmm`] says of this program's own machines.
+pub const OURS: &str = "switchover";
 
 /// The name of this format and its version.
 pub const SCHEMA: &str = "switchover.report/v1";
@@ -43,6 +48,9 @@ pub struct Report {
     /// The modes side by side, where there are several.
     #[serde(default)]
     pub matrix: Option<Matrix>,
+    /// This VMM beside a peer, where one was measured.
+    #[serde(default)]
+    pub comparison: Option<Comparison>,
     /// The user ended it before every run had been made: what is here was.
     #[serde(default)]
     pub interrupted: bool,
@@ -75,13 +83,35 @@ pub struct Settings {
     /// Seconds for which the pusher was held back after the handoff; absent where it was not.
     #[serde(default)]
     pub hold_push_s: Option<f64>,
+    /// What the order of the runs followed from.
+    #[serde(default)]
+    pub seed: u32,
+    /// The VMM that was measured beside this one.
+    #[serde(default)]
+    pub peer: Option<PeerInfo>,
+}
+
+/// A VMM that was measured beside this one.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PeerInfo {
+    /// What its modes' `vmm` says.
+    pub name: String,
+    /// For people: `QEMU`.
+    pub title: String,
+    /// Its version, in its own words.
+    pub version: String,
+    /// Its program.
+    pub program: String,
 }
 
 /// All runs of one mode.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct ModeReport {
-    /// `precopy`, `postcopy` or `hybrid`.
+    /// `precopy`, `postcopy` or `hybrid`, or what a peer calls it.
     pub mode: String,
+    /// Whether the guest may be handed over before all of its memory is.
+    #[serde(default)]
+    pub family: Option<Family>,
     /// Whose virtual machine: `switchover`, or a peer's name.
     pub vmm: String,
     /// The guest; see [`Settings::guest`].
@@ -103,7 +133,7 @@ pub struct ModeReport {
 }
 
 /// A figure over several runs.
-#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct Spread {
     /// The middle one, or the mean of the two middle ones.
     pub median: f64,
@@ -113,6 +143,13 @@ pub struct Spread {
     pub max: f64,
     /// Runs that have the figure.
     pub runs: u32,
+    /// The lower end of the median's confidence interval of 95 %, by the percentile bootstrap; absent where one run has the
+    /// figure.
+    #[serde(default)]
+    pub ci_low: Option<f64>,
+    /// Its upper end.
+    #[serde(default)]
+    pub ci_high: Option<f64>,
 }
 
 /// One run.
@@ -143,9 +180,30 @@ pub struct RunReport {
 }
 
 impl ModeReport {
+    /// Whether this program's own machines were moved.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        self.vmm == OURS
+    }
+
+    /// The mode's name, behind the VMM's where that is not this program's.
+    #[must_use]
+    pub fn name(&self) -> String {
+        if self.is_ours() { self.mode.clone() } else { format!("{} {}", self.vmm, self.mode) }
+    }
+
     /// Runs that were carried out to an end, be it that the guest stayed where it was.
     pub fn carried_out(&self) -> impl Iterator<Item = &RunReport> {
         self.runs.iter().filter(|run| run.marks.is_some())
+    }
+
+    /// Of the runs that moved the guest, the one whose guest saw the median gap (the shorter of two middle ones).
+    #[must_use]
+    pub fn run_with_median_gap(&self) -> Option<&RunReport> {
+        let moved = self.carried_out().filter(|run| run.not_converged.is_none());
+        let mut runs: Vec<_> = moved.filter(|run| run.figures.progress.gap_ns.is_some()).collect();
+        runs.sort_by_key(|run| run.figures.progress.gap_ns);
+        runs.get(runs.len().saturating_sub(1) / 2).copied()
     }
 
     /// How many runs did not converge.

@@ -17,11 +17,14 @@ use switchover_wire::clock::HostClock;
 
 use super::aggregate::Aggregate;
 use super::bandwidth::Bandwidth;
+use super::comparison::Comparison;
 use super::figures::Figures;
 use super::guest_trace::{GuestPeriod, GuestTrace, Marks};
 use super::host_info::HostInfo;
 use super::matrix::Matrix;
-use super::schema::{Report, RunReport, SCHEMA, Settings};
+use super::modes::Family;
+use super::schema::{OURS, PeerInfo, Report, RunReport, SCHEMA, Settings};
+use super::vmm::Account;
 
 const MS: u64 = 1_000_000;
 /// When the guest is ready; everything else follows from it.
@@ -263,6 +266,63 @@ pub fn three_modes(count: u32) -> (Report, Vec<Aggregate>) {
     (report(aggregates.iter().map(|aggregate| aggregate.report.clone()).collect()), aggregates)
 }
 
+/// The peer of [`beside_a_peer`].
+pub fn peer() -> PeerInfo {
+    PeerInfo {
+        name: "qemu".to_owned(),
+        title: "QEMU".to_owned(),
+        version: "10.0.2".to_owned(),
+        program: "/usr/bin/qemu-system-x86_64".to_owned(),
+    }
+}
+
+/// A report of this VMM's post-copy and hybrid beside a slower peer's pre-copy and post-copy, and their aggregates.
+pub fn beside_a_peer(count: u32) -> (Report, Vec<Aggregate>) {
+    let peers = |seed, stands_ms| (1..=count).map(|number| peer_run(number, seed, stands_ms)).collect();
+    let entries = [
+        ("postcopy", OURS, Family::PostCopy, runs(count)),
+        ("hybrid", OURS, Family::PostCopy, hybrid_runs(count)),
+        ("precopy", "qemu", Family::PreCopy, peers(300, 95)),
+        ("postcopy", "qemu", Family::PostCopy, peers(400, 31)),
+        ("postcopy-preempt", "qemu", Family::PostCopy, peers(500, 19)),
+    ];
+    let aggregates: Vec<_> = entries
+        .into_iter()
+        .map(|(mode, vmm, family, runs)| {
+            let aggregate = Aggregate::of(mode, vmm, runs).unwrap();
+            aggregate.of_family(family).in_cell("random".to_owned(), Bandwidth::UNLIMITED)
+        })
+        .collect();
+    let mut report = report(aggregates.iter().map(|aggregate| aggregate.report.clone()).collect());
+    report.comparison = Comparison::of(&report.modes, &peer());
+    report.settings.peer = Some(peer());
+    (report, aggregates)
+}
+
+/// A run of a VMM that reports nothing, whose guest stands still for `stands_ms`, and for three times as long while its
+/// memory follows.
+fn peer_run(number: u32, seed: u64, stands_ms: u64) -> RunReport {
+    let mut run = run(number, sides(seed + u64::from(number)));
+    let guest = run.guest.as_mut().unwrap();
+    let marks = run.marks.unwrap();
+    let first = guest.periods.iter().position(|period| period.read_ns > marks.handoff_ns).unwrap();
+    for period in &mut guest.periods[first..first + 5] {
+        period.visits /= 4;
+        period.max_gap_us = stands_ms * 1_000 + u64::from(number) * 400;
+    }
+    let account = Account {
+        own_downtime_ns: Some(2 * MS),
+        total_ns: Some(560 * MS),
+        setup_ns: Some(3 * MS),
+        drain_ns: Some(400 * MS),
+        drain_bytes: Some((250 + u64::from(number)) << 20),
+        wire_bytes: Some(270 << 20),
+        page_requests: Some(420),
+    };
+    let figures = Figures::of_account(&account, guest.progress(&marks)).with_cpu(Some(390 * MS), guest.working_set);
+    RunReport { figures, source: None, destination: None, ..run }
+}
+
 /// A report of such runs of one mode, which the caller has aggregated.
 pub fn report(modes: Vec<super::schema::ModeReport>) -> Report {
     Report {
@@ -283,9 +343,12 @@ pub fn report(modes: Vec<super::schema::ModeReport>) -> Report {
             after_s: 2.0,
             patience_s: None,
             hold_push_s: None,
+            seed: 7,
+            peer: None,
         },
         floor: Some(crate::floor::synthetic()),
         matrix: Matrix::of(&modes),
+        comparison: None,
         interrupted: false,
         modes,
     }
@@ -302,6 +365,7 @@ fn run(number: u32, (source, destination): (SideReport, SideReport)) -> RunRepor
     };
     let guest = guest(u64::from(number), handoff, drained);
     let figures = Figures::of(&source, &destination, guest.progress(&marks));
+    let figures = figures.with_cpu(Some(310 * MS), guest.working_set);
     let doubts = guest.doubts(Side::Destination, 0);
     RunReport {
         run: number,

@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+pub mod beside;
+
 use super::bandwidth::Bandwidth;
 use super::felt;
 use super::figures::FIGURES;
@@ -14,8 +16,8 @@ use super::schema::{ModeReport, Report};
 #[must_use]
 pub fn text(report: &Report) -> String {
     let mut text = String::new();
-    // What the matrix shows needs no table a mode.
-    let many = report.matrix.as_ref().is_some_and(|matrix| matrix.cells.len() > 1);
+    // What the matrix and the comparison show needs no table a mode.
+    let many = report.comparison.is_some() || report.matrix.as_ref().is_some_and(|matrix| matrix.cells.len() > 1);
     for mode in &report.modes {
         if many {
             doubts(&mut text, mode);
@@ -25,6 +27,9 @@ pub fn text(report: &Report) -> String {
     }
     if let Some(matrix) = &report.matrix {
         matrix_table(&mut text, matrix);
+    }
+    if let Some(comparison) = &report.comparison {
+        beside::comparison(&mut text, comparison, &report.modes);
     }
     if let Some(floor) = &report.floor {
         for sum in floor.sums.iter().filter(|sum| sum.link == report.settings.link) {
@@ -101,7 +106,7 @@ fn mode_table(text: &mut String, mode: &ModeReport) {
 
 fn doubts(text: &mut String, mode: &ModeReport) {
     for run in mode.runs.iter().filter(|run| !run.verified) {
-        let cell = if mode.guest.is_empty() { String::new() } else { format!("{} {} ", mode.cell_name(), mode.mode) };
+        let cell = if mode.guest.is_empty() { String::new() } else { format!("{} {} ", mode.cell_name(), mode.name()) };
         let _ = writeln!(text, "  {cell}run {} is not: {}", run.run, run.doubts.join("; "));
     }
 }
@@ -194,7 +199,8 @@ mod tests {
         let mode = Aggregate::of("hybrid", "switchover", synthetic::hybrid_runs(3)).unwrap().report;
         let text = text(&synthetic::report(vec![mode]));
         assert!(text.contains("pre-copy ended by post-copy (3 runs)"), "{text}");
-        for figure in FIGURES {
+        // A peer's alone.
+        for figure in FIGURES.iter().filter(|figure| figure.key != "own_downtime_ns") {
             assert!(text.contains(figure.label), "{} is missing from\n{text}", figure.label);
         }
         assert!(text.contains("verified in 3 of 3 runs") && text.contains("Floor, spinning"), "{text}");

@@ -30,7 +30,7 @@ const COMPARED: [&str; 14] = [
 ];
 
 /// The table of all cells with its verdicts, and the modes' figures where there is one cell.
-pub fn section(html: &mut String, matrix: &Matrix, aggregates: &[Aggregate]) {
+pub fn section(html: &mut String, matrix: &Matrix, aggregates: &[&Aggregate]) {
     let Some(first) = matrix.cells.first() else { return };
     html.push_str(
         "<h2>The modes side by side</h2>\n<p class=\"note\">Cost: guest progress lost, in seconds, and a tenth of the whole \
@@ -56,7 +56,7 @@ pub fn section(html: &mut String, matrix: &Matrix, aggregates: &[Aggregate]) {
     }
     html.push_str("</tbody></table></div>\n");
     if matrix.cells.len() == 1 {
-        comparison(html, &aggregates.iter().collect::<Vec<_>>());
+        comparison(html, aggregates);
     }
 }
 
@@ -79,6 +79,7 @@ pub fn cells(html: &mut String, aggregates: &[Aggregate]) -> Result<(), PlotErro
         let _ = writeln!(html, "<h2>{}, {name}</h2>", escape(&first.report.guest));
         let typical: Vec<_> = cell
             .iter()
+            .filter(|aggregate| aggregate.report.is_ours())
             .filter_map(|aggregate| Some((aggregate.report.mode.as_str(), aggregate.typical_run()?)))
             .collect();
         if let Some(svg) = progress::side_by_side(&typical)? {
@@ -102,7 +103,7 @@ fn doubts(html: &mut String, aggregate: &Aggregate) {
         let _ = writeln!(
             html,
             "<p class=\"bad\">{} run {}: {}</p>",
-            escape(&aggregate.report.mode),
+            escape(&aggregate.report.name()),
             run.run,
             escape(&run.doubts.join("; "))
         );
@@ -172,7 +173,9 @@ fn judgement(html: &mut String, judgement: Option<&Judgement>) {
 fn comparison(html: &mut String, modes: &[&Aggregate]) {
     html.push_str("<div class=\"scroll\"><table>\n<thead><tr><th>median (least – most)</th>");
     for mode in modes {
-        let _ = write!(html, "<th>{}</th>", escape(mode_name(&mode.report.mode).trim_end_matches(" migration")));
+        let whose = if mode.report.is_ours() { String::new() } else { format!("{} ", mode.report.vmm) };
+        let name = mode_name(&mode.report.mode).trim_end_matches(" migration");
+        let _ = write!(html, "<th>{}</th>", escape(&format!("{whose}{name}")));
     }
     html.push_str("<th class=\"text\">unit</th></tr></thead>\n<tbody>\n");
     for descriptor in COMPARED.iter().filter_map(|key| FIGURES.iter().find(|figure| figure.key == *key)) {

@@ -1,6 +1,6 @@
 //! Pre-copy for as long as it pays, then whichever handoff costs the guest less: the source decides.
 
-use super::{BANDWIDTH, Mode, Moved, POSTCOPY_BANDWIDTH, Pair};
+use super::{BANDWIDTH, Family, Mode, Moved, POSTCOPY_BANDWIDTH, Pair};
 use crate::bench::run_error::RunError;
 
 /// The mode.
@@ -14,6 +14,10 @@ impl Mode for Hybrid {
 
     fn precopies(&self) -> bool {
         true
+    }
+
+    fn family(&self) -> Family {
+        Family::PostCopy
     }
 
     fn migrate(&self, pair: &mut Pair<'_>) -> Result<Moved, RunError> {

@@ -1,8 +1,9 @@
-//! The ways to move a guest, one file each.
+//! The ways to move a guest, one file each. A peer brings its own, in its file in `vmm`.
 
-use std::fmt::Debug;
+use std::fmt::{self, Debug};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use switchover_wire::clock::Nanos;
 
@@ -20,7 +21,7 @@ mod precopy;
 pub use self::hold::Hold;
 
 /// Connecting, comparing and reserving memory takes well under a second; more is a hang.
-const SETUP_TIMEOUT: Duration = Duration::from_secs(60);
+pub const SETUP_TIMEOUT: Duration = Duration::from_secs(60);
 /// 1 TiB at 10 Gbit/s takes a quarter of an hour.
 const MOVE_TIMEOUT: Duration = Duration::from_secs(1200);
 
@@ -30,17 +31,38 @@ const LOOK: Duration = Duration::from_millis(100);
 /// QMP's name for how a migration may end its pre-copy.
 const MODE: &str = "x-switchover-mode";
 /// QMP's bound on what is sent before the handoff, in bytes a second; 0 for none.
-const BANDWIDTH: &str = "max-bandwidth";
+pub const BANDWIDTH: &str = "max-bandwidth";
 /// QMP's bound on what is pushed after the handoff, likewise.
-const POSTCOPY_BANDWIDTH: &str = "max-postcopy-bandwidth";
+pub const POSTCOPY_BANDWIDTH: &str = "max-postcopy-bandwidth";
 /// Asks for each round's bitmap of dirtied pages in the report.
 const RECORD_BITMAPS: &str = "x-switchover-record-bitmaps";
 
-const SOURCE: &str = "the source";
-const DESTINATION: &str = "the destination";
+/// What errors call the source.
+pub const SOURCE: &str = "the source";
+/// What they call the destination.
+pub const DESTINATION: &str = "the destination";
 
-/// The names of all modes, in the order in which they are compared.
+/// The names of all of this VMM's modes, in the order in which they are compared.
 pub const NAMES: [&str; 3] = ["precopy", "postcopy", "hybrid"];
+
+/// Whether a guest may be handed over before all of its memory is: only modes of one family promise it the same.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Family {
+    /// Not before. The guest stays where it is if it writes too fast.
+    PreCopy,
+    /// It may, at some time.
+    PostCopy,
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::PreCopy => "pre-copy",
+            Self::PostCopy => "post-copy",
+        })
+    }
+}
 
 /// A way to move a guest, driven over QMP as any controller would.
 pub trait Mode: Debug + Sync {
@@ -49,6 +71,17 @@ pub trait Mode: Debug + Sync {
 
     /// Whether memory is sent before the handoff.
     fn precopies(&self) -> bool;
+
+    /// What it promises.
+    fn family(&self) -> Family;
+
+    /// Tells both sides what they must know before the destination listens.
+    ///
+    /// # Errors
+    /// When a command is refused.
+    fn prepare(&self, _source: &mut QmpClient, _destination: &mut QmpClient) -> Result<(), RunError> {
+        Ok(())
+    }
 
     /// Moves the guest of `pair` and returns when both sides have completed, or when the source has given up and its
     /// guest goes on there.
@@ -144,21 +177,40 @@ impl Pair<'_> {
     }
 
     /// Begins, and says when.
-    fn begin(&mut self) -> Result<Nanos, RunError> {
+    ///
+    /// # Errors
+    /// When the source refuses.
+    pub fn begin(&mut self) -> Result<Nanos, RunError> {
         self.hold_push()?;
         let migrate = Nanos::now();
         self.source.execute("migrate", json!({ "uri": self.uri })).map_err(RunError::on(SOURCE))?;
         Ok(migrate)
     }
 
+    /// Hands off, and says when that was asked for.
+    ///
+    /// # Errors
+    /// When the source refuses.
+    pub fn start_postcopy(&mut self) -> Result<Nanos, RunError> {
+        let handoff = Nanos::now();
+        self.source.execute("migrate-start-postcopy", json!({})).map_err(RunError::on(SOURCE))?;
+        Ok(handoff)
+    }
+
     /// Waits until the source's migration is in one of the states `wanted`.
-    fn wait_source(&mut self, wanted: &[&str], timeout: Duration) -> Result<Value, RunError> {
+    ///
+    /// # Errors
+    /// When it fails, does not come there in time, or the user ends it.
+    pub fn wait_source(&mut self, wanted: &[&str], timeout: Duration) -> Result<Value, RunError> {
         wait(self.source, self.ends, wanted, timeout)
             .map_err(|error| error.map_or(RunError::Interrupted, RunError::on(SOURCE)))
     }
 
     /// Waits until both sides have completed, and says when that was seen.
-    fn complete(&mut self) -> Result<Nanos, RunError> {
+    ///
+    /// # Errors
+    /// When the migration fails, takes too long, or the user ends it.
+    pub fn complete(&mut self) -> Result<Nanos, RunError> {
         self.release_push()?;
         self.wait_source(&["completed"], MOVE_TIMEOUT)?;
         self.complete_there()

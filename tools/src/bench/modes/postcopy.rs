@@ -1,9 +1,6 @@
 //! Post-copy from the first byte: hand off at once, and let all memory follow.
 
-use serde_json::json;
-use switchover_wire::clock::Nanos;
-
-use super::{Mode, Moved, POSTCOPY_BANDWIDTH, Pair, SETUP_TIMEOUT, SOURCE};
+use super::{Family, Mode, Moved, POSTCOPY_BANDWIDTH, Pair, SETUP_TIMEOUT};
 use crate::bench::run_error::RunError;
 
 /// The mode.
@@ -19,13 +16,16 @@ impl Mode for Postcopy {
         false
     }
 
+    fn family(&self) -> Family {
+        Family::PostCopy
+    }
+
     fn migrate(&self, pair: &mut Pair<'_>) -> Result<Moved, RunError> {
         pair.allow_postcopy()?;
         pair.set_up(self, &[POSTCOPY_BANDWIDTH])?;
         let migrate = pair.begin()?;
         pair.wait_source(&["active"], SETUP_TIMEOUT)?;
-        let handoff = Nanos::now();
-        pair.source.execute("migrate-start-postcopy", json!({})).map_err(RunError::on(SOURCE))?;
+        let handoff = pair.start_postcopy()?;
         Ok(Moved { migrate, handoff: Some(handoff), ended: pair.complete()?, stayed: None })
     }
 }

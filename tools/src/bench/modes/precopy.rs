@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use switchover_wire::clock::Nanos;
 
-use super::{BANDWIDTH, MOVE_TIMEOUT, Mode, Moved, Pair, SETUP_TIMEOUT, SOURCE, Stayed};
+use super::{BANDWIDTH, Family, MOVE_TIMEOUT, Mode, Moved, Pair, SETUP_TIMEOUT, SOURCE, Stayed};
 use crate::bench::run_error::RunError;
 use crate::qmp_client::{QmpClient, QmpError};
 
@@ -23,18 +23,32 @@ impl Mode for Precopy {
         true
     }
 
+    fn family(&self) -> Family {
+        Family::PreCopy
+    }
+
     fn migrate(&self, pair: &mut Pair<'_>) -> Result<Moved, RunError> {
         pair.set_up(self, &[BANDWIDTH])?;
+        pair.precopy()
+    }
+}
+
+impl Pair<'_> {
+    /// Begins, and waits until the guest has moved or the source has given up, as far as patience goes.
+    ///
+    /// # Errors
+    /// When the migration fails for another reason, or the user ends it.
+    pub fn precopy(&mut self) -> Result<Moved, RunError> {
         let began = Instant::now();
-        let migrate = pair.begin()?;
-        let patience = pair.patience.unwrap_or(MOVE_TIMEOUT);
-        let stayed = match pair.wait_source(&["completed"], patience) {
-            Ok(_) => return Ok(Moved { migrate, handoff: None, ended: pair.complete_there()?, stayed: None }),
+        let migrate = self.begin()?;
+        let patience = self.patience.unwrap_or(MOVE_TIMEOUT);
+        let stayed = match self.wait_source(&["completed"], patience) {
+            Ok(_) => return Ok(Moved { migrate, handoff: None, ended: self.complete_there()?, stayed: None }),
             Err(RunError::Qmp { source: QmpError::MigrationFailed { desc, .. }, .. }) => Stayed::Failed(desc),
-            Err(RunError::Qmp { source: QmpError::Timeout { .. }, .. }) if pair.patience.is_some() => {
-                if !cancel(pair.source).map_err(RunError::on(SOURCE))? {
+            Err(RunError::Qmp { source: QmpError::Timeout { .. }, .. }) if self.patience.is_some() => {
+                if !cancel(self.source).map_err(RunError::on(SOURCE))? {
                     // It was over before it could be cancelled.
-                    return Ok(Moved { migrate, handoff: None, ended: pair.complete_there()?, stayed: None });
+                    return Ok(Moved { migrate, handoff: None, ended: self.complete_there()?, stayed: None });
                 }
                 Stayed::Cancelled(began.elapsed())
             }

@@ -301,6 +301,15 @@ impl Panel<'_> {
         self.area.draw(&Rectangle::new(corners, ink.colour().mix(opacity).filled())).map_err(PlotError::new)
     }
 
+    /// A filled circle around `point`, `radius` pixels wide either way.
+    ///
+    /// # Errors
+    /// When the backend fails.
+    pub fn dot(&self, point: (f64, f64), radius: i32, ink: Ink) -> Result<(), PlotError> {
+        let circle = Circle::new(self.clamp(point), radius * SCALE, ink.colour().mix(0.75).filled());
+        self.area.draw(&circle).map_err(PlotError::new)
+    }
+
     /// A text whose baseline's anchor is the point of the axes `(x, y)`, moved by `offset` pixels.
     ///
     /// # Errors

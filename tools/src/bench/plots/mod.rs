@@ -3,6 +3,7 @@
 //! Colours are written as fixed stand-ins (see [`canvas::Ink`]) that the page's style sheet maps to its light and dark
 //! palettes, so that one picture suits both.
 
+pub mod beside;
 pub mod canvas;
 pub mod latency;
 pub mod progress;

@@ -101,7 +101,7 @@ fn curve(run: &RunReport) -> Option<Vec<(f64, f64)>> {
 
 /// The same over the seconds since the instant that `zero` takes. A period reaches from the reading of the line before to
 /// that of its own.
-fn points(run: &RunReport, zero: fn(&Marks) -> u64) -> Option<Vec<(f64, f64)>> {
+pub(super) fn points(run: &RunReport, zero: fn(&Marks) -> u64) -> Option<Vec<(f64, f64)>> {
     let (marks, guest) = (run.marks?, run.guest.as_ref()?);
     let steady = run.figures.progress.steady_visits_per_s.filter(|rate| *rate > 0.0)?;
     let seconds = |ns: u64| ns_as(ns, 1e9) - ns_as(zero(&marks), 1e9);

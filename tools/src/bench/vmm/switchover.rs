@@ -8,6 +8,7 @@ use switchover_hybrid::report::SideReport;
 
 use super::{Machine, Vmm};
 use crate::bench::run_error::RunError;
+use crate::bench::schema::OURS;
 use crate::qmp_client::QmpClient;
 
 const REPORT: &str = "x-switchover-report";
@@ -21,7 +22,11 @@ pub struct Switchover {
 
 impl Vmm for Switchover {
     fn name(&self) -> &'static str {
-        "switchover"
+        OURS
+    }
+
+    fn is_vcpu_thread(&self, name: &str) -> bool {
+        name.strip_prefix("vcpu").is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
     }
 
     fn source(&self, machine: &Machine, qmp: &Path) -> Command {
