@@ -219,6 +219,7 @@ impl Incoming {
                 report.instants.commit_ns.map(|commit| handed_over.map_or(commit, |handoff| handoff.min(commit)));
             report.rates = start.map(|start| rate_series(&stats, pager, Nanos(start)));
             report.faults = fault_report(&stats).ok();
+            report.fault_trace = pager.traced_faults().into_iter().map(Into::into).collect();
         }
         report
     }

@@ -232,6 +232,7 @@ impl Record {
             ram_pages: ram.0,
             pages: None,
             faults: None,
+            fault_trace: Vec::new(),
             rates: None,
             cpu: CpuSeconds::default(),
             precopy: None,

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use switchover_pager::cpu::CpuTime;
 use switchover_pager::destination::DestinationPager;
 use switchover_pager::stats::{self, FaultStats, SLICE_NS};
+use switchover_pager::trace::{Answer, TracedFault};
 use switchover_wire::clock::{HostClock, Nanos};
 use thiserror::Error;
 
@@ -143,6 +144,55 @@ pub struct FaultReport {
     pub wake: EncodedHistogram,
     /// Local faults, from taken to woken.
     pub local_total: EncodedHistogram,
+}
+
+/// One fault. Written down as an array, for there may be a quarter of a million.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(into = "(u64, u64, Option<u64>, FaultAnswer)", from = "(u64, u64, Option<u64>, FaultAnswer)")]
+pub struct FaultRecord {
+    /// The number of the page.
+    pub page: u64,
+    /// When the pager took the fault.
+    pub taken_ns: u64,
+    /// When it had woken whoever waited, where that is known.
+    pub woken_ns: Option<u64>,
+    /// How it was answered.
+    pub answer: FaultAnswer,
+}
+
+/// How a fault was answered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FaultAnswer {
+    /// Its page was asked for and came as the answer.
+    Remote,
+    /// Its page was asked for, but the pushed copy won.
+    Raced,
+    /// Its page was here, and only had to be mapped.
+    Local,
+}
+
+impl From<FaultRecord> for (u64, u64, Option<u64>, FaultAnswer) {
+    fn from(record: FaultRecord) -> Self {
+        (record.page, record.taken_ns, record.woken_ns, record.answer)
+    }
+}
+
+impl From<(u64, u64, Option<u64>, FaultAnswer)> for FaultRecord {
+    fn from((page, taken_ns, woken_ns, answer): (u64, u64, Option<u64>, FaultAnswer)) -> Self {
+        Self { page, taken_ns, woken_ns, answer }
+    }
+}
+
+impl From<TracedFault> for FaultRecord {
+    fn from(fault: TracedFault) -> Self {
+        let answer = match fault.answer {
+            Answer::Remote => FaultAnswer::Remote,
+            Answer::Raced => FaultAnswer::Raced,
+            Answer::Local => FaultAnswer::Local,
+        };
+        Self { page: fault.page.0, taken_ns: fault.taken.0, woken_ns: fault.woken.map(|at| at.0), answer }
+    }
 }
 
 /// Counts per slice of time.
@@ -300,6 +350,9 @@ pub struct SideReport {
     pub pages: Option<PageClasses>,
     /// Faults; the destination's.
     pub faults: Option<FaultReport>,
+    /// Each fault, in the order in which they were answered, where that was asked for; the destination's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fault_trace: Vec<FaultRecord>,
     /// Faults and pushed pages over time; the destination's.
     pub rates: Option<RateSeries>,
     /// CPU time of the migration's threads.
@@ -362,6 +415,7 @@ pub fn rate_series(stats: &FaultStats, pager: &DestinationPager, start: Nanos) -
 #[cfg(test)]
 mod tests {
     use super::*;
+    use switchover_wire::types::PageIndex;
 
     #[test]
     fn a_histogram_survives_being_written_down() {
@@ -370,6 +424,14 @@ mod tests {
         histogram.record(678_901_234).unwrap();
         let read = EncodedHistogram::encode(&histogram).unwrap().decode().unwrap();
         assert_eq!(read, histogram);
+    }
+
+    #[test]
+    fn a_fault_is_four_words() {
+        let fault = TracedFault { page: PageIndex(7), taken: Nanos(8), woken: Some(Nanos(9)), answer: Answer::Remote };
+        let written = serde_json::to_string(&FaultRecord::from(fault)).unwrap();
+        assert_eq!(written, r#"[7,8,9,"remote"]"#);
+        assert_eq!(serde_json::from_str::<FaultRecord>(&written).unwrap(), FaultRecord::from(fault));
     }
 
     #[test]

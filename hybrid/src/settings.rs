@@ -29,6 +29,8 @@ pub struct Settings {
     pub pause_before_switchover: bool,
     /// Record each round's bitmap in the report.
     pub record_bitmaps: bool,
+    /// Destination: record each fault in the report.
+    pub record_faults: bool,
     /// How long the other side may be silent before its link is taken to be lost; a second at least.
     pub silence: Duration,
     /// Destination: do not reserve memory before the handoff. The guest is lost if memory runs out after it.
@@ -77,6 +79,7 @@ impl Default for Settings {
             throttling: Throttling::Off,
             pause_before_switchover: false,
             record_bitmaps: false,
+            record_faults: false,
             silence: Duration::from_secs(5),
             lazy_memory: false,
         }

@@ -37,5 +37,6 @@ pub mod source;
 pub mod state;
 pub mod stats;
 mod sync;
+pub mod trace;
 pub mod uffd;
 pub mod zero;

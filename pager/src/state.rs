@@ -9,9 +9,12 @@
 //!   any ── remove ──▶ Removed
 //!
 //!   before the handoff, while nobody runs on this memory:
-//!   Absent, Zero, Present ── reclaim(lane) ──▶ Landing(lane) ── arrived ──▶ Present, arrived_zero ──▶ Zero
-//!   at the handoff, for each page that must come again:  Zero, Present ── forget ──▶ Absent
+//!   Absent, Early ── reclaim(lane) ──▶ Landing(lane) ── version_arrived ──▶ Early
+//!   at the handoff, each page that came early is what it came as, Zero or Present, or Absent if it must come again
 //! ```
+//!
+//! The handoff changes no page's byte, for it must not take longer for a larger guest: it notes in a bitmap which pages must
+//! come again, and from then on that bitmap says what `Early` means.
 //!
 //! All changes are compare-and-exchanges on one byte a page, so that the fault thread and the bulk lanes need no
 //! lock between them. The rule that keeps the guest's writes safe: *a byte of a page's alias is written only
@@ -20,13 +23,16 @@
 
 use switchover_wire::types::{PageCount, PageIndex};
 
-use crate::sync::{AtomicU8, Ordering};
+use crate::sync::{AtomicU8, AtomicU64, Ordering};
 
 const ABSENT: u8 = 0;
 const REQUESTED: u8 = 1;
 const ZERO: u8 = 2;
 const PRESENT: u8 = 3;
 const REMOVED: u8 = 4;
+/// Came before the handoff, with its bytes or as zero.
+const EARLY: u8 = 5;
+const EARLY_ZERO: u8 = 6;
 /// Set in every landing state; the low bits then hold the lane's tag.
 const LANDING: u8 = 0x80;
 /// Set beside [`LANDING`] when a fault has come for the page meanwhile: somebody sleeps until it is mapped.
@@ -100,6 +106,10 @@ pub enum Arrival {
 #[derive(Debug)]
 pub struct PageStates {
     states: Box<[AtomicU8]>,
+    /// A bit a page: it came before the handoff. Changed only while the handoff is held still.
+    early: Box<[AtomicU64]>,
+    /// A bit a page: what came before the handoff counts for nothing. Set once, at the handoff.
+    outdated: Box<[AtomicU64]>,
 }
 
 impl PageStates {
@@ -109,7 +119,8 @@ impl PageStates {
     /// When RAM has more pages than this machine's address space has bytes, which no mapped RAM has.
     #[must_use]
     pub fn new(pages: PageCount) -> Self {
-        Self { states: (0..pages.0).map(|_| AtomicU8::new(ABSENT)).collect() }
+        let words = || (0..pages.0.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        Self { states: (0..pages.0).map(|_| AtomicU8::new(ABSENT)).collect(), early: words(), outdated: words() }
     }
 
     /// The number of pages.
@@ -123,7 +134,7 @@ impl PageStates {
         let state = self.slot(page);
         let mut current = state.load(Ordering::Acquire);
         loop {
-            let (next, verdict) = match current {
+            let (next, verdict) = match self.meaning(page, current) {
                 ABSENT => (REQUESTED, FaultVerdict::Ask),
                 REQUESTED => return FaultVerdict::AlreadyAsked,
                 ZERO | REMOVED => return FaultVerdict::MapZero,
@@ -159,38 +170,37 @@ impl PageStates {
         loop {
             let resident = match current {
                 ABSENT => false,
-                ZERO | PRESENT => true,
+                EARLY | EARLY_ZERO => true,
                 _ => return None,
             };
             match state.compare_exchange_weak(current, LANDING | lane.0, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return Some(resident),
+                Ok(_) => {
+                    self.early(page).fetch_and(!bit(page), Ordering::Relaxed);
+                    return Some(resident);
+                }
                 Err(now) => current = now,
             }
         }
     }
 
-    /// The source says that `page`, which `lane` had [reclaimed](Self::reclaim), is zero; what had landed in it is wiped
-    /// out. Only before the handoff.
-    pub fn arrived_zero(&self, page: PageIndex, lane: LaneTag) {
-        let state = self.slot(page);
-        let swapped = state.compare_exchange(LANDING | lane.0, ZERO, Ordering::AcqRel, Ordering::Acquire);
+    /// A version of `page`, which `lane` had [reclaimed](Self::reclaim), is here: its last byte has landed, or it is `zero`
+    /// and what had landed before is wiped out. Only before the handoff.
+    pub fn version_arrived(&self, page: PageIndex, lane: LaneTag, zero: bool) {
+        let arrived = if zero { EARLY_ZERO } else { EARLY };
+        let swapped = self.slot(page).compare_exchange(LANDING | lane.0, arrived, Ordering::AcqRel, Ordering::Acquire);
         debug_assert!(swapped.is_ok(), "before the handoff only its lane changes a landing page");
+        self.early(page).fetch_or(bit(page), Ordering::Relaxed);
     }
 
-    /// The handoff: what is here of `page` is an old version, or may be, and it must come again. Says whether it was
-    /// here. One that is landing is left to its lane, which [releases](Self::release) it.
-    pub fn forget(&self, page: PageIndex) -> bool {
-        let state = self.slot(page);
-        let mut current = state.load(Ordering::Acquire);
-        loop {
-            if !matches!(current, ZERO | PRESENT) {
-                return false;
-            }
-            match state.compare_exchange_weak(current, ABSENT, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return true,
-                Err(now) => current = now,
-            }
-        }
+    /// The handoff: what is here of the pages of `mask` (bit i: page `64 · word + i`) is an old version, or may be, and they
+    /// must come again. Says which of them were here. One that is landing is left to its lane, which
+    /// [releases](Self::release) it.
+    ///
+    /// Nobody [reclaims](Self::reclaim) or lets a version [arrive](Self::version_arrived) meanwhile or afterwards.
+    pub fn forget(&self, word: usize, mask: u64) -> u64 {
+        let (Some(early), Some(outdated)) = (self.early.get(word), self.outdated.get(word)) else { return 0 };
+        outdated.store(mask, Ordering::Release);
+        early.load(Ordering::Relaxed) & mask
     }
 
     /// The last byte of `page`, which `lane` had claimed, has landed. Called before it is mapped: a fault that is
@@ -230,38 +240,38 @@ impl PageStates {
     /// was resident before.
     pub fn remove(&self, page: PageIndex) -> bool {
         let before = self.slot(page).swap(REMOVED, Ordering::AcqRel);
-        matches!(before, PRESENT | ZERO | REMOVED)
+        matches!(self.meaning(page, before), PRESENT | ZERO | REMOVED)
     }
 
     /// Whether nobody has sent, asked for or received `page` yet.
     #[must_use]
     pub fn is_absent(&self, page: PageIndex) -> bool {
-        self.slot(page).load(Ordering::Acquire) == ABSENT
+        self.state(page) == ABSENT
     }
 
     /// Whether `page` was asked for, and nothing of it has come yet.
     #[must_use]
     pub fn is_requested(&self, page: PageIndex) -> bool {
-        self.slot(page).load(Ordering::Acquire) == REQUESTED
+        self.state(page) == REQUESTED
     }
 
     /// Whether `page` is here with its bytes.
     #[must_use]
     pub fn is_present(&self, page: PageIndex) -> bool {
-        self.slot(page).load(Ordering::Acquire) == PRESENT
+        self.state(page) == PRESENT
     }
 
     /// Whether `page` needs nothing any more.
     #[must_use]
     pub fn is_resident(&self, page: PageIndex) -> bool {
-        matches!(self.slot(page).load(Ordering::Acquire), PRESENT | ZERO | REMOVED)
+        matches!(self.state(page), PRESENT | ZERO | REMOVED)
     }
 
     fn claim_as(&self, page: PageIndex, claimed: impl Fn(bool) -> u8) -> Claim {
         let state = self.slot(page);
         let mut current = state.load(Ordering::Acquire);
         loop {
-            let wanted = match current {
+            let wanted = match self.meaning(page, current) {
                 ABSENT => false,
                 REQUESTED => true,
                 _ => return Claim::Lost,
@@ -277,6 +287,25 @@ impl PageStates {
         state & LANDING != 0 && state & TAG_MASK == lane.0
     }
 
+    fn state(&self, page: PageIndex) -> u8 {
+        self.meaning(page, self.slot(page).load(Ordering::Acquire))
+    }
+
+    /// What a page's byte means: one that came early is what it came as, unless the handoff has made it outdated.
+    fn meaning(&self, page: PageIndex, state: u8) -> u8 {
+        let outdated = || self.outdated[word(page)].load(Ordering::Acquire) & bit(page) != 0;
+        match state {
+            EARLY | EARLY_ZERO if outdated() => ABSENT,
+            EARLY => PRESENT,
+            EARLY_ZERO => ZERO,
+            state => state,
+        }
+    }
+
+    fn early(&self, page: PageIndex) -> &AtomicU64 {
+        &self.early[word(page)]
+    }
+
     /// Frames and fault addresses are checked against the RAM's size before a page index is made of them, so an
     /// index past the end is a bug of ours; the slice's own bounds check stops it.
     fn slot(&self, page: PageIndex) -> &AtomicU8 {
@@ -284,6 +313,57 @@ impl PageStates {
     }
 }
 
+/// Which word of a bitmap holds a page's bit.
+fn word(page: PageIndex) -> usize {
+    usize::try_from(page.0 / 64).unwrap_or(usize::MAX)
+}
+
+/// A page's bit in its word.
+const fn bit(page: PageIndex) -> u64 {
+    1 << (page.0 % 64)
+}
+
 #[cfg(test)]
 #[cfg(feature = "loom")]
 mod models;
+
+#[cfg(test)]
+#[cfg(not(feature = "loom"))]
+mod tests {
+    use super::*;
+
+    const LANE: LaneTag = LaneTag::FIRST;
+
+    fn bring(states: &PageStates, page: PageIndex, zero: bool) {
+        assert!(states.reclaim(page, LANE).is_some());
+        states.version_arrived(page, LANE, zero);
+    }
+
+    #[test]
+    fn what_came_early_stays_unless_it_must_come_again() {
+        let states = PageStates::new(PageCount(70));
+        let pages = [PageIndex(0), PageIndex(1), PageIndex(64), PageIndex(65)];
+        pages.iter().for_each(|page| bring(&states, *page, page.0 % 2 == 1));
+        assert_eq!(states.forget(0, 0b110), 0b10, "page 2 never came");
+        assert_eq!(states.forget(1, 0b01), 0b01);
+        let resident: Vec<bool> = pages.iter().map(|page| states.is_resident(*page)).collect();
+        assert_eq!(resident, [true, false, false, true]);
+        assert_eq!(states.fault(pages[0]), FaultVerdict::Map);
+        assert_eq!(states.fault(pages[1]), FaultVerdict::Ask);
+        assert_eq!(states.fault(pages[3]), FaultVerdict::MapZero);
+        assert_eq!(states.claim(pages[0], LANE), Claim::Lost);
+        assert_eq!(states.claim(pages[2], LANE), Claim::Won { wanted: false });
+        assert_eq!(states.arrived(pages[2], LANE), Arrival::Present { wanted: false });
+        assert_eq!(states.fault(pages[2]), FaultVerdict::Map, "what came after the handoff is never outdated");
+    }
+
+    #[test]
+    fn a_version_that_is_replaced_counts_as_gone_meanwhile() {
+        let states = PageStates::new(PageCount(1));
+        bring(&states, PageIndex(0), false);
+        assert_eq!(states.reclaim(PageIndex(0), LANE), Some(true));
+        assert_eq!(states.forget(0, 1), 0);
+        assert!(!states.release(PageIndex(0), LANE));
+        assert!(states.is_absent(PageIndex(0)));
+    }
+}

@@ -125,6 +125,9 @@ impl Shared {
         });
         match DestinationPager::start(self.machine.ram(), pages, self.settings.lazy_memory, &notify) {
             Ok(pager) => {
+                if self.settings.record_faults {
+                    pager.trace_faults();
+                }
                 *self.pager() = Some(pager);
                 DestinationEvent::Prepared
             }

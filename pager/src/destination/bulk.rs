@@ -220,11 +220,7 @@ impl BulkReceiver {
                     self.shared.ask_anew(page);
                 }
             } else {
-                if zero >> bit & 1 == 1 {
-                    self.shared.states.arrived_zero(page, self.tag);
-                } else {
-                    self.shared.states.arrived(page, self.tag);
-                }
+                self.shared.states.version_arrived(page, self.tag, zero >> bit & 1 == 1);
                 self.shared.ahead.note(page, stage.round);
             }
         }

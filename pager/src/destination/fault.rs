@@ -21,6 +21,7 @@ use super::{Shared, poll_fd};
 use crate::lane::{PageLane, PagerEvent};
 use crate::state::{Arrival, Claim, FaultVerdict, LaneTag};
 use crate::stats::{FaultStats, FaultTimes};
+use crate::trace::{Answer, TracedFault};
 use crate::uffd::{FaultBuffer, WatchError};
 
 /// Operations under way: two polls, one receive, one send; rounded up.
@@ -242,14 +243,20 @@ impl FaultService {
             FaultVerdict::Landing => self.with_stats(|stats| stats.local += 1),
             FaultVerdict::Map => {
                 self.shared.watch.map(page, PageCount(1), true)?;
-                self.with_stats(|stats| stats.record_local(taken, Nanos::now()));
+                self.served_here(page, taken);
             }
             FaultVerdict::MapZero => {
                 self.shared.watch.map_zero(page, PageCount(1))?;
-                self.with_stats(|stats| stats.record_local(taken, Nanos::now()));
+                self.served_here(page, taken);
             }
         }
         Ok(())
+    }
+
+    fn served_here(&self, page: PageIndex, taken: Nanos) {
+        let woken = Nanos::now();
+        self.with_stats(|stats| stats.record_local(taken, woken));
+        self.shared.trace.note(TracedFault { page, taken, woken: Some(woken), answer: Answer::Local });
     }
 
     /// Hands the gathered requests to the socket, unless the last ones are still under way: then these follow.
@@ -394,6 +401,7 @@ impl FaultService {
         self.shared.placed(1);
         let Asked { taken, submitted, .. } = asked;
         self.with_stats(|stats| stats.record_remote(FaultTimes { taken, submitted, arrived, placed, woken }));
+        self.shared.trace.note(TracedFault { page: asked.page, taken, woken: Some(woken), answer: Answer::Remote });
         Ok(())
     }
 
@@ -410,6 +418,7 @@ impl FaultService {
         let Asked { taken, submitted, .. } = asked;
         // Mapping a zero page wakes by itself; its wake-up is not a step of its own.
         self.with_stats(|stats| stats.record_remote(FaultTimes { taken, submitted, arrived, placed, woken: placed }));
+        self.shared.trace.note(TracedFault { page: asked.page, taken, woken: Some(placed), answer: Answer::Remote });
         Ok(())
     }
 
@@ -437,11 +446,16 @@ impl FaultService {
                 Some(found) => {
                     let (_, woken) = self.wakes.swap_remove(found);
                     self.raced.swap_remove(index);
-                    self.with_stats(|stats| stats.record_raced(raced.taken, Some(woken)));
+                    self.count_raced(raced, Some(woken));
                 }
                 None => index += 1,
             }
         }
+    }
+
+    fn count_raced(&self, Raced { page, taken }: Raced, woken: Option<Nanos>) {
+        self.with_stats(|stats| stats.record_raced(taken, woken));
+        self.shared.trace.note(TracedFault { page, taken, woken, answer: Answer::Raced });
     }
 
     fn with_stats(&self, record: impl FnOnce(&mut FaultStats)) {
@@ -459,7 +473,7 @@ impl Drop for FaultService {
         }
         self.match_raced();
         for raced in std::mem::take(&mut self.raced) {
-            self.with_stats(|stats| stats.record_raced(raced.taken, None));
+            self.count_raced(raced, None);
         }
     }
 }

@@ -91,13 +91,9 @@ impl Handoff {
             return Err(DestinationPagerError::HandedOver);
         }
         let (mut to_come, mut forgotten) = (0_u64, 0_u64);
-        for (first, mask) in within(missing, states.pages()).filter(|(_, mask)| *mask != 0) {
-            for (bit, count) in runs(mask) {
-                for page in (first + u64::from(bit)..first + u64::from(bit + count)).map(PageIndex) {
-                    forgotten += u64::from(states.forget(page));
-                }
-                to_come += u64::from(count);
-            }
+        for (word, (_, mask)) in within(missing, states.pages()).enumerate() {
+            forgotten += u64::from(states.forget(word, mask).count_ones());
+            to_come += u64::from(mask.count_ones());
         }
         let absent = absent.fetch_add(forgotten, Ordering::AcqRel) + forgotten;
         if absent != to_come {
@@ -115,8 +111,8 @@ impl Handoff {
     }
 }
 
-/// See [`super::DestinationPager::hand_over`]. Costs the bitmap's walk and something for each page that must come again;
-/// nothing for those that need not.
+/// See [`super::DestinationPager::hand_over`]. Costs the bitmap's walk, word by word, and something for each page that was
+/// mapped too early.
 pub fn hand_over(shared: &Shared, missing: &[u64]) -> Result<(), DestinationPagerError> {
     // The guest stands still: the mapper must neither take the lock again, nor a processor.
     shared.handoff.begun.store(true, Ordering::Release);

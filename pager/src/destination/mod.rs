@@ -42,6 +42,7 @@ use crate::ram::{Ram, RamError};
 use crate::source::thread_name;
 use crate::state::{Arrival, Claim, LaneTag, PageStates};
 use crate::stats::{FaultStats, RateSeries, WaitCounts};
+use crate::trace::{FaultTrace, TracedFault};
 use crate::uffd::{Watch, WatchError};
 
 /// Wake-ups of raced faults that the bulk lanes report and the fault thread has not looked at yet. More than there
@@ -128,6 +129,7 @@ struct Shared {
     raced_wakes: ArrayQueue<(PageIndex, Nanos)>,
     counts: Counts,
     faults: Mutex<FaultStats>,
+    trace: FaultTrace,
     pushed_rates: Mutex<Vec<RateSeries>>,
     bulk_lanes_open: AtomicU64,
     notify: Notify,
@@ -270,6 +272,7 @@ impl DestinationPager {
             raced_wakes: ArrayQueue::new(RACED_WAKES),
             counts: Counts::default(),
             faults: Mutex::new(FaultStats::new()),
+            trace: FaultTrace::default(),
             pushed_rates: Mutex::new(Vec::new()),
             bulk_lanes_open: AtomicU64::new(0),
             notify: Arc::clone(notify),
@@ -456,6 +459,17 @@ impl DestinationPager {
     #[must_use]
     pub fn fault_stats(&self) -> FaultStats {
         self.shared.faults.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Keeps every fault from now on, up to [`MOST_TRACED`](crate::trace::MOST_TRACED).
+    pub fn trace_faults(&self) {
+        self.shared.trace.start();
+    }
+
+    /// The faults kept, in the order in which they were answered.
+    #[must_use]
+    pub fn traced_faults(&self) -> Vec<TracedFault> {
+        self.shared.trace.faults()
     }
 
     /// How long faults whose pages were asked for took so far, in few words.

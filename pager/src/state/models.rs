@@ -213,10 +213,8 @@ impl Moving {
             if self.states.release(PAGE, tag) {
                 self.orphans.fetch_add(1, Ordering::SeqCst);
             }
-        } else if zero {
-            self.states.arrived_zero(PAGE, tag);
         } else {
-            assert_eq!(self.states.arrived(PAGE, tag), Arrival::Present { wanted: false }, "nobody runs yet");
+            self.states.version_arrived(PAGE, tag, zero);
         }
         Some(!*handed_over)
     }
@@ -224,7 +222,7 @@ impl Moving {
     /// The handoff, with the page among those that must come again.
     fn hand_over(&self) {
         let mut handed_over = self.handed_over.lock().unwrap();
-        self.states.forget(PAGE);
+        self.states.forget(0, 1);
         *handed_over = true;
     }
 

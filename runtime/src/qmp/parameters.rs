@@ -47,6 +47,8 @@ pub struct Parameters {
     pub time_budget_ms: u64,
     /// Record each round's bitmap in the report.
     pub record_bitmaps: bool,
+    /// Record each fault in the report; the destination's.
+    pub record_faults: bool,
     /// How long the other side may be silent, in milliseconds, before the link counts as lost.
     pub silence_ms: u64,
 }
@@ -83,6 +85,7 @@ impl Default for Parameters {
             max_rounds: 100,
             time_budget_ms: 120_000,
             record_bitmaps: false,
+            record_faults: false,
             silence_ms: 5_000,
         }
     }
@@ -112,7 +115,7 @@ const COMPRESSIONS: [(&str, Compression); 4] = [
 const MULTIFD_COMPRESSIONS: [(&str, MultifdCompression); 2] =
     [("none", MultifdCompression::None), ("zstd", MultifdCompression::Zstd)];
 
-const SETTABLE: [Entry; 19] = [
+const SETTABLE: [Entry; 20] = [
     Entry {
         name: "max-bandwidth",
         get: |all| json!(all.max_bandwidth),
@@ -229,6 +232,11 @@ const SETTABLE: [Entry; 19] = [
         set: |all, given| given.boolean().map(|value| all.record_bitmaps = value),
     },
     Entry {
+        name: "x-switchover-record-faults",
+        get: |all| json!(all.record_faults),
+        set: |all, given| given.boolean().map(|value| all.record_faults = value),
+    },
+    Entry {
         name: "x-switchover-silence",
         get: |all| json!(all.silence_ms),
         set: |all, given| given.within(SILENCES, " ms").map(|value| all.silence_ms = value),
@@ -238,8 +246,13 @@ const SETTABLE: [Entry; 19] = [
 /// Those that a migration takes along when it begins, and whose names are not QEMU's: changing one under way is refused.
 /// QEMU's own are accepted at any time, as QEMU accepts them; where they cannot take effect at once, the next migration
 /// has them.
-const FIXED_UNDER_WAY: [&str; 4] =
-    ["x-switchover-mode", "x-switchover-compression", "x-switchover-same-as", "x-switchover-record-bitmaps"];
+const FIXED_UNDER_WAY: [&str; 5] = [
+    "x-switchover-mode",
+    "x-switchover-compression",
+    "x-switchover-same-as",
+    "x-switchover-record-bitmaps",
+    "x-switchover-record-faults",
+];
 
 const NO_TLS: &str = "lanes are not encrypted yet";
 const NO_NETWORK: &str = "this machine has no network card to announce";
@@ -366,7 +379,7 @@ mod tests {
             "max-cpu-throttle": 20, "vcpu-dirty-limit": 7, "x-switchover-mode": "hybrid",
             "x-switchover-blackout": 0, "x-switchover-compression": "lz4", "x-switchover-same-as": false,
             "x-switchover-max-rounds": 1, "x-switchover-time-budget": 4_294_967_295_u32,
-            "x-switchover-record-bitmaps": true, "x-switchover-silence": 1000,
+            "x-switchover-record-bitmaps": true, "x-switchover-record-faults": true, "x-switchover-silence": 1000,
         });
         let other = other.as_object().unwrap();
         assert_eq!(other.len(), SETTABLE.len());
@@ -482,6 +495,7 @@ mod tests {
             (json!({"x-switchover-compression": "off"}), true),
             (json!({"x-switchover-same-as": false}), true),
             (json!({"x-switchover-record-bitmaps": true}), true),
+            (json!({"x-switchover-record-faults": true}), true),
             (json!({"x-switchover-mode": "precopy", "x-switchover-compression": "adaptive"}), false),
             (json!({"max-bandwidth": 5, "downtime-limit": 5, "x-switchover-blackout": 6}), false),
             (json!({"multifd-channels": 5, "multifd-compression": "zstd", "cpu-throttle-initial": 30}), false),

@@ -36,6 +36,7 @@ pub fn settings(capabilities: &Capabilities, parameters: &Parameters) -> Setting
         throttling: throttling(capabilities, parameters),
         pause_before_switchover: capabilities.has("pause-before-switchover"),
         record_bitmaps: parameters.record_bitmaps,
+        record_faults: parameters.record_faults,
         silence: silence(parameters),
         ..Settings::default()
     }
@@ -202,13 +203,18 @@ mod tests {
 
     #[test]
     fn pausing_lanes_and_bitmaps_are_as_asked() {
-        let parameters =
-            Parameters { record_bitmaps: true, multifd_channels: 7, silence_ms: 1_500, ..Parameters::default() };
+        let parameters = Parameters {
+            record_bitmaps: true,
+            record_faults: true,
+            multifd_channels: 7,
+            silence_ms: 1_500,
+            ..Parameters::default()
+        };
         let settings = with(&["pause-before-switchover", "multifd"], &parameters);
-        assert!(settings.pause_before_switchover && settings.record_bitmaps);
+        assert!(settings.pause_before_switchover && settings.record_bitmaps && settings.record_faults);
         assert_eq!((settings.bulk_lanes, settings.silence), (7, Duration::from_millis(1_500)));
         let settings = with(&[], &Parameters::default());
-        assert!(!settings.pause_before_switchover && !settings.record_bitmaps);
+        assert!(!settings.pause_before_switchover && !settings.record_bitmaps && !settings.record_faults);
         assert_eq!((settings.bulk_lanes, settings.silence), (1, Settings::default().silence));
     }
 }

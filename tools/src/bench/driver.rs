@@ -39,6 +39,9 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 /// How often a wait looks whether the user wants to end it.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// Asks for each fault in the report.
+const RECORD_FAULTS: &str = "x-switchover-record-faults";
+
 const SOURCE: &str = "the source";
 const DESTINATION: &str = "the destination";
 
@@ -253,6 +256,10 @@ impl<'a> Driver<'a> {
             Link::Unix => format!("unix:{}", files.migration.display()),
             Link::Tcp | Link::Veth => tcp(address, 0),
         };
+        if self.plan.trace.is_some() {
+            let parameters = json!({ RECORD_FAULTS: true });
+            destination.execute("migrate-set-parameters", parameters).map_err(RunError::on(DESTINATION))?;
+        }
         destination.execute("migrate-incoming", json!({ "uri": wanted })).map_err(RunError::on(DESTINATION))?;
         if self.plan.link == Link::Unix {
             return Ok(wanted);

@@ -99,6 +99,7 @@ pub fn sides(seed: u64) -> (SideReport, SideReport) {
         ram_pages: 131_072,
         pages: None,
         faults: None,
+        fault_trace: Vec::new(),
         rates: None,
         cpu: CpuSeconds { user: 0.05, system: 0.19 },
         precopy: None,
@@ -130,6 +131,7 @@ pub fn sides(seed: u64) -> (SideReport, SideReport) {
         }),
         rates: Some(rates(&mut noise, commit_there, drain, &faults, pushed)),
         faults: Some(faults),
+        fault_trace: Vec::new(),
         cpu: CpuSeconds { user: 0.08, system: 0.31 },
         ..source.clone()
     };

@@ -55,7 +55,7 @@ impl World {
         self.write(OLD);
         let stage = self.handoff.stage();
         if stage.phase == Phase::Precopy {
-            assert_eq!(self.states.arrived(PAGE, tag), Arrival::Present { wanted: false });
+            self.states.version_arrived(PAGE, tag, false);
             self.absent.fetch_sub(1, Ordering::AcqRel);
         } else {
             assert!(!self.states.release(PAGE, tag), "nobody runs before the handoff is done");
