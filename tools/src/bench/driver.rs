@@ -216,7 +216,7 @@ impl<'a> Driver<'a> {
             uri: &uri,
             bandwidth,
             patience: self.plan.patience_s.map(Duration::from_secs_f64),
-            record_bitmaps: self.plan.trace.is_some(),
+            trace: self.plan.trace.is_some(),
             ends: self.ends,
         })?;
         tell("watching it go on");

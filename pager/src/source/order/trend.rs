@@ -2,8 +2,9 @@
 //!
 //! After Leap (Al Maruf and Chowdhury, *Effectively prefetching remote memory with Leap*, 2020): the majority of the latest
 //! distances, by Boyer and Moore's vote, in a window that is widened until there is one. Two things differ, because here what was
-//! prefetched faults no more and so cannot be seen. The distance is taken to the nearest of the latest faults, so that streams
-//! that take turns are told apart; and a trend that was found is a *stream*, which a fault at its end carries on, twice as far.
+//! prefetched faults no more and so cannot be seen. The distance is taken to the nearest of the latest faults, and three equal
+//! ones on the way from one nearest fault to the next are a trend too, so that streams that take turns are told apart. And a
+//! trend that was found is a *stream*, which a fault at its end carries on, twice as far.
 
 use switchover_wire::frame::bulk::CHUNK_PAGES;
 use switchover_wire::types::PageCount;
@@ -19,6 +20,8 @@ const HISTORY: usize = 16;
 const FIRST_VOTE: usize = 4;
 /// Of the latest faults, those that a distance may be taken to.
 const NEIGHBOURS: usize = 4;
+/// Equal distances, each from a fault to the nearest before it, that are a trend without a vote.
+const IN_A_ROW: u8 = 3;
 /// Distances in pages that are a trend: 64 MiB.
 const FARTHEST: u64 = 1 << 14;
 /// Streams at once.
@@ -46,6 +49,8 @@ struct Stream {
 struct History {
     pages: [u64; HISTORY],
     distances: [i64; HISTORY],
+    /// How many distances in a row were the same, from each fault to the nearest before it.
+    rows: [u8; HISTORY],
     count: usize,
 }
 
@@ -61,7 +66,7 @@ pub struct Trend {
 impl Trend {
     /// No faults.
     pub const fn new(pages: PageCount) -> Self {
-        let history = History { pages: [0; HISTORY], distances: [0; HISTORY], count: 0 };
+        let history = History { pages: [0; HISTORY], distances: [0; HISTORY], rows: [0; HISTORY], count: 0 };
         Self { pages: pages.0, lanes: [history; LANES], streams: [None; STREAMS] }
     }
 
@@ -70,7 +75,7 @@ impl Trend {
         let page = fault.page.0;
         let history = &mut self.lanes[usize::from(fault.lane) % LANES];
         history.note(page);
-        let trend = history.majority();
+        let trend = history.trend();
         if let Some(index) = self.streams.iter().position(|stream| stream.is_some_and(|stream| stream.has(page))) {
             let stream = self.streams[index].map(|stream| stream.carried_on(page));
             self.put_first(index, stream);
@@ -106,13 +111,22 @@ impl Trend {
 
 impl History {
     fn note(&mut self, page: u64) {
-        let distances = self.pages.iter().take(self.count.min(NEIGHBOURS)).filter_map(|other| distance(*other, page));
-        let nearest = distances.filter(|distance| *distance != 0).min_by_key(|distance| distance.unsigned_abs());
+        let others = self.pages.iter().zip(&self.distances).zip(&self.rows).take(self.count.min(NEIGHBOURS));
+        let distances = others.filter_map(|((other, before), row)| {
+            let distance = distance(*other, page).filter(|distance| *distance != 0)?;
+            Some((distance, if distance == *before { row.saturating_add(1) } else { 1 }))
+        });
+        let (nearest, row) = distances.min_by_key(|(distance, _)| distance.unsigned_abs()).unwrap_or((0, 0));
         self.pages.copy_within(..HISTORY - 1, 1);
         self.distances.copy_within(..HISTORY - 1, 1);
-        self.pages[0] = page;
-        self.distances[0] = nearest.unwrap_or(0);
+        self.rows.copy_within(..HISTORY - 1, 1);
+        (self.pages[0], self.distances[0], self.rows[0]) = (page, nearest, row);
         self.count = (self.count + 1).min(HISTORY);
+    }
+
+    /// What the latest fault follows: see the top of this file.
+    fn trend(&self) -> Option<i64> {
+        if self.rows[0] >= IN_A_ROW { Some(self.distances[0]) } else { self.majority() }
     }
 
     /// The distance that more than half of the latest have, in the smallest window that has one.
@@ -236,7 +250,7 @@ mod tests {
     #[test]
     fn two_streams_that_take_turns_are_told_apart() {
         let pages = (0..).flat_map(|index| [1000 + index, 3000 + index * 5]);
-        assert!(found_after(pages.map(fault)).is_some_and(|faults| faults <= 10));
+        assert!(found_after(pages.map(fault)).is_some_and(|faults| faults <= 8));
         let lanes = (0..).flat_map(|index| {
             [Fault { page: PageIndex(1000 + index), lane: 0 }, Fault { page: PageIndex(900_000 - 9 * index), lane: 1 }]
         });
