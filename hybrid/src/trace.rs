@@ -118,7 +118,9 @@ pub enum TraceError {
     #[error("there is no pre-copy in this report: record a migration in mode precopy or hybrid, at its source")]
     NoPrecopy,
     /// The report is of a migration without post-copy, of the source, or of faults that were not recorded.
-    #[error("there are no faults in this report: record a migration in mode postcopy or hybrid, with faults switched on")]
+    #[error(
+        "there are no faults in this report: record a migration in mode postcopy or hybrid, with faults switched on"
+    )]
     NoFaults,
     /// The text is too long to be read.
     #[error("this trace has {0} bytes, and no more than {MOST_TEXT} are read")]
@@ -168,7 +170,10 @@ impl Trace {
         let rounds = Self::from_report(name.clone(), source);
         let drain = destination.map_or(Err(TraceError::NoFaults), |there| Drain::from_reports(source, there, vcpus));
         let mut trace = match (rounds, &drain) {
-            (Err(TraceError::NoPrecopy | TraceError::NoBitmaps), Ok(_)) => Self::new(name, source.ram_pages),
+            (Err(TraceError::NoPrecopy | TraceError::NoBitmaps), Ok(_)) => {
+                let zero = destination.and_then(|there| there.pages.as_ref()).map_or(0, |pages| pages.zero);
+                Self { zero_pages: zero.min(source.ram_pages), ..Self::new(name, source.ram_pages) }
+            }
             (rounds, _) => rounds?,
         };
         trace.drain = match drain {

@@ -73,9 +73,12 @@ fn what_is_wanted_goes_to_one_pusher_and_is_not_lost() {
         let (theirs, kept) = other.join().unwrap();
         faults.join().unwrap();
         assert_eq!((kept.len(), queue.take_kept(bulk).len()), (1, 0));
-        let found: Vec<_> = [mine, theirs].into_iter().chain([queue.urgent(&ALL), queue.urgent(&ALL)]).flatten().collect();
+        let found: Vec<_> =
+            [mine, theirs].into_iter().chain([queue.urgent(&ALL), queue.urgent(&ALL)]).flatten().collect();
         assert_eq!(found.len(), 2, "{found:?}");
-        assert!(found.contains(&Step { chunk: ChunkIndex(0), pages: 1 << 5 })
-            && found.contains(&Step { chunk: ChunkIndex(1), pages: u64::MAX }));
+        assert!(
+            found.contains(&Step { chunk: ChunkIndex(0), pages: 1 << 5 })
+                && found.contains(&Step { chunk: ChunkIndex(1), pages: u64::MAX })
+        );
     });
 }
