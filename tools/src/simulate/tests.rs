@@ -88,5 +88,5 @@ fn a_file_that_is_no_trace_is_told() {
     assert!(load(&path).unwrap_err().sentence.contains("No such file"));
     std::fs::write(&path, "{}").unwrap();
     let Failure { status, sentence } = load(&path).unwrap_err();
-    assert!(status == 1 && sentence.contains("t.json") && sentence.contains("switchover.trace/v1"), "{sentence}");
+    assert!(status == 1 && sentence.contains("t.json") && sentence.contains("switchover.trace/v2"), "{sentence}");
 }

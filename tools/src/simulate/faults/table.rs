@@ -2,8 +2,12 @@
 
 use std::fmt::Write as _;
 
+use super::play::Outcome;
 use super::{Judged, Played};
 use crate::simulate::table::bandwidth;
+
+/// Seconds of stall below which two orders are alike: one fault.
+const LEAST: f64 = 1e-4;
 
 /// All of `judged` as text for a terminal.
 #[must_use]
@@ -18,7 +22,7 @@ pub fn text(judged: &[Judged]) -> String {
         "trace", "link", "order", "asked", "raced", "landing", "stall", "× best", "drain", "finish"
     );
     for one in judged {
-        let mut line = |order: &str, outcome: &super::play::Outcome| {
+        let mut line = |order: &str, outcome: &Outcome| {
             let ratio =
                 if one.best.stall > 0.0 { format!("{:.2}", outcome.stall / one.best.stall) } else { "-".to_owned() };
             let _ = writeln!(
@@ -43,25 +47,32 @@ pub fn text(judged: &[Judged]) -> String {
     text + &summary(judged)
 }
 
-/// How far each order is from the best, over all traces.
+/// What each order comes to over all drains. Where the best has no stall at all no ratio to it means anything, so the orders
+/// are compared with the first one too.
 fn summary(judged: &[Judged]) -> String {
     let mut text = String::new();
     let Some(first) = judged.first() else { return text };
-    let _ =
-        writeln!(text, "\nover {} drains: stall against the best (geometric mean, worst), faults asked", judged.len());
+    let name = first.played.first().map_or("", |played| &played.order);
+    let _ = writeln!(
+        text,
+        "\nover {} drains: seconds stalled, faults asked, stall against {name}'s (geometric mean), against the best's (sum)",
+        judged.len()
+    );
+    let best: f64 = judged.iter().map(|one| one.best.stall).sum();
+    let mut line = |order: &str, of_it: &dyn Fn(&Judged) -> Option<Outcome>| {
+        let all = || judged.iter().filter_map(|one| Some((one.played.first()?.outcome, of_it(one)?)));
+        let stall: f64 = all().map(|(_, outcome)| outcome.stall).sum();
+        let asked: u64 = all().map(|(_, outcome)| outcome.asked).sum();
+        let logs = all().map(|(first, outcome)| (outcome.stall.max(LEAST) / first.stall.max(LEAST)).ln());
+        let mean = (logs.sum::<f64>() / judged.len() as f64).exp();
+        let ratio = if best > 0.0 { format!("{:.2}", stall / best) } else { "-".to_owned() };
+        let _ = writeln!(text, "  {order:28} {stall:>9.3} {asked:>10} {mean:>7.3} {ratio:>8}");
+    };
     for (index, Played { order, .. }) in first.played.iter().enumerate() {
-        let of_it = || judged.iter().filter_map(|one| one.played.get(index).map(|played| (one, played.outcome)));
-        let ratios: Vec<f64> = of_it()
-            .filter(|(one, _)| one.best.stall > 0.0)
-            .map(|(one, outcome)| (outcome.stall / one.best.stall).max(f64::MIN_POSITIVE))
-            .collect();
-        let mean = (ratios.iter().map(|ratio| ratio.ln()).sum::<f64>() / ratios.len().max(1) as f64).exp();
-        let worst = ratios.iter().copied().fold(0.0, f64::max);
-        let asked: u64 = of_it().map(|(_, outcome)| outcome.asked).sum();
-        let _ = writeln!(text, "  {order:28} {mean:>6.2} {worst:>7.2} {asked:>10}");
+        line(order, &|one| one.played.get(index).map(|played| played.outcome));
     }
-    let asked: u64 = judged.iter().map(|one| one.best.asked).sum();
-    let _ = writeln!(text, "  {:28} {:>6.2} {:>7.2} {asked:>10}", "best feasible", 1.0, 1.0);
+    line("best feasible", &|one| Some(one.best));
+    line("bound", &|one| Some(one.bound));
     text
 }
 
