@@ -16,7 +16,7 @@
 //! | `handoff_ns` | what a handoff cost besides pages |
 //! | `epochs` | `duration_ns`; `written`, and `read` where it is known: [`switchover_wire::bitmap`] as base64, of `ram_pages` bits in whole words; `writes_per_second`: how often each of the pages was written |
 //! | `recorded` | `rounds`, `samples`, `decisions` as in the report |
-//! | `drain` | where there was post-copy: `vcpus`, `held`, `missing` (a bitmap as above; absent: all of RAM), `entry_ns`, `faults` as in the report |
+//! | `drain` | where there was post-copy: `vcpus`, `held`, `missing` (a bitmap as above; absent: all of RAM), `zero_pages`, `entry_ns`, `faults` as in the report |
 //!
 //! The first version had no `drain`; its traces are read too.
 //!
@@ -170,10 +170,7 @@ impl Trace {
         let rounds = Self::from_report(name.clone(), source);
         let drain = destination.map_or(Err(TraceError::NoFaults), |there| Drain::from_reports(source, there, vcpus));
         let mut trace = match (rounds, &drain) {
-            (Err(TraceError::NoPrecopy | TraceError::NoBitmaps), Ok(_)) => {
-                let zero = destination.and_then(|there| there.pages.as_ref()).map_or(0, |pages| pages.zero);
-                Self { zero_pages: zero.min(source.ram_pages), ..Self::new(name, source.ram_pages) }
-            }
+            (Err(TraceError::NoPrecopy | TraceError::NoBitmaps), Ok(_)) => Self::new(name, source.ram_pages),
             (rounds, _) => rounds?,
         };
         trace.drain = match drain {

@@ -249,7 +249,11 @@ fn drains(args: &SimulateArgs) -> Result<(), Failure> {
 }
 
 fn load(path: &Path) -> Result<Guest, Failure> {
-    Guest::from_trace(&read(path)?).map_err(|error| unplayable(path, &error))
+    let trace = read(path)?;
+    if trace.epochs.is_empty() {
+        return Err(unplayable(path, &"it holds no rounds of pre-copy; play its faults with --faults"));
+    }
+    Guest::from_trace(&trace).map_err(|error| unplayable(path, &error))
 }
 
 fn read(path: &Path) -> Result<Trace, Failure> {

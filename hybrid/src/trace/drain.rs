@@ -23,6 +23,9 @@ pub struct Drain {
     /// The pages that were to come: a bitmap in base64. Absent: all of RAM.
     #[serde(default)]
     pub missing: Option<String>,
+    /// How many of them were zero.
+    #[serde(default)]
+    pub zero_pages: u64,
     /// When the first vCPU entered the guest, on the clock of the faults.
     #[serde(default)]
     pub entry_ns: Option<u64>,
@@ -46,6 +49,7 @@ impl Drain {
             vcpus,
             held,
             missing: source.precopy.as_ref().and_then(|precopy| precopy.missing.clone()),
+            zero_pages: destination.pages.as_ref().map_or(0, |pages| pages.zero),
             entry_ns: destination.instants.first_entry_ns,
             faults,
         })
@@ -119,7 +123,7 @@ mod tests {
     fn trace() -> Trace {
         let mut trace = Trace::new("drained", 100);
         let faults = vec![fault(7, 20), fault(99, 30)];
-        trace.drain = Some(Drain { vcpus: 1, held: true, missing: None, entry_ns: Some(25), faults });
+        trace.drain = Some(Drain { vcpus: 1, held: true, missing: None, zero_pages: 9, entry_ns: Some(25), faults });
         trace
     }
 

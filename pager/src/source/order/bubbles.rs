@@ -11,7 +11,7 @@ use super::{Left, Looks, Step, part};
 /// Bubbles at once.
 const MOST: usize = 16;
 /// Pages on either side of a first fault.
-const FIRST: u64 = 8;
+const FIRST: u64 = 16;
 /// Pages that one fault earns a side at most: 4 MiB.
 const MOST_EARNED: u64 = 1024;
 
@@ -140,7 +140,7 @@ mod tests {
         bubbles.note(PageIndex(130));
         let mut all = offered(&mut bubbles, &mut pages);
         all.sort_unstable();
-        assert_eq!(all, (122..139).filter(|page| *page != 130).collect::<Vec<_>>());
+        assert_eq!(all, (114..147).filter(|page| *page != 130).collect::<Vec<_>>());
     }
 
     #[test]

@@ -49,7 +49,7 @@ impl Policy {
     /// In the order of the addresses, whatever is asked for.
     pub const SWEEP: Self = Self { hints: Hints::First, near: Near::None, trend: false, aim: false };
     /// What the replayed traces speak for: docs/prefetch.md.
-    pub const CHOSEN: Self = Self { hints: Hints::First, near: Near::Around, trend: false, aim: false };
+    pub const CHOSEN: Self = Self { hints: Hints::First, near: Near::Latest, trend: true, aim: true };
     /// Those that docs/prefetch.md compares.
     pub const COMPARED: [Self; 9] = [
         Self::SWEEP,

@@ -28,8 +28,8 @@ const FARTHEST: u64 = 1 << 14;
 const STREAMS: usize = 8;
 /// Pages that a stream goes ahead at first.
 const FIRST_WINDOW: u64 = 16;
-/// And at most.
-const MOST_WINDOW: u64 = 1 << 14;
+/// And at most: 4 MiB of neighbours. More kept others' pages waiting behind a stream that was none any more.
+const MOST_WINDOW: u64 = 1 << 10;
 /// How many steps behind a stream's end a fault may be, and how many ahead of it, that carries it on.
 const SLACK: u64 = 8;
 
@@ -172,7 +172,7 @@ impl Stream {
         let ahead = (page >= self.next) == (self.stride > 0) || page == self.next;
         // A guest that goes by single pages may skip some; one that goes by larger steps is on them.
         let on_it = stride == 1 || page.abs_diff(self.next) % stride.max(1) == 0;
-        let near = if ahead { steps <= SLACK.max(self.window / 2) } else { steps <= self.window + SLACK };
+        let near = steps <= if ahead { SLACK } else { self.window + SLACK };
         on_it && near
     }
 

@@ -18,18 +18,31 @@ use super::play::{Outcome, Push, play};
 /// Pages that arrive together.
 const BATCHES: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
 
-/// The missing pages in the order of their first touch in a run without stalls, then all others.
+/// How the touches of several vCPUs are put in one order.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Merge {
+    /// By the time at which each would come in a run without stalls: right where there are few.
+    ByTime,
+    /// Every vCPU's first, every vCPU's second, and so on: right where all wait for the link most of the time.
+    InTurn,
+}
+
+/// The missing pages in the order of their first touch, then all others.
 #[must_use]
-pub fn order(guest: &Toucher) -> Vec<u64> {
+pub fn order(guest: &Toucher, merge: Merge) -> Vec<u64> {
     let mut touches = Vec::new();
     for (vcpu, of_it) in guest.vcpus.iter().enumerate() {
         let mut at = 0_u64;
-        for touch in of_it {
+        for (rank, touch) in of_it.iter().enumerate() {
             at = at.saturating_add(touch.think_ns);
-            touches.push((at, vcpu, touch.page));
+            let place = match merge {
+                Merge::ByTime => at,
+                Merge::InTurn => rank as u64,
+            };
+            touches.push((place, vcpu, touch.page));
         }
     }
-    touches.sort_by_key(|(at, ..)| *at);
+    touches.sort_by_key(|(place, ..)| *place);
     let mut left = guest.missing.clone();
     let mut take = |page: u64| {
         let (word, bit) = (index(page), 1 << (page % 64));
@@ -46,14 +59,20 @@ pub fn order(guest: &Toucher) -> Vec<u64> {
 /// The best feasible schedule.
 #[must_use]
 pub fn best(guest: &Toucher, model: &Model) -> Outcome {
-    let pages = order(guest);
-    let tries = BATCHES.map(|batch| play(guest, model, &Push::Known { pages: &pages, batch }));
-    tries.into_iter().min_by(|one, other| one.stall.total_cmp(&other.stall)).unwrap_or_default()
+    least(guest, model, &BATCHES)
 }
 
 /// What no schedule can beat.
 #[must_use]
 pub fn bound(guest: &Toucher, model: &Model) -> Outcome {
-    let pages = order(guest);
-    play(guest, &model.free_of_charge(), &Push::Known { pages: &pages, batch: 1 })
+    least(guest, &model.free_of_charge(), &BATCHES[..1])
+}
+
+fn least(guest: &Toucher, model: &Model, batches: &[usize]) -> Outcome {
+    let merges = if guest.vcpus.len() > 1 { &[Merge::ByTime, Merge::InTurn][..] } else { &[Merge::ByTime] };
+    let orders: Vec<_> = merges.iter().map(|merge| order(guest, *merge)).collect();
+    let tries = orders
+        .iter()
+        .flat_map(|pages| batches.iter().map(move |batch| play(guest, model, &Push::Known { pages, batch: *batch })));
+    tries.min_by(|one, other| one.stall.total_cmp(&other.stall)).unwrap_or_default()
 }

@@ -67,8 +67,7 @@ impl Toucher {
         }
         let missing = drain.missing(trace)?;
         let vcpus = touches(drain, &missing, outside_ns);
-        let zero =
-            if drain.missing.is_some() { vec![0; missing.len()] } else { zeros(&missing, &vcpus, trace.zero_pages) };
+        let zero = zeros(&missing, &vcpus, drain.zero_pages);
         Ok(Self {
             name: trace.name.clone(),
             pages: trace.ram_pages,
@@ -169,8 +168,7 @@ mod tests {
 
     fn trace(vcpus: u32, faults: Vec<FaultRecord>) -> Trace {
         let mut trace = Trace::new("t", 200);
-        trace.zero_pages = 100;
-        trace.drain = Some(Drain { vcpus, held: true, missing: None, entry_ns: Some(90), faults });
+        trace.drain = Some(Drain { vcpus, held: true, missing: None, zero_pages: 100, entry_ns: Some(90), faults });
         trace
     }
 
