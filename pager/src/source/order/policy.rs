@@ -49,15 +49,16 @@ impl Policy {
     /// In the order of the addresses, whatever is asked for.
     pub const SWEEP: Self = Self { hints: Hints::First, near: Near::None, trend: false, aim: false };
     /// What the replayed traces speak for: docs/prefetch.md.
-    pub const CHOSEN: Self = Self { hints: Hints::First, near: Near::Latest, trend: true, aim: true };
+    pub const CHOSEN: Self = Self { hints: Hints::First, near: Near::Latest, trend: false, aim: true };
     /// Those that docs/prefetch.md compares.
-    pub const COMPARED: [Self; 9] = [
+    pub const COMPARED: [Self; 10] = [
         Self::SWEEP,
         Self { near: Near::Around, ..Self::SWEEP },
         Self { near: Near::Latest, ..Self::SWEEP },
         Self { near: Near::Bubbles, ..Self::SWEEP },
         Self { trend: true, ..Self::SWEEP },
         Self { aim: true, ..Self::SWEEP },
+        Self { near: Near::Latest, aim: true, ..Self::SWEEP },
         Self { trend: true, near: Near::Latest, aim: true, ..Self::SWEEP },
         Self { trend: true, near: Near::Bubbles, aim: true, ..Self::SWEEP },
         Self { trend: true, near: Near::Bubbles, aim: true, hints: Hints::InTurn },

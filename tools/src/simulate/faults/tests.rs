@@ -117,21 +117,18 @@ fn a_link_that_carries_next_to_nothing_is_played_to_the_end() {
     }
 }
 
-/// What the choice rests on, on the seeds that nothing was tuned by.
+/// What the choice rests on, in little: docs/prefetch.md has all of it.
 #[test]
 fn the_chosen_order_is_the_best_of_those_compared_over_all_patterns() {
     let mut stall = [0.0; Policy::COMPARED.len()];
     for pattern in Pattern::ALL {
-        for pace_ns in [500, 20_000] {
-            let guest = patterns::guest(pattern, patterns::JUDGING_SEEDS.start, PAGES, pace_ns);
-            let judged = judge(&guest, &model(2_000_000_000), &Policy::COMPARED);
-            let most = judged.played.iter().map(|played| played.outcome.stall).fold(0.0, f64::max);
-            // Each guest counts alike, however long it stalls.
-            stall.iter_mut().zip(&judged.played).for_each(|(sum, played)| *sum += played.outcome.stall / most);
+        let guest = patterns::guest(pattern, patterns::JUDGING_SEEDS.start, 4 * PAGES, 20_000);
+        for bits in [1_000_000_000, 10_000_000_000] {
+            let judged = judge(&guest, &model(bits), &Policy::COMPARED);
+            stall.iter_mut().zip(&judged.played).for_each(|(sum, played)| *sum += played.outcome.stall);
         }
     }
     let chosen = Policy::COMPARED.iter().position(|policy| *policy == Policy::CHOSEN).unwrap();
     let best = stall.iter().copied().fold(f64::INFINITY, f64::min);
-    // Within five percent of whichever is best here: docs/prefetch.md weighs the recorded traces besides.
-    assert!(stall[chosen] <= best * 1.05, "{stall:?}");
+    assert!(stall[chosen] <= best * 1.02, "{stall:?}");
 }
