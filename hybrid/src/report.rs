@@ -247,6 +247,9 @@ pub struct PrecopyReport {
     pub throttle_percent: u8,
     /// Pages that the handoff left to be sent.
     pub handoff_pages: u64,
+    /// Those pages, where the settings ask for the rounds': [`switchover_wire::bitmap`], base64.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missing: Option<String>,
 }
 
 /// One round of pre-copy.

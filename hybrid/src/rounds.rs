@@ -209,6 +209,11 @@ impl Precopy {
     pub fn report(&self) -> PrecopyReport {
         let mut report = self.book().report.clone();
         report.encodings = self.encodings();
+        if report.rounds.iter().any(|round| round.dirtied.is_some()) {
+            let missing = self.missing.lock().unwrap_or_else(PoisonError::into_inner);
+            report.missing =
+                missing.as_ref().map(|missing| BASE64.encode(switchover_wire::bitmap::encode(missing.words())));
+        }
         report
     }
 

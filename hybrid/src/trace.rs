@@ -1,7 +1,8 @@
-//! A recorded pre-copy, for playing it again at other bandwidths, delays and limits.
+//! A recorded migration, for playing it again at other bandwidths, delays and limits.
 //!
-//! A trace is a guest seen through its dirty log: a sequence of epochs, each with its length and the set of pages that were
-//! written in it. Those of a recorded run are its rounds. What the monitor saw and decided then goes along, for comparison.
+//! Of its pre-copy, a trace is the guest seen through its dirty log: a sequence of epochs, each with its length and the set of
+//! pages that were written in it. Those of a recorded run are its rounds. What the monitor saw and decided then goes along, for
+//! comparison. Of its post-copy, a trace is the guest's faults ([`drain`]). One of the two may be missing.
 //!
 //! It is one JSON object:
 //!
@@ -15,6 +16,9 @@
 //! | `handoff_ns` | what a handoff cost besides pages |
 //! | `epochs` | `duration_ns`; `written`, and `read` where it is known: [`switchover_wire::bitmap`] as base64, of `ram_pages` bits in whole words; `writes_per_second`: how often each of the pages was written |
 //! | `recorded` | `rounds`, `samples`, `decisions` as in the report |
+//! | `drain` | where there was post-copy: `vcpus`, `held`, `missing` (a bitmap as above; absent: all of RAM), `zero_pages`, `entry_ns`, `faults` as in the report |
+//!
+//! The first version had no `drain`; its traces are read too.
 //!
 //! # Example
 //! ```
@@ -32,12 +36,19 @@ use serde::{Deserialize, Serialize};
 use switchover_wire::bitmap;
 use thiserror::Error;
 
+pub mod drain;
+
+use self::drain::Drain;
 use crate::monitor::Sample;
 use crate::report::{DecisionReport, PrecopyReport, RoundReport, SideReport};
 
 /// The format's name and version.
-pub const SCHEMA: &str = "switchover.trace/v1";
+pub const SCHEMA: &str = "switchover.trace/v2";
+/// The version before, which is read as well.
+const FIRST_SCHEMA: &str = "switchover.trace/v1";
 
+/// Text that is read: a day of rounds, and as many faults as are kept.
+const MOST_TEXT: usize = 1 << 30;
 /// RAM that a trace may be of: 16 TiB.
 const MOST_PAGES: u64 = 1 << 32;
 /// Writes a second of one page that are told apart: more are as good as always.
@@ -63,6 +74,15 @@ pub struct Trace {
     /// What was seen and decided when it was recorded.
     #[serde(default)]
     pub recorded: Option<Recorded>,
+    /// Its post-copy.
+    #[serde(default)]
+    pub drain: Option<Drain>,
+}
+
+/// What tells whether the rest can be read.
+#[derive(Deserialize)]
+struct Header {
+    schema: Option<String>,
 }
 
 /// A stretch of the guest's time.
@@ -97,6 +117,14 @@ pub enum TraceError {
     /// The report is of a migration without pre-copy, or of the destination.
     #[error("there is no pre-copy in this report: record a migration in mode precopy or hybrid, at its source")]
     NoPrecopy,
+    /// The report is of a migration without post-copy, of the source, or of faults that were not recorded.
+    #[error(
+        "there are no faults in this report: record a migration in mode postcopy or hybrid, with faults switched on"
+    )]
+    NoFaults,
+    /// The text is too long to be read.
+    #[error("this trace has {0} bytes, and no more than {MOST_TEXT} are read")]
+    TooLong(usize),
     /// The rounds have no bitmaps.
     #[error("the report's rounds have no bitmaps: record the migration with bitmaps switched on")]
     NoBitmaps,
@@ -124,7 +152,33 @@ impl Trace {
             handoff_ns: 0,
             epochs: Vec::new(),
             recorded: None,
+            drain: None,
         }
+    }
+
+    /// The trace of a migration: of what its source told of its rounds, and its destination of its faults. `vcpus`: the guest's.
+    ///
+    /// # Errors
+    /// When neither was recorded.
+    pub fn from_migration(
+        name: impl Into<String>,
+        source: &SideReport,
+        destination: Option<&SideReport>,
+        vcpus: u32,
+    ) -> Result<Self, TraceError> {
+        let name = name.into();
+        let rounds = Self::from_report(name.clone(), source);
+        let drain = destination.map_or(Err(TraceError::NoFaults), |there| Drain::from_reports(source, there, vcpus));
+        let mut trace = match (rounds, &drain) {
+            (Err(TraceError::NoPrecopy | TraceError::NoBitmaps), Ok(_)) => Self::new(name, source.ram_pages),
+            (rounds, _) => rounds?,
+        };
+        trace.drain = match drain {
+            Err(TraceError::NoFaults) => None,
+            drain => Some(drain?),
+        };
+        trace.check()?;
+        Ok(trace)
     }
 
     /// The trace of a source's migration.
@@ -176,13 +230,14 @@ impl Trace {
     /// # Errors
     /// When the text is no trace, or not one that can be played.
     pub fn from_json(text: &str) -> Result<Self, TraceError> {
-        let value: serde_json::Value = serde_json::from_str(text)?;
-        match value.get("schema").and_then(serde_json::Value::as_str) {
-            Some(SCHEMA) => {}
-            Some(other) => return Err(TraceError::Schema(other.to_owned())),
-            None => return Err(TraceError::Schema("none".to_owned())),
+        if text.len() > MOST_TEXT {
+            return Err(TraceError::TooLong(text.len()));
         }
-        let trace: Self = serde_json::from_value(value)?;
+        match serde_json::from_str::<Header>(text)?.schema.as_deref() {
+            Some(SCHEMA | FIRST_SCHEMA) => {}
+            other => return Err(TraceError::Schema(other.unwrap_or("none").to_owned())),
+        }
+        let trace: Self = serde_json::from_str(text)?;
         trace.check()?;
         Ok(trace)
     }
@@ -239,8 +294,11 @@ impl Trace {
         if !self.bytes_per_data_page.is_finite() || self.bytes_per_data_page <= 0.0 {
             return unsound("its pages have no bytes");
         }
-        if self.epochs.is_empty() {
-            return unsound("it has no epochs");
+        if self.epochs.is_empty() && self.drain.is_none() {
+            return unsound("it has neither epochs nor faults");
+        }
+        if let Some(drain) = &self.drain {
+            drain.check(self)?;
         }
         for epoch in &self.epochs {
             if epoch.duration_ns == 0 {
@@ -346,7 +404,7 @@ mod tests {
             ("bitmap", |trace| trace.ram_pages = 500),
             ("zero pages", |trace| trace.zero_pages = 71),
             ("no bytes", |trace| trace.bytes_per_data_page = 0.0),
-            ("no epochs", |trace| trace.epochs.clear()),
+            ("epochs", |trace| trace.epochs.clear()),
             ("no length", |trace| trace.epochs[0].duration_ns = 0),
             ("bitmap", |trace| trace.epochs[0].written = "*".to_owned()),
         ];
@@ -357,8 +415,16 @@ mod tests {
             assert!(error.contains(word), "{word}: {error}");
         }
         assert!(matches!(Trace::from_json(r#"{"schema":"switchover.trace/v9"}"#), Err(TraceError::Schema(_))));
-        assert!(matches!(Trace::from_json("[]"), Err(TraceError::Schema(_))));
+        assert!(matches!(Trace::from_json("[]"), Err(TraceError::Json(_) | TraceError::Schema(_))));
         assert!(matches!(Trace::from_json("{"), Err(TraceError::Json(_))));
+    }
+
+    #[test]
+    fn a_trace_of_the_first_version_is_read() {
+        let trace = Trace::from_precopy("run", 70, &report()).unwrap();
+        let old = trace.to_json().unwrap().replace(SCHEMA, FIRST_SCHEMA).replace(",\"drain\":null", "");
+        assert!(old.contains("trace/v1") && !old.contains("drain"));
+        assert_eq!(Trace::from_json(&old).unwrap().epochs, trace.epochs);
     }
 
     #[test]

@@ -58,8 +58,14 @@ impl SentPages {
     /// Whether all of `chunk` was sent. A plain load, so that a sweep passes over what is done at memory's speed.
     #[must_use]
     pub fn is_done(&self, chunk: ChunkIndex) -> bool {
+        self.left(chunk) == 0
+    }
+
+    /// The pages of `chunk` that nobody has sent.
+    #[must_use]
+    pub fn left(&self, chunk: ChunkIndex) -> u64 {
         let word = usize::try_from(chunk.0).ok().and_then(|index| self.words.get(index));
-        word.is_none_or(|word| !word.load(Ordering::Acquire) & self.full(chunk) == 0)
+        word.map_or(0, |word| !word.load(Ordering::Acquire) & self.full(chunk))
     }
 
     /// Takes those of `wanted` that nobody has sent, and returns them: the caller must send them.

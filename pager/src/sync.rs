@@ -12,7 +12,7 @@ mod real {
     pub use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
     pub use std::sync::{Condvar, Mutex, MutexGuard};
 
-    pub use crossbeam::queue::{ArrayQueue, SegQueue};
+    pub use crossbeam::queue::ArrayQueue;
 }
 
 /// Loom's types, and on top of them what it lacks.
@@ -65,24 +65,7 @@ mod model {
         }
     }
 
-    /// Crossbeam's queues are taken to be right: each operation is one step.
-    #[derive(Debug)]
-    pub struct SegQueue<T>(Mutex<VecDeque<T>>);
-
-    impl<T> SegQueue<T> {
-        pub fn new() -> Self {
-            Self(Mutex::new(VecDeque::new()))
-        }
-
-        pub fn push(&self, value: T) {
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).push_back(value);
-        }
-
-        pub fn pop(&self) -> Option<T> {
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
-        }
-    }
-
+    /// Crossbeam's queue is taken to be right: each operation is one step.
     #[derive(Debug)]
     pub struct ArrayQueue<T>(Mutex<VecDeque<T>>, usize);
 

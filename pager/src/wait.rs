@@ -16,12 +16,12 @@ const SPIN: Duration = Duration::from_micros(200);
 /// The push has paused when nothing was pushed for this long.
 const PAUSE_NS: u64 = 1_000_000;
 /// With so many processors the push leaves some alone, by lanes that push.
-const SPARE: usize = 3;
+const SPARE: u64 = 3;
 
 /// Whether a side's processors have nothing better to do.
 #[derive(Debug)]
 pub struct Idleness {
-    processors: usize,
+    processors: u64,
     /// When something was pushed last, in nanoseconds; 0 before.
     pushed: AtomicU64,
 }
@@ -29,10 +29,10 @@ pub struct Idleness {
 impl Idleness {
     /// Of this machine.
     pub fn new() -> Self {
-        Self::of(thread::available_parallelism().map_or(1, usize::from))
+        Self::of(thread::available_parallelism().map_or(1, |count| count.get() as u64))
     }
 
-    const fn of(processors: usize) -> Self {
+    const fn of(processors: u64) -> Self {
         Self { processors, pushed: AtomicU64::new(0) }
     }
 
@@ -42,7 +42,7 @@ impl Idleness {
     }
 
     /// How long to wait without sleeping, beside `lanes` that may push.
-    pub fn spin(&self, lanes: usize, now: Nanos) -> Duration {
+    pub fn spin(&self, lanes: u64, now: Nanos) -> Duration {
         let pushing = now.0.saturating_sub(self.pushed.load(Ordering::Relaxed)) < PAUSE_NS;
         match self.processors {
             // Whoever is waited for needs the only one.

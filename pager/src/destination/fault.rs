@@ -201,7 +201,7 @@ impl FaultService {
     /// Waits until something has happened: without sleeping while a vCPU waits for an answer and processors are to be had.
     fn wait(&mut self) -> Result<(), FaultError> {
         if self.lane_open && !self.asked.is_empty() {
-            let lanes = self.shared.bulk_lanes_open.load(Ordering::Relaxed) as usize;
+            let lanes = self.shared.bulk_lanes_open.load(Ordering::Relaxed);
             let spin = self.shared.idleness.spin(lanes, Nanos::now());
             if !spin.is_zero() && self.ring.submit_and_spin(spin)? {
                 return Ok(());

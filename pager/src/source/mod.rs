@@ -3,6 +3,7 @@
 //! Its threads start with the session, but touch guest memory only after [`SourcePager::start_serving`]: from then
 //! on the guest is paused and its memory does not change, so that pages can be sent from where they lie.
 
+pub mod order;
 mod push;
 mod queue;
 mod serve;
@@ -17,6 +18,7 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use switchover_wire::types::{LaneId, LaneRole, PAGE_SIZE, PageCount, PageIndex};
 use thiserror::Error;
 
+use self::order::Policy;
 use self::push::Pusher;
 use self::queue::PushQueue;
 use self::serve::FaultServer;
@@ -53,7 +55,7 @@ struct Shared {
     serving: AtomicBool,
     stopping: AtomicBool,
     idleness: Idleness,
-    pushers: usize,
+    pushers: u64,
     counts: Counts,
 }
 
@@ -159,7 +161,7 @@ impl SourcePager {
         let shared = Arc::new(Shared {
             ram,
             sent: SentPages::new(pages),
-            queue: PushQueue::new(pages),
+            queue: PushQueue::new(Policy::CHOSEN, pages),
             pacer: Pacer::new(max_bandwidth),
             encoders: Mutex::default(),
             written: AtomicBool::new(false),
@@ -167,7 +169,7 @@ impl SourcePager {
             serving: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             idleness: Idleness::new(),
-            pushers,
+            pushers: pushers as u64,
             counts: Counts::default(),
         });
         let (start, started) = bounded::<()>(0);

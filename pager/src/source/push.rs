@@ -12,7 +12,7 @@ use switchover_wire::ring::{Ring, RingError};
 use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 use thiserror::Error;
 
-use super::queue::Next;
+use super::order::Step;
 use super::{ChunkEncoder, Shared};
 use crate::lane::PageLane;
 use crate::runs::{CHUNK_LEN, bits, lowest, runs};
@@ -70,16 +70,9 @@ impl Pusher {
             if shared.stopping.load(Ordering::Acquire) {
                 return Err(PushError::Stopped);
             }
-            match shared.queue.urgent() {
-                Some(Next::Part(chunk, mask)) => {
-                    self.push_chunk(chunk, mask, &mut holes)?;
-                    continue;
-                }
-                Some(Next::Around(chunk)) => {
-                    self.push_chunk(chunk, u64::MAX, &mut holes)?;
-                    continue;
-                }
-                None => {}
+            if let Some(Step { chunk, pages }) = shared.queue.urgent(&shared.sent) {
+                self.push_chunk(chunk, pages, &mut holes)?;
+                continue;
             }
             if span.is_empty() {
                 if std::mem::take(&mut self.sweep_closed) {

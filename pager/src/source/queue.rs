@@ -1,4 +1,4 @@
-//! In which order pages are pushed: what is known to be wanted, then around the latest faults, then a sweep.
+//! The order of the push as pushers and fault lanes share it: the policy of [`super::order`] behind a lock, and what is waited for.
 
 use std::ops::Range;
 use std::sync::PoisonError;
@@ -7,24 +7,12 @@ use std::time::Duration;
 use switchover_wire::frame::bulk::CHUNK_PAGES;
 use switchover_wire::types::{LaneId, PageCount, PageIndex};
 
+use super::order::{Fault, Left, Order, Policy, Step};
 use crate::sent::ChunkIndex;
-use crate::sync::{ArrayQueue, AtomicU64, Condvar, Mutex, MutexGuard, Ordering, SegQueue};
+use crate::sync::{ArrayQueue, Condvar, Mutex, MutexGuard};
 
-/// Faults remembered for pushing around them. Older ones give way: the latest matter most.
+/// Faults that no pusher has looked at yet. Older ones give way: the latest matter most.
 const RECENT_FAULTS: usize = 64;
-
-/// How many chunks a lane takes from the sweep at a time: 4 MiB, so that lanes work on memory of their own without
-/// one being left with much at the end.
-const SPAN_CHUNKS: u64 = 16;
-
-/// What a pusher sends next.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Next {
-    /// These pages of a chunk, a bit each: they are wanted soonest.
-    Part(ChunkIndex, u64),
-    /// The chunk around a fault.
-    Around(ChunkIndex),
-}
 
 /// The chunks of one lane, each with its pages.
 type Kept = (LaneId, Vec<(ChunkIndex, u64)>);
@@ -32,12 +20,12 @@ type Kept = (LaneId, Vec<(ChunkIndex, u64)>);
 /// The order of the push, shared by all bulk lanes.
 #[derive(Debug)]
 pub struct PushQueue {
-    first: SegQueue<(ChunkIndex, u64)>,
-    recent: ArrayQueue<PageIndex>,
+    /// Only pushers take it, and for a bounded time. Fault lanes never do: an answer must not wait for who plans a push.
+    order: Mutex<Order>,
+    /// From the fault lanes to whoever plans the next step.
+    recent: ArrayQueue<Fault>,
     /// What each bulk lane must send itself, because its stream holds an older version.
     kept: Mutex<Vec<Kept>>,
-    swept: AtomicU64,
-    chunks: u64,
     gate: Mutex<Gate>,
     changed: Condvar,
 }
@@ -52,26 +40,26 @@ struct Gate {
 impl PushQueue {
     /// Nothing wanted yet; the sweep at the start of RAM.
     #[must_use]
-    pub fn new(pages: PageCount) -> Self {
+    pub fn new(policy: Policy, pages: PageCount) -> Self {
         Self {
-            first: SegQueue::new(),
+            order: Mutex::new(Order::new(policy, pages)),
             recent: ArrayQueue::new(RECENT_FAULTS),
             kept: Mutex::default(),
-            swept: AtomicU64::new(0),
-            chunks: pages.0.div_ceil(CHUNK_PAGES),
             gate: Mutex::default(),
             changed: Condvar::new(),
         }
     }
 
-    /// Adds pages that go before all else, in this order. Neighbours in the list that are neighbours in memory go together.
+    /// Adds pages known to be wanted, in this order. Neighbours in the list that are neighbours in memory go together.
     pub fn put_first(&self, pages: &[PageIndex]) {
-        for part in pages.chunk_by(|one, next| ChunkIndex::of(*one) == ChunkIndex::of(*next)) {
-            if let Some(page) = part.first() {
-                let mask = part.iter().fold(0, |mask, page| mask | 1 << (page.0 % CHUNK_PAGES));
-                self.first.push((ChunkIndex::of(*page), mask));
-            }
-        }
+        let steps: Vec<_> = pages
+            .chunk_by(|one, next| ChunkIndex::of(*one) == ChunkIndex::of(*next))
+            .filter_map(|part| {
+                let pages = part.iter().fold(0, |mask, page| mask | 1 << (page.0 % CHUNK_PAGES));
+                part.first().map(|page| Step { chunk: ChunkIndex::of(*page), pages })
+            })
+            .collect();
+        self.order().hint(steps);
     }
 
     /// Keeps chunks for the one lane that may send them; they count as sent to all others.
@@ -90,15 +78,23 @@ impl PushQueue {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes a fault: its neighbours are likely to be wanted.
-    pub fn note_fault(&self, page: PageIndex) {
-        self.recent.force_push(page);
+    fn order(&self) -> MutexGuard<'_, Order> {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The most urgent thing, if anything is more urgent than the sweep.
-    pub fn urgent(&self) -> Option<Next> {
-        let part = self.first.pop().map(|(chunk, mask)| Next::Part(chunk, mask));
-        part.or_else(|| self.recent.pop().map(|page| Next::Around(ChunkIndex::of(page))))
+    /// Notes a fault: what comes after it is likely to be wanted. Takes no lock and no memory.
+    pub fn note_fault(&self, fault: Fault) {
+        self.recent.force_push(fault);
+    }
+
+    /// The most urgent pages, if any are more urgent than the sweep. They are not claimed: another lane may be sending them.
+    pub fn urgent(&self, left: &impl Left) -> Option<Step> {
+        let mut order = self.order();
+        // No more than there was room for: new ones may come for ever.
+        for fault in std::iter::from_fn(|| self.recent.pop()).take(RECENT_FAULTS) {
+            order.note_fault(fault);
+        }
+        order.step(left)
     }
 
     /// Lets the sweep begin.
@@ -131,31 +127,48 @@ impl PushQueue {
         self.gate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next stretch of the sweep, or `None` when it has reached the end.
+    /// The next stretch of the sweep, or `None` when all of it was given out.
     pub fn next_span(&self) -> Option<Range<u64>> {
-        let start = self.swept.fetch_add(SPAN_CHUNKS, Ordering::Relaxed);
-        (start < self.chunks).then(|| start..(start + SPAN_CHUNKS).min(self.chunks))
+        self.order().span()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sent::SentPages;
+
+    fn fault(page: u64) -> Fault {
+        Fault { page: PageIndex(page), lane: 0 }
+    }
+
+    fn step(chunk: u64, pages: u64) -> Option<Step> {
+        Some(Step { chunk: ChunkIndex(chunk), pages })
+    }
+
+    fn queue(pages: u64) -> (PushQueue, SentPages) {
+        let policy = "around".parse().unwrap();
+        (PushQueue::new(policy, PageCount(pages)), SentPages::new(PageCount(pages)))
+    }
 
     #[test]
     fn hints_come_before_faults() {
-        let queue = PushQueue::new(PageCount(1000));
-        queue.note_fault(PageIndex(130));
+        let (queue, sent) = queue(1000);
+        queue.note_fault(fault(130));
         queue.put_first(&[PageIndex(70), PageIndex(7), PageIndex(3)]);
-        assert_eq!(queue.urgent(), Some(Next::Part(ChunkIndex(1), 1 << 6)));
-        assert_eq!(queue.urgent(), Some(Next::Part(ChunkIndex(0), 0b1000_1000)));
-        assert_eq!(queue.urgent(), Some(Next::Around(ChunkIndex(2))));
-        assert_eq!(queue.urgent(), None);
+        let next = || {
+            let step = queue.urgent(&sent);
+            step.inspect(|step| assert_eq!(sent.claim(step.chunk, step.pages), step.pages))
+        };
+        assert_eq!(next(), step(1, 1 << 6));
+        assert_eq!(next(), step(0, 0b1000_1000));
+        assert_eq!(next(), step(2, u64::MAX));
+        assert_eq!(next(), None);
     }
 
     #[test]
     fn the_sweep_covers_every_chunk_once() {
-        let queue = PushQueue::new(PageCount(64 * 40 + 1));
+        let (queue, _) = queue(64 * 40 + 1);
         let swept: Vec<u64> = std::iter::from_fn(|| queue.next_span()).flatten().collect();
         assert_eq!(swept, (0..41).collect::<Vec<_>>());
         assert_eq!(queue.next_span(), None);
@@ -163,11 +176,11 @@ mod tests {
 
     #[test]
     fn old_faults_give_way_to_new_ones() {
-        let queue = PushQueue::new(PageCount(1 << 20));
+        let (queue, sent) = queue(1 << 20);
         for page in 0..1000 {
-            queue.note_fault(PageIndex(page * 64));
+            queue.note_fault(fault(page * 64));
         }
-        assert_eq!(queue.urgent(), Some(Next::Around(ChunkIndex(1000 - RECENT_FAULTS as u64))));
+        assert_eq!(queue.urgent(&sent), step(1000 - RECENT_FAULTS as u64, u64::MAX));
     }
 }
 

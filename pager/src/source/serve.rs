@@ -13,6 +13,7 @@ use switchover_wire::types::{PAGE_SIZE, PageIndex};
 use thiserror::Error;
 
 use super::Shared;
+use super::order::Fault;
 use crate::cpu;
 use crate::lane::PageLane;
 use crate::zero::is_zero;
@@ -67,7 +68,7 @@ impl FaultServer {
                 return Err(ServeError::TooEarly(request.page));
             }
             self.answer(request)?;
-            self.shared.queue.note_fault(request.page);
+            self.shared.queue.note_fault(Fault { page: request.page, lane: self.lane.id.index });
         }
     }
 

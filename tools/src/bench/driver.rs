@@ -230,7 +230,7 @@ impl<'a> Driver<'a> {
             uri: &uri,
             bandwidth,
             patience: self.plan.patience_s.map(Duration::from_secs_f64),
-            record_bitmaps: self.plan.trace.is_some(),
+            trace: self.plan.trace.is_some(),
             hold: Hold::for_seconds(self.plan.hold_push_s),
             ends: self.ends,
         };

@@ -99,8 +99,8 @@ pub fn main(args: &BenchArgs) -> Result<(), Failure> {
     write(&report, &aggregates, &plan.out)?;
     if let Some(path) = &plan.trace {
         match traced(&aggregates) {
-            Some(run) if trace::write_trace(&report.settings.guest, run, path).map_err(Failure::failed)? => {}
-            _ => say(format_args!("no run tells of its pre-copy: {} is not written", path.display())),
+            Some(run) if trace::write_trace(&report.settings, run, path).map_err(Failure::failed)? => {}
+            _ => say(format_args!("no run tells of its rounds or faults: {} is not written", path.display())),
         }
     }
     let shown = format!("{}\nThe report is {}\n", table::text(&report), plan.out.join("report.html").display());
@@ -109,14 +109,16 @@ pub fn main(args: &BenchArgs) -> Result<(), Failure> {
     judge(&report)
 }
 
-/// The run whose pre-copy is written down: the hybrid's first where there is one, else pre-copy's.
+/// The run that is written down: the hybrid's first where there is one, else one that tells of its pre-copy, else of its faults.
 fn traced(aggregates: &[Aggregate]) -> Option<&RunReport> {
-    let told = |run: &&RunReport| run.source.as_ref().is_some_and(|source| source.precopy.is_some());
+    let rounds = |run: &&RunReport| run.source.as_ref().is_some_and(|source| source.precopy.is_some());
+    let faults = |run: &&RunReport| run.destination.as_ref().is_some_and(|there| !there.fault_trace.is_empty());
     let first = |hybrid: bool| {
         let mut modes = aggregates.iter().filter(move |aggregate| (aggregate.report.mode == "hybrid") == hybrid);
-        modes.find_map(|aggregate| aggregate.report.carried_out().find(told))
+        modes.find_map(|aggregate| aggregate.report.carried_out().find(rounds))
     };
-    first(true).or_else(|| first(false))
+    let last = || aggregates.iter().find_map(|aggregate| aggregate.report.carried_out().find(faults));
+    first(true).or_else(|| first(false)).or_else(last)
 }
 
 fn write(report: &Report, aggregates: &[Aggregate], directory: &Path) -> Result<(), Failure> {

@@ -215,6 +215,7 @@ fn precopy(seed: u64, end: u64, choice: Choice) -> PrecopyReport {
         },
         throttle_percent: 20,
         handoff_pages: 12_900,
+        missing: None,
     }
 }
 

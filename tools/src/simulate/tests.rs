@@ -88,5 +88,26 @@ fn a_file_that_is_no_trace_is_told() {
     assert!(load(&path).unwrap_err().sentence.contains("No such file"));
     std::fs::write(&path, "{}").unwrap();
     let Failure { status, sentence } = load(&path).unwrap_err();
-    assert!(status == 1 && sentence.contains("t.json") && sentence.contains("switchover.trace/v1"), "{sentence}");
+    assert!(status == 1 && sentence.contains("t.json") && sentence.contains("switchover.trace/v2"), "{sentence}");
+}
+
+#[test]
+fn a_trace_is_played_as_what_it_holds() {
+    use switchover_hybrid::report::{FaultAnswer, FaultRecord};
+    use switchover_hybrid::trace::drain::Drain;
+
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("t.json");
+    let mut trace = Trace::new("faults alone", 640);
+    let fault = FaultRecord { page: 3, taken_ns: 100, woken_ns: Some(200), answer: FaultAnswer::Remote };
+    trace.drain =
+        Some(Drain { vcpus: 1, held: true, missing: None, zero_pages: 0, entry_ns: None, faults: vec![fault] });
+    std::fs::write(&path, trace.to_json().unwrap()).unwrap();
+    assert!(load(&path).unwrap_err().sentence.contains("--faults"));
+    assert_eq!(Toucher::from_trace(&read(&path).unwrap(), 0).unwrap().vcpus[0].len(), 1);
+    trace.epochs.push(trace::Epoch::new(1_000_000, &[1; 10], &[], None));
+    trace.drain = None;
+    std::fs::write(&path, trace.to_json().unwrap()).unwrap();
+    assert_eq!(load(&path).unwrap().epochs.len(), 1);
+    assert!(Toucher::from_trace(&read(&path).unwrap(), 0).is_err());
 }

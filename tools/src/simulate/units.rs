@@ -62,7 +62,7 @@ impl FromStr for Time {
     type Err = UnitError;
 
     fn from_str(text: &str) -> Result<Self, UnitError> {
-        scaled(text, &[("us", 1e3), ("ms", 1e6), ("s", 1e9)])
+        scaled(text, &[("ns", 1.0), ("us", 1e3), ("ms", 1e6), ("s", 1e9)])
             .map(|nanoseconds| Self(Duration::from_nanos(super::bits::whole(nanoseconds))))
             .filter(|time| time.0 <= Duration::from_secs(86_400))
             .ok_or_else(|| UnitError {

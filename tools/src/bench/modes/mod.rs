@@ -9,6 +9,7 @@ use switchover_wire::clock::Nanos;
 
 use super::bandwidth::Bandwidth;
 use super::run_error::RunError;
+use super::trace;
 use crate::failure::Failure;
 use crate::qmp_client::{QmpClient, QmpError};
 use crate::signals::EndRequests;
@@ -103,8 +104,9 @@ pub struct Pair<'a> {
     pub bandwidth: Bandwidth,
     /// How long a mode that may never end is waited for; then it is cancelled.
     pub patience: Option<Duration>,
-    /// Whether the source is to record what each round dirtied.
-    pub record_bitmaps: bool,
+    /// Whether a trace is made of it: the source records what each round dirtied, and pushes nothing while the guest touches
+    /// its pages for the first time.
+    pub trace: bool,
     /// Whether and how long the pusher is held back after the handoff.
     pub hold: Option<Hold>,
     /// Whether the user wants to end it all.
@@ -161,8 +163,13 @@ impl Pair<'_> {
         for bound in bounds {
             parameters.insert((*bound).to_owned(), self.bandwidth.for_qmp().into());
         }
-        if self.record_bitmaps && mode.precopies() {
-            parameters.insert(RECORD_BITMAPS.to_owned(), true.into());
+        if self.trace {
+            if mode.precopies() {
+                parameters.insert(RECORD_BITMAPS.to_owned(), true.into());
+            }
+            if bounds.contains(&POSTCOPY_BANDWIDTH) {
+                parameters.insert(POSTCOPY_BANDWIDTH.to_owned(), trace::HELD.into());
+            }
         }
         self.set(Value::Object(parameters)).map_err(RunError::on(SOURCE))?;
         match self.set(json!({ MODE: mode.name() })) {
@@ -212,6 +219,12 @@ impl Pair<'_> {
     /// When the migration fails, takes too long, or the user ends it.
     pub fn complete(&mut self) -> Result<Nanos, RunError> {
         self.release_push()?;
+        if self.trace {
+            self.wait_source(&["postcopy-active", "completed"], MOVE_TIMEOUT)?;
+            trace::watch_first_touches(self.source, self.ends).map_err(RunError::on(SOURCE))?;
+            let bandwidth = self.bandwidth.for_qmp();
+            self.set(json!({ POSTCOPY_BANDWIDTH: bandwidth })).map_err(RunError::on(SOURCE))?;
+        }
         self.wait_source(&["completed"], MOVE_TIMEOUT)?;
         self.complete_there()
     }
