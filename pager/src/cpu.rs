@@ -1,5 +1,6 @@
 //! What the migration's own threads cost.
 
+use std::io;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::time::Duration;
@@ -59,16 +60,7 @@ fn this_thread() -> CpuTime {
 }
 
 /// How much less than others a thread that yields gets of a processor that both want: about a tenth (sched(7), "nice value").
-const NICENESS: libc::c_int = 10;
-
-/// This thread takes a processor from others only for a small share of the time, and never because it wakes. Where that is
-/// refused, it does.
-pub fn yield_to_others() {
-    schedule(
-        "made to yield to others",
-        &SchedulingAttributes { nice: NICENESS, ..SchedulingAttributes::of(libc::SCHED_BATCH) },
-    );
-}
+const NICENESS: i32 = 10;
 
 /// What a thread that somebody waits for asks to run at a time. The scheduler takes 0.1 ms for the least (sched_setattr(2), Linux
 /// 6.12); a thread with a short slice takes the processor from one with a long one as soon as it wakes, and gets no more of it in
@@ -77,8 +69,8 @@ const PROMPT_SLICE_NS: u64 = 100_000;
 
 /// The kernel's `struct sched_attr`, first version (sched_setattr(2)).
 #[repr(C)]
-#[derive(Default)]
-struct SchedulingAttributes {
+#[derive(Clone, Copy, Debug, Default)]
+struct Scheduling {
     size: u32,
     policy: u32,
     flags: u64,
@@ -89,32 +81,89 @@ struct SchedulingAttributes {
     period: u64,
 }
 
+/// This thread takes a processor from others only for a small share of the time, and never because it wakes. Where that is
+/// refused, it does.
+pub fn yield_to_others() {
+    reschedule("made to yield to others", |now| Scheduling {
+        policy: libc::SCHED_BATCH.cast_unsigned(),
+        nice: now.nice.max(NICENESS),
+        ..now
+    });
+}
+
 /// This thread runs briefly and often: it should not wait for the slice of one that moves bytes to be over. Where that is not to
 /// be had, it does.
 pub fn be_prompt() {
-    let attributes = SchedulingAttributes { runtime: PROMPT_SLICE_NS, ..SchedulingAttributes::of(libc::SCHED_OTHER) };
-    schedule("given a short time slice", &attributes);
+    reschedule("given a short time slice", |now| Scheduling { runtime: PROMPT_SLICE_NS, ..now });
 }
 
-impl SchedulingAttributes {
-    fn of(policy: libc::c_int) -> Self {
-        let size = u32::try_from(size_of::<Self>()).unwrap_or(0);
-        Self { size, policy: policy.cast_unsigned(), ..Self::default() }
+/// Has the calling thread scheduled as `change` says, unless whoever started this process chose a policy of its own for it.
+/// `what` it would have been, for the log.
+fn reschedule(what: &str, change: impl FnOnce(Scheduling) -> Scheduling) {
+    let done = Scheduling::of_this_thread().and_then(|now| match i32::try_from(now.policy) {
+        Ok(libc::SCHED_OTHER) => change(now).set(),
+        _ => Ok(()),
+    });
+    if let Err(error) = done {
+        tracing::debug!(%error, "a thread could not be {what}");
     }
 }
 
-/// Has the calling thread scheduled like that. `what` it would have been, for the log.
-fn schedule(what: &str, attributes: &SchedulingAttributes) {
-    // SAFETY: the kernel reads as many bytes of a live structure as that says it has; 0 is the calling thread.
-    let done = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, std::ptr::from_ref(attributes), 0) };
-    if done != 0 {
-        tracing::debug!(error = %std::io::Error::last_os_error(), "a thread could not be {what}");
+impl Scheduling {
+    const SIZE: u32 = {
+        assert!(size_of::<Self>() == 48, "SCHED_ATTR_SIZE_VER0");
+        48
+    };
+
+    fn of_this_thread() -> io::Result<Self> {
+        let mut now = Self::default();
+        // SAFETY: the kernel writes at most as many bytes of a live structure as it is told; 0 is the calling thread.
+        match unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut now, Self::SIZE, 0) } {
+            0 => Ok(now),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn set(mut self) -> io::Result<()> {
+        self.size = Self::SIZE;
+        // SAFETY: the kernel reads as many bytes of a live structure as that says it has; 0 is the calling thread.
+        match unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const self, 0) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// On a thread of its own: what is changed stays.
+    fn scheduled(before: impl FnOnce() + Send + 'static, change: fn()) -> Scheduling {
+        let change = move || {
+            before();
+            change();
+            Scheduling::of_this_thread().unwrap()
+        };
+        std::thread::spawn(change).join().unwrap()
+    }
+
+    #[test]
+    fn who_yields_is_nicer_and_waits_for_its_turn() {
+        let yielding = scheduled(|| {}, yield_to_others);
+        assert_eq!((yielding.policy, yielding.nice), (libc::SCHED_BATCH.cast_unsigned(), NICENESS));
+        let nicer = scheduled(|| Scheduling { nice: 15, ..Scheduling::default() }.set().unwrap(), yield_to_others);
+        assert_eq!(nicer.nice, 15, "nobody becomes less nice");
+    }
+
+    #[test]
+    fn who_is_prompt_keeps_its_share() {
+        let prompt = scheduled(|| Scheduling { nice: 3, ..Scheduling::default() }.set().unwrap(), be_prompt);
+        assert_eq!((prompt.policy, prompt.nice), (libc::SCHED_OTHER.cast_unsigned(), 3));
+        let batch = Scheduling { policy: libc::SCHED_BATCH.cast_unsigned(), ..Scheduling::default() };
+        let left = scheduled(move || batch.set().unwrap(), be_prompt);
+        assert_eq!(left.policy, libc::SCHED_BATCH.cast_unsigned(), "a policy that was chosen stays");
+    }
 
     #[test]
     fn work_costs_time() {

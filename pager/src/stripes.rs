@@ -8,8 +8,8 @@
 //!   shard   │    0     │    1     │    2     │    0     │    1     │ …
 //! ```
 //!
-//! A stripe is a mapping of its own in the kernel's eyes, as its neighbours' faults go elsewhere. Hence [`MOST_STRIPES`]; and
-//! hence [`LEAST_STRIPE`], because no huge page can lie in two mappings. It is also a multiple of a bulk chunk, so that the runs
+//! A stripe is a mapping of its own in the kernel's eyes, as its neighbours' faults go elsewhere. Hence `MOST_STRIPES`; and
+//! hence `LEAST_STRIPE`, because no huge page can lie in two mappings. It is also a multiple of a bulk chunk, so that the runs
 //! that bulk lanes map are whole.
 
 use switchover_wire::types::{PageCount, PageIndex};

@@ -1,6 +1,6 @@
 //! In which order pages are pushed: a pure policy, from what was sent and which faults came to what goes next.
 //!
-//! Nothing in here knows a clock, a socket or a thread. The live queue ([`super::queue`]) asks it, and `switchover simulate
+//! Nothing in here knows a clock, a socket or a thread. The live queue (`queue.rs`) asks it, and `switchover simulate
 //! --faults` plays recorded faults through the very same code; docs/prefetch.md has the table that the default was chosen by.
 //!
 //! ```text
