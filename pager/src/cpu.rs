@@ -91,6 +91,12 @@ pub fn yield_to_others() {
     });
 }
 
+/// Lets whoever waits for this thread's processor have it, between two pieces of a long work. On a kernel that preempts at ticks
+/// only, whoever was not let in at once waits for up to four milliseconds, however nice the thread.
+pub fn let_others_run() {
+    std::thread::yield_now();
+}
+
 /// This thread runs briefly and often: it should not wait for the slice of one that moves bytes to be over. Where that is not to
 /// be had, it does.
 pub fn be_prompt() {

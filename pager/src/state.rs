@@ -188,9 +188,24 @@ impl PageStates {
     /// and what had landed before is wiped out. Only before the handoff.
     pub fn version_arrived(&self, page: PageIndex, lane: LaneTag, zero: bool) {
         let arrived = if zero { EARLY_ZERO } else { EARLY };
-        let swapped = self.slot(page).compare_exchange(LANDING | lane.0, arrived, Ordering::AcqRel, Ordering::Acquire);
-        debug_assert!(swapped.is_ok(), "before the handoff only its lane changes a landing page");
-        self.early(page).fetch_or(bit(page), Ordering::Relaxed);
+        let state = self.slot(page);
+        let mut current = state.load(Ordering::Acquire);
+        while Self::is_landing_from(current, lane) {
+            match state.compare_exchange_weak(current, arrived, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => {
+                    self.early(page).fetch_or(bit(page), Ordering::Relaxed);
+                    return;
+                }
+                Err(now) => current = now,
+            }
+        }
+        debug_assert!(false, "before the handoff only its lane changes a landing page");
+    }
+
+    /// Which of the 64 pages from `64 · word` on came before the handoff, a bit each.
+    #[must_use]
+    pub fn came_early(&self, word: usize) -> u64 {
+        self.early.get(word).map_or(0, |early| early.load(Ordering::Relaxed))
     }
 
     /// The handoff: what is here of the pages of `mask` (bit i: page `64 · word + i`) is an old version, or may be, and they

@@ -13,10 +13,11 @@ use switchover_wire::clock::Nanos;
 /// How long a fault thread waits for an answer without sleeping, and a source's for the next request: a few round trips on a good
 /// network.
 const SPIN: Duration = Duration::from_micros(200);
-/// The push has paused when nothing was pushed for this long.
-const PAUSE_NS: u64 = 1_000_000;
-/// With so many processors the push leaves some alone, by lanes that push.
-const SPARE: u64 = 3;
+/// The push has paused when nothing was pushed for this long: longer than a frame takes on a slow link, and than a thread that
+/// yields waits for its turn.
+const PAUSE_NS: u64 = 20_000_000;
+/// Processors that a guest and its pager want beside those of the push and of whoever waits.
+const SPARE: u64 = 2;
 
 /// Whether a side's processors have nothing better to do.
 #[derive(Debug)]
@@ -41,15 +42,12 @@ impl Idleness {
         self.pushed.store(now.0, Ordering::Relaxed);
     }
 
-    /// How long to wait without sleeping, beside `lanes` that may push.
-    pub fn spin(&self, lanes: u64, now: Nanos) -> Duration {
+    /// How long one of `waiters`, which may all wait at once, is to wait without sleeping beside `lanes` that may push.
+    pub fn spin(&self, waiters: u64, lanes: u64, now: Nanos) -> Duration {
         let pushing = now.0.saturating_sub(self.pushed.load(Ordering::Relaxed)) < PAUSE_NS;
-        match self.processors {
-            // Whoever is waited for needs the only one.
-            ..=1 => Duration::ZERO,
-            processors if pushing && processors < SPARE + lanes => Duration::ZERO,
-            _ => SPIN,
-        }
+        // One is left for whoever is waited for.
+        let wanted = if pushing { waiters + lanes + SPARE } else { waiters + 1 };
+        if self.processors < wanted { Duration::ZERO } else { SPIN }
     }
 }
 
@@ -63,12 +61,19 @@ mod tests {
         let spins = |processors, lanes, pushed: u64| {
             let idleness = Idleness::of(processors);
             idleness.note_push(Nanos(pushed));
-            idleness.spin(lanes, now) > Duration::ZERO
+            idleness.spin(1, lanes, now) > Duration::ZERO
         };
         let (long_ago, just_now) = (now.0 - PAUSE_NS, now.0 - PAUSE_NS + 1);
         assert!(!spins(1, 1, 0), "the only processor");
         assert!(spins(2, 1, 0) && spins(2, 8, long_ago));
         assert!(!spins(2, 1, just_now) && !spins(3, 1, just_now) && !spins(8, 8, just_now));
         assert!(spins(4, 1, just_now) && spins(11, 8, just_now));
+    }
+
+    #[test]
+    fn waiters_leave_one_for_whom_they_wait_for() {
+        let idleness = Idleness::of(4);
+        let spins = |waiters| idleness.spin(waiters, 1, Nanos(1 << 40)) > Duration::ZERO;
+        assert!(spins(1) && spins(3) && !spins(4) && !spins(16));
     }
 }

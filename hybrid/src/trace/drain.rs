@@ -55,7 +55,7 @@ impl Drain {
         })
     }
 
-    /// The pages that were to come, in words of 64.
+    /// The pages that were to come, in words of 64: as much memory as there are pages of RAM, a bit each.
     ///
     /// # Errors
     /// When its text is no bitmap of `trace`'s RAM.
@@ -91,7 +91,7 @@ impl Drain {
             }
             before = fault.taken_ns;
         }
-        self.missing(trace).map(drop)
+        self.missing.as_ref().map_or(Ok(()), |text| trace.decode(text).map(drop))
     }
 }
 

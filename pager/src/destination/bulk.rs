@@ -15,6 +15,7 @@ use thiserror::Error;
 
 use super::Shared;
 use super::handoff::Phase;
+use crate::cpu;
 use crate::lane::{PageLane, PagerEvent};
 use crate::runs::{CHUNK_LEN, bits, runs};
 use crate::state::{Arrival, Claim, LaneTag};
@@ -123,7 +124,7 @@ impl BulkReceiver {
     /// # Errors
     /// When the lane ends before that, carries a bad frame, or a page cannot be mapped.
     pub fn run(mut self) -> Result<(), BulkError> {
-        crate::cpu::yield_to_others();
+        cpu::yield_to_others();
         let result = self.receive();
         let shared = &self.shared;
         // Links may be lost and joined for ever, most of which bring nothing.
@@ -149,6 +150,9 @@ impl BulkReceiver {
                 if stage.stopping {
                     return Err(BulkError::Stopped);
                 }
+            }
+            if !flags.precopy {
+                self.shared.idleness.note_push(Nanos::now());
             }
             match frame {
                 BulkFrame::Chunk { first, data, zero } if flags.precopy => {
@@ -185,6 +189,7 @@ impl BulkReceiver {
                 BulkFrame::End { pages } if pages == self.received => return Ok(()),
                 BulkFrame::End { pages } => return Err(BulkError::Count { said: pages, got: self.received }),
             }
+            cpu::let_others_run();
             self.frames += 1;
             if flags.acknowledge {
                 let taken = Taken { frames: self.frames }.encode();

@@ -202,7 +202,7 @@ impl FaultService {
     fn wait(&mut self) -> Result<(), FaultError> {
         if self.lane_open && !self.asked.is_empty() {
             let lanes = self.shared.bulk_lanes_open.load(Ordering::Relaxed);
-            let spin = self.shared.idleness.spin(lanes, Nanos::now());
+            let spin = self.shared.idleness.spin(self.shared.shards.len() as u64, lanes, Nanos::now());
             if !spin.is_zero() && self.ring.submit_and_spin(spin)? {
                 return Ok(());
             }

@@ -92,12 +92,18 @@ impl Handoff {
         }
         let (mut to_come, mut forgotten) = (0_u64, 0_u64);
         for (word, (_, mask)) in within(missing, states.pages()).enumerate() {
-            forgotten += u64::from(states.forget(word, mask).count_ones());
+            forgotten += u64::from((states.came_early(word) & mask).count_ones());
             to_come += u64::from(mask.count_ones());
         }
-        let absent = absent.fetch_add(forgotten, Ordering::AcqRel) + forgotten;
-        if absent != to_come {
-            return Err(DestinationPagerError::Forgotten { missing: to_come, absent });
+        let needed = absent.load(Ordering::Acquire) + forgotten;
+        if needed != to_come {
+            return Err(DestinationPagerError::Forgotten { missing: to_come, absent: needed });
+        }
+        if forgotten > 0 {
+            for (word, (_, mask)) in within(missing, states.pages()).enumerate() {
+                states.forget(word, mask);
+            }
+            absent.fetch_add(forgotten, Ordering::AcqRel);
         }
         stage.phase = Phase::Postcopy;
         drop(stage);

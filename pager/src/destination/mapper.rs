@@ -4,7 +4,6 @@
 //! of microseconds long. What has not come again for some rounds is mapped while the guest still runs on the source; the rest
 //! of what is here, as soon as it runs on this side.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use switchover_wire::types::{PageCount, PageIndex};
@@ -13,6 +12,7 @@ use super::Shared;
 use super::handoff::Phase;
 use crate::cpu;
 use crate::runs::{bits, runs};
+use crate::sync::{AtomicU8, AtomicU64, Ordering};
 use crate::uffd::WatchError;
 use crate::words::bits_for;
 
@@ -137,10 +137,12 @@ fn map_cold(shared: &Shared, round: u32) -> Result<(), WatchError> {
             .filter(|page| is_cold(*page))
             .fold(0, |mask, page| mask | 1 << (page - first));
         let cold = cold & !word.load(Ordering::Relaxed);
+        // First: a page that is mapped and not known to be is not unmapped at the handoff, and would be read as it was. One that is
+        // not mapped after all is unmapped in vain.
+        word.fetch_or(cold, Ordering::Relaxed);
         for (bit, count) in runs(cold) {
             shared.watch.map(PageIndex(first + u64::from(bit)), PageCount(u64::from(count)), true)?;
         }
-        word.fetch_or(cold, Ordering::Relaxed);
     }
     Ok(())
 }

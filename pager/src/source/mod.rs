@@ -56,6 +56,7 @@ struct Shared {
     stopping: AtomicBool,
     idleness: Idleness,
     pushers: u64,
+    servers: u64,
     counts: Counts,
 }
 
@@ -170,6 +171,7 @@ impl SourcePager {
             stopping: AtomicBool::new(false),
             idleness: Idleness::new(),
             pushers: pushers as u64,
+            servers: (lanes.len() - pushers) as u64,
             counts: Counts::default(),
         });
         let (start, started) = bounded::<()>(0);

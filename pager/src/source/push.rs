@@ -14,6 +14,7 @@ use thiserror::Error;
 
 use super::order::Step;
 use super::{ChunkEncoder, Shared};
+use crate::cpu;
 use crate::lane::PageLane;
 use crate::runs::{CHUNK_LEN, bits, lowest, runs};
 use crate::sent::ChunkIndex;
@@ -59,7 +60,7 @@ impl Pusher {
     /// # Errors
     /// When the lane fails or the pager is stopped.
     pub fn run(mut self) -> Result<(), PushError> {
-        crate::cpu::yield_to_others();
+        cpu::yield_to_others();
         let shared = Arc::clone(&self.shared);
         self.take_encoder();
         let (file, pages) = (shared.ram.file(), shared.ram.pages());
@@ -70,6 +71,7 @@ impl Pusher {
             if shared.stopping.load(Ordering::Acquire) {
                 return Err(PushError::Stopped);
             }
+            cpu::let_others_run();
             if let Some(Step { chunk, pages }) = shared.queue.urgent(&shared.sent) {
                 self.push_chunk(chunk, pages, &mut holes)?;
                 continue;

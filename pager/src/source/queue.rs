@@ -89,12 +89,19 @@ impl PushQueue {
 
     /// The most urgent pages, if any are more urgent than the sweep. They are not claimed: another lane may be sending them.
     pub fn urgent(&self, left: &impl Left) -> Option<Step> {
-        let mut order = self.order();
-        // No more than there was room for: new ones may come for ever.
-        for fault in std::iter::from_fn(|| self.recent.pop()).take(RECENT_FAULTS) {
-            order.note_fault(fault);
+        loop {
+            let mut order = self.order();
+            // No more than there was room for: new ones may come for ever.
+            for fault in std::iter::from_fn(|| self.recent.pop()).take(RECENT_FAULTS) {
+                order.note_fault(fault);
+            }
+            let step = order.step(left);
+            // A step looks at so many hints, which may all have been sent: whoever waits for the sweep must have seen the rest too.
+            // There are no new ones for ever.
+            if step.is_some() || !order.has_hints() {
+                return step;
+            }
         }
-        order.step(left)
     }
 
     /// Lets the sweep begin.
@@ -164,6 +171,21 @@ mod tests {
         assert_eq!(next(), step(0, 0b1000_1000));
         assert_eq!(next(), step(2, u64::MAX));
         assert_eq!(next(), None);
+    }
+
+    #[test]
+    fn hints_that_were_all_sent_hide_none_that_was_not() {
+        struct OnlyTheLast;
+        impl Left for OnlyTheLast {
+            fn left(&self, chunk: ChunkIndex) -> u64 {
+                u64::from(chunk.0 == 999)
+            }
+        }
+        let queue = PushQueue::new("around".parse().unwrap(), PageCount(64 * 1000));
+        let pages: Vec<_> = (0..1000).map(|chunk| PageIndex(chunk * 64)).collect();
+        queue.put_first(&pages);
+        assert_eq!(queue.urgent(&OnlyTheLast), Some(Step { chunk: ChunkIndex(999), pages: 1 }));
+        assert_eq!(queue.urgent(&OnlyTheLast), None);
     }
 
     #[test]

@@ -60,7 +60,7 @@ impl FaultServer {
         let mut request = [0; FaultRequest::LEN];
         loop {
             // Only the next request can tell that a vCPU waits: it comes soon, or not for a while.
-            self.ring.spin_for(self.shared.idleness.spin(self.shared.pushers, Nanos::now()));
+            self.ring.spin_for(self.shared.idleness.spin(self.shared.servers, self.shared.pushers, Nanos::now()));
             self.ring.recv_exact(self.lane.socket.as_fd(), &mut [IoSliceMut::new(&mut request)])?;
             self.lane.socket.counters().add_received(FaultRequest::LEN as u64);
             let request = FaultRequest::decode(&request, self.shared.ram.pages())?;

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use switchover_pager::cpu;
 use switchover_pager::lane::PageLane;
 use switchover_pager::runs::{bits, lowest};
 use switchover_pager::sent::ChunkIndex;
@@ -71,6 +72,7 @@ impl LaneSender {
     /// # Errors
     /// When the lane fails, or the machine cannot rearm pages.
     pub fn run(mut self) -> Result<(), LaneError> {
+        cpu::yield_to_others();
         let result = self.send_rounds();
         let mut packers = self.shared.packers.lock().unwrap_or_else(PoisonError::into_inner);
         packers.push((self.lane.id, self.packer));
@@ -217,6 +219,7 @@ impl LaneSender {
         self.unreceipted = if acknowledge { 0 } else { self.unreceipted + bytes };
         self.sent(bytes);
         self.packer.sent(bytes, began.elapsed());
+        cpu::let_others_run();
         Ok(true)
     }
 

@@ -37,9 +37,9 @@ pub fn first_pages<'a>(
     vcpus: impl Iterator<Item = (&'a kvm_regs, &'a kvm_sregs)>,
 ) -> Vec<PageIndex> {
     let mut found = Found { memory, pages: Vec::new() };
-    for (regs, sregs) in vcpus {
-        found.vcpu(regs, sregs);
-    }
+    // What each of them needs at once goes before what any may need next.
+    let code: Vec<u64> = vcpus.filter_map(|(regs, sregs)| found.vcpu(regs, sregs)).collect();
+    code.into_iter().for_each(|at| found.around(at));
     found.pages
 }
 
@@ -49,7 +49,8 @@ struct Found<'a> {
 }
 
 impl Found<'_> {
-    fn vcpu(&mut self, regs: &kvm_regs, sregs: &kvm_sregs) {
+    /// What one vCPU needs. Answers the guest-physical address of its next instruction.
+    fn vcpu(&mut self, regs: &kvm_regs, sregs: &kvm_sregs) -> Option<u64> {
         let long_mode = sregs.efer & EFER_LONG_MODE != 0;
         let (code_base, stack_base) = if long_mode { (0, 0) } else { (sregs.cs.base, sregs.ss.base) };
         let code = code_base.wrapping_add(regs.rip);
@@ -74,11 +75,13 @@ impl Found<'_> {
         // Straight-line code runs on into the next page; a call pushes below the stack pointer.
         self.linear(sregs, code.wrapping_add(PAGE_SIZE_U64));
         self.linear(sregs, stack.wrapping_sub(PAGE_SIZE_U64));
-        // A program's code, constants and variables lie together.
-        if let Some(at) = at {
-            let chunk = at & !(CHUNK_BYTES - 1);
-            (0..CHUNK_BYTES).step_by(PAGE_SIZE).for_each(|offset| self.note(chunk + offset));
-        }
+        at
+    }
+
+    /// A program's code, constants and variables lie together.
+    fn around(&mut self, at: u64) {
+        let chunk = at & !(CHUNK_BYTES - 1);
+        (0..CHUNK_BYTES).step_by(PAGE_SIZE).for_each(|offset| self.note(chunk + offset));
     }
 
     /// Notes the page under a linear address, and the tables that lead there. Answers the guest-physical address.

@@ -136,6 +136,12 @@ impl Order {
         step
     }
 
+    /// Whether there are hints that nobody has looked at yet.
+    #[must_use]
+    pub fn has_hints(&self) -> bool {
+        !self.hints.is_empty()
+    }
+
     /// The next stretch of chunks of the sweep, or `None` when all were given.
     pub fn span(&mut self) -> Option<Range<u64>> {
         self.spans.next()
