@@ -362,9 +362,7 @@ impl BulkReceiver {
         let counts = &self.shared.counts;
         counts.pushed.fetch_add(placed, Ordering::Relaxed);
         counts.discarded.fetch_add(pages - u64::from(won.count_ones()), Ordering::Relaxed);
-        let now = Nanos::now();
-        self.shared.idleness.note_push(now);
-        self.rate.add(now, present.count_ones());
+        self.rate.add(Nanos::now(), present.count_ones());
         self.shared.placed(placed);
         Ok(())
     }

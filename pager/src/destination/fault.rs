@@ -425,8 +425,7 @@ impl FaultService {
         self.shared.counts.requested.fetch_add(1, Ordering::Relaxed);
         self.shared.placed(1);
         let Asked { taken, submitted, .. } = asked;
-        self.with_stats(|stats| stats.record_remote(FaultTimes { taken, submitted, arrived, placed, woken }));
-        self.shared.trace.note(TracedFault { page: asked.page, taken, woken: Some(woken), answer: Answer::Remote });
+        self.count_remote(asked.page, FaultTimes { taken, submitted, arrived, placed, woken });
         Ok(())
     }
 
@@ -442,8 +441,7 @@ impl FaultService {
         self.shared.placed(1);
         let Asked { taken, submitted, .. } = asked;
         // Mapping a zero page wakes by itself; its wake-up is not a step of its own.
-        self.with_stats(|stats| stats.record_remote(FaultTimes { taken, submitted, arrived, placed, woken: placed }));
-        self.shared.trace.note(TracedFault { page: asked.page, taken, woken: Some(placed), answer: Answer::Remote });
+        self.count_remote(asked.page, FaultTimes { taken, submitted, arrived, placed, woken: placed });
         Ok(())
     }
 
@@ -476,6 +474,12 @@ impl FaultService {
                 None => index += 1,
             }
         }
+    }
+
+    fn count_remote(&self, page: PageIndex, times: FaultTimes) {
+        self.with_stats(|stats| stats.record_remote(times));
+        let FaultTimes { taken, woken, .. } = times;
+        self.shared.trace.note(TracedFault { page, taken, woken: Some(woken), answer: Answer::Remote });
     }
 
     fn count_raced(&self, Raced { page, taken }: Raced, woken: Option<Nanos>) {

@@ -3,9 +3,10 @@
 //! A page that is zero after all must have them wiped out first: memory that was never written needs no wiping, and has
 //! perhaps not even been allocated.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use switchover_wire::types::{PageCount, PageIndex};
+
+use crate::sync::{AtomicU64, Ordering};
+use crate::words::bits_for;
 
 /// One bit a page.
 #[derive(Debug)]
@@ -14,7 +15,7 @@ pub struct Stains(Box<[AtomicU64]>);
 impl Stains {
     /// Memory that nobody has written.
     pub fn new(pages: PageCount) -> Self {
-        Self((0..pages.0.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+        Self(bits_for(pages.0))
     }
 
     /// Something may be written into `page`.
