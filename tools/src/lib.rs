@@ -22,6 +22,7 @@ pub mod floor;
 pub mod guests;
 pub mod migrate;
 pub mod qmp_client;
+pub mod rng;
 pub mod run;
 pub mod signals;
 pub mod simulate;

@@ -13,10 +13,11 @@ use super::host_info::HostInfo;
 use super::matrix::Matrix;
 use super::modes::Mode;
 use super::schema::{PeerInfo, Report, RunReport, SCHEMA, Settings};
-use super::statistics::{SplitMix64, shuffle};
+use super::statistics::shuffle;
 use super::vmm::Vmm;
 use crate::failure::Failure;
 use crate::floor;
+use crate::rng::Rng;
 use crate::signals::EndRequests;
 
 /// How often the line on the terminal moves.
@@ -48,7 +49,7 @@ pub fn measure(
     bar.set_message("measuring the floor");
     let floor = floor::measure(Duration::from_secs_f64(plan.floor_s));
     let mut aggregates = Vec::new();
-    let mut generator = SplitMix64::new(u64::from(plan.seed));
+    let mut generator = Rng::new(u64::from(plan.seed));
     for cell in &plan.cells {
         driver.prepare(cell)?;
         let turns = Turns { plan, cell, driver: &driver, bar: &bar, ends };
@@ -91,7 +92,7 @@ impl Turns<'_> {
     /// Run 1 of every entry in random order, then run 2 of every entry in another, and so on: what the host does meanwhile
     /// hits them alike, and none always comes behind the same other. The runs of each entry, in the entries' order; none that
     /// the user interrupted.
-    fn take(&self, entries: &[Entry<'_>], generator: &mut SplitMix64) -> Vec<Vec<RunReport>> {
+    fn take(&self, entries: &[Entry<'_>], generator: &mut Rng) -> Vec<Vec<RunReport>> {
         let mut runs: Vec<Vec<RunReport>> = entries.iter().map(|_| Vec::new()).collect();
         for run in 1..=self.plan.runs {
             let mut round: Vec<_> = entries.iter().zip(&mut runs).collect();

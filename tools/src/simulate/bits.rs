@@ -1,37 +1,8 @@
 //! Sets of pages as words, and random ones that come out the same every time.
 
-/// Random numbers of a seed: splitmix64. Not for secrets.
-#[derive(Clone, Debug)]
-pub struct Rng(u64);
+use crate::rng::{Rng, mix};
 
 impl Rng {
-    /// The numbers of `seed`.
-    #[must_use]
-    pub const fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    /// The next 64 bits.
-    pub const fn word(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        mix(self.0)
-    }
-
-    /// A number of `[0, 1)`.
-    pub fn unit(&mut self) -> f64 {
-        (self.word() >> 11) as f64 / (1_u64 << 53) as f64
-    }
-
-    /// A number of `[low, high)`, all orders of magnitude alike.
-    pub fn log_between(&mut self, low: f64, high: f64) -> f64 {
-        low * (high / low).powf(self.unit())
-    }
-
-    /// A number of `[low, high)`.
-    pub fn between(&mut self, low: f64, high: f64) -> f64 {
-        low + (high - low) * self.unit()
-    }
-
     /// A word whose bits are each set with this chance, in steps of 1/65536.
     pub fn bits(&mut self, chance: f64) -> u64 {
         let bound = whole(chance.clamp(0.0, 1.0) * 65_536.0);
@@ -41,12 +12,6 @@ impl Rng {
         let first = bound.trailing_zeros().min(16);
         (first..16).fold(0, |below, bit| less(below, bound >> bit & 1 == 1, self.word()))
     }
-}
-
-const fn mix(mut word: u64) -> u64 {
-    word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    word ^ (word >> 31)
 }
 
 /// One step of comparing 64 numbers with a bound, from the lowest bit up.

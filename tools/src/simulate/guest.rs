@@ -3,7 +3,8 @@
 use switchover_hybrid::monitor::costs::RAW_PAGE;
 use switchover_hybrid::trace::{Trace, TraceError};
 
-use super::bits::{Rng, at_instants, whole};
+use super::bits::{at_instants, whole};
+use crate::rng::Rng;
 
 /// The length that a recorded round is cut into, if that is not too many pieces.
 const PIECE_NS: u64 = 5_000_000;

@@ -2,8 +2,9 @@
 
 use std::fmt;
 
-use super::bits::{Rng, whole};
+use super::bits::whole;
 use super::guest::{Epoch, Guest};
+use crate::rng::Rng;
 
 /// Seeds that the monitor's constants were tuned on, or that were looked at while its rules were made.
 pub const TUNING_SEEDS: [std::ops::Range<u64>; 2] = [1..9, 101..109];

@@ -6,8 +6,9 @@ use switchover_precopy::bitmap::PageBitmap;
 use switchover_precopy::heat::Heat;
 use switchover_wire::types::PageCount;
 
-use super::super::bits::{Rng, whole};
+use super::super::bits::whole;
 use super::guest::{Touch, Toucher, index};
+use crate::rng::Rng;
 
 /// Seeds that the policies' constants were tuned on.
 pub const TUNING_SEEDS: std::ops::Range<u64> = 1..5;
