@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -65,8 +65,16 @@ struct Mappings {
     guest: MmapRaw,
     alias: MmapRaw,
     pages: PageCount,
-    watched: AtomicBool,
+    /// One of the three below.
+    watch: AtomicU8,
 }
+
+/// Nobody has watched it yet.
+const NEVER_WATCHED: u8 = 0;
+/// Touching the guest mapping may wait for a page.
+const WATCHED: u8 = 1;
+/// It is complete, and the guest mapping is like any other.
+const WATCH_OVER: u8 = 2;
 
 impl Ram {
     /// New RAM, all zero, none of it allocated yet.
@@ -97,7 +105,7 @@ impl Ram {
             let _ = mapping.advise(Advice::DontFork);
             let _ = mapping.advise(Advice::DontDump);
         }
-        Ok(Self { inner: Arc::new(Mappings { file, guest, alias, pages, watched: AtomicBool::new(false) }) })
+        Ok(Self { inner: Arc::new(Mappings { file, guest, alias, pages, watch: AtomicU8::new(NEVER_WATCHED) }) })
     }
 
     /// Its size.
@@ -143,7 +151,28 @@ impl Ram {
     /// Whether it is watched for the first time now. What a failed migration has brought stays mapped, where no fault
     /// would tell of it.
     pub(crate) fn take_for_watching(&self) -> bool {
-        !self.inner.watched.swap(true, Ordering::AcqRel)
+        let never = self.inner.watch.compare_exchange(NEVER_WATCHED, WATCHED, Ordering::AcqRel, Ordering::Acquire);
+        never.is_ok()
+    }
+
+    /// Nobody watches it any more.
+    pub(crate) fn end_of_watch(&self) {
+        self.inner.watch.store(WATCH_OVER, Ordering::Release);
+    }
+
+    /// Where to read the bytes of `page` while its guest is paused, or `None` past the end of RAM. What the guest has touched is
+    /// mapped in its own mapping; in the alias, reading it first would cost a fault for every sixteen pages (measured: a seventh of
+    /// what pushing them takes). A mapping that is watched is not read: it might wait for a page.
+    #[must_use]
+    pub fn readable(&self, page: PageIndex) -> Option<*const u8> {
+        let mapping = match self.inner.watch.load(Ordering::Acquire) {
+            WATCHED => &self.inner.alias,
+            _ => &self.inner.guest,
+        };
+        (page.0 < self.inner.pages.0).then(|| {
+            let offset = usize::try_from(page.offset()).unwrap_or(usize::MAX);
+            mapping.as_ptr().wrapping_add(offset)
+        })
     }
 
     /// Allocates every page now, so that none can be missing later.
@@ -256,6 +285,20 @@ mod tests {
         ram.touch();
         // SAFETY: as above.
         assert_eq!(unsafe { ram.alias_of(PageIndex(1)).unwrap().read() }, 9);
+    }
+
+    #[test]
+    fn what_is_watched_is_read_through_the_alias_and_nothing_else_is() {
+        let ram = Ram::new(PageCount(4)).unwrap();
+        let (guest, alias) = (ram.guest_base().cast_const(), ram.alias_base().cast_const());
+        let page = |base: *const u8| Some(base.wrapping_add(PAGE_SIZE));
+        assert_eq!(ram.readable(PageIndex(1)), page(guest));
+        assert!(ram.take_for_watching() && !ram.take_for_watching());
+        assert_eq!(ram.readable(PageIndex(1)), page(alias));
+        ram.end_of_watch();
+        assert_eq!(ram.readable(PageIndex(1)), page(guest));
+        assert!(!ram.take_for_watching(), "it may hold another guest's bytes");
+        assert_eq!(ram.readable(PageIndex(4)), None);
     }
 
     #[test]

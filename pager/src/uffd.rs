@@ -156,6 +156,7 @@ impl Watch {
             if let Err(source) = uffd.register_with_mode(start, length, RegisterMode::MISSING | RegisterMode::MINOR) {
                 // Nobody runs on it yet: it may be let go of.
                 watch.ended.store(stripes.count(), Ordering::Release);
+                watch.ram.end_of_watch();
                 return Err(WatchError::Register { pages: watch.ram.pages(), source });
             }
         }
@@ -303,6 +304,7 @@ impl Watch {
                 WatchError::Unregister(error)
             })?;
         }
+        self.ram.end_of_watch();
         Ok(())
     }
 

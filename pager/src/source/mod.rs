@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender, bounded};
+use crossbeam::channel::{Receiver, Sender, TryRecvError, bounded};
 use switchover_wire::types::{LaneId, LaneRole, PAGE_SIZE, PageCount, PageIndex};
 use thiserror::Error;
 
@@ -22,12 +22,13 @@ use self::order::Policy;
 use self::push::Pusher;
 use self::queue::PushQueue;
 use self::serve::FaultServer;
-use crate::cpu::{CpuMeter, CpuTime};
+use crate::cpu::{self, CpuMeter, CpuTime};
 use crate::lane::{Notify, PageLane, PagerEvent};
 use crate::pace::Pacer;
 use crate::ram::Ram;
 use crate::sent::{ChunkIndex, SentPages};
 use crate::wait::Idleness;
+use crate::zero::Survey;
 
 /// The source's pager could not start.
 #[derive(Debug, Error)]
@@ -48,6 +49,7 @@ struct Shared {
     sent: SentPages,
     queue: PushQueue,
     pacer: Pacer,
+    survey: Survey,
     encoders: Mutex<Vec<(LaneId, Box<dyn ChunkEncoder>)>>,
     written: AtomicBool,
     as_they_are: OnceLock<Vec<u64>>,
@@ -164,6 +166,7 @@ impl SourcePager {
             sent: SentPages::new(pages),
             queue: PushQueue::new(Policy::CHOSEN, pages),
             pacer: Pacer::new(max_bandwidth),
+            survey: Survey::new(pages),
             encoders: Mutex::default(),
             written: AtomicBool::new(false),
             as_they_are: OnceLock::new(),
@@ -201,7 +204,12 @@ impl SourcePager {
                 LaneRole::Bulk => {
                     // Made before it is needed: then the guest stands still.
                     let pusher = Pusher::new(lane, &shared).map_err(|error| error.to_string())?;
-                    // The channel never carries anything: it ends when serving starts, or with the pager.
+                    // The channel never carries anything: it ends when serving starts, or with the pager. Until then there is
+                    // time to find out where memory is.
+                    cpu::yield_to_others();
+                    while started.try_recv() == Err(TryRecvError::Empty) && shared.survey.go_on(shared.ram.file()) {
+                        cpu::let_others_run();
+                    }
                     let _ = started.recv();
                     if !shared.serving.load(Ordering::Acquire) {
                         return Ok(());

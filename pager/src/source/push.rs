@@ -60,12 +60,11 @@ impl Pusher {
     /// # Errors
     /// When the lane fails or the pager is stopped.
     pub fn run(mut self) -> Result<(), PushError> {
-        cpu::yield_to_others();
         let shared = Arc::clone(&self.shared);
         self.take_encoder();
         let (file, pages) = (shared.ram.file(), shared.ram.pages());
         let written = shared.written.load(Ordering::Acquire);
-        let mut holes = if written { Holes::none(file, pages) } else { Holes::new(file, pages) };
+        let mut holes = if written { Holes::none(file, pages) } else { Holes::surveyed(file, pages, &shared.survey) };
         let mut span = 0..0;
         loop {
             if shared.stopping.load(Ordering::Acquire) {
@@ -242,9 +241,9 @@ impl Pusher {
 /// The bytes of `count` pages from `page` on. Chunks are claimed within RAM, so none lies past its end.
 fn bytes_of(shared: &Shared, page: PageIndex, count: u32) -> &[u8] {
     debug_assert!(shared.serving.load(Ordering::Relaxed));
-    let Some(start) = shared.ram.alias_of(page) else { return &[] };
-    // SAFETY: the pages were claimed in `sent`, which has bits for pages of RAM only, so they lie in the alias, which
-    // `shared.ram` keeps mapped. A pusher runs only while `serving` is set: the guest is paused and nothing on a
-    // source writes the alias, so the bytes do not change under the slice.
-    unsafe { std::slice::from_raw_parts(start.cast_const(), count as usize * PAGE_SIZE) }
+    let Some(start) = shared.ram.readable(page) else { return &[] };
+    // SAFETY: the pages were claimed in `sent`, which has bits for pages of RAM only, so they lie in a mapping that
+    // `shared.ram` keeps. A pusher runs only while `serving` is set: the guest is paused and nothing else on a source
+    // writes its memory, so the bytes do not change under the slice.
+    unsafe { std::slice::from_raw_parts(start, count as usize * PAGE_SIZE) }
 }

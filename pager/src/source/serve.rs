@@ -74,10 +74,10 @@ impl FaultServer {
 
     /// Sends the page whether or not it was pushed already: the pushed copy may still be far back in its lane.
     fn answer(&mut self, request: FaultRequest) -> Result<(), ServeError> {
-        let page = self.shared.ram.alias_of(request.page).ok_or(ServeError::TooEarly(request.page))?;
-        // SAFETY: the page lies in the alias, which `shared.ram` keeps mapped. The guest is paused while `serving`
-        // is set and nothing on a source writes the alias, so the bytes do not change under the slice.
-        let bytes = unsafe { std::slice::from_raw_parts(page.cast_const(), PAGE_SIZE) };
+        let page = self.shared.ram.readable(request.page).ok_or(ServeError::TooEarly(request.page))?;
+        // SAFETY: the page lies in a mapping that `shared.ram` keeps. The guest is paused while `serving` is set, and
+        // nothing else on a source writes its memory, so the bytes do not change under the slice.
+        let bytes = unsafe { std::slice::from_raw_parts(page, PAGE_SIZE) };
         let zero = is_zero(bytes);
         let content = if zero { ReplyContent::Zero } else { ReplyContent::Raw };
         let header = FaultReply { page: request.page, tag: request.tag, content }.encode();
