@@ -61,6 +61,8 @@ fn this_thread() -> CpuTime {
 
 /// How much less than others a thread that yields gets of a processor that both want: about a tenth (sched(7), "nice value").
 const NICENESS: i32 = 10;
+/// The least that the scheduler gives anybody.
+const NICEST: i32 = 19;
 
 /// What a thread that somebody waits for asks to run at a time. The scheduler takes 0.1 ms for the least (sched_setattr(2), Linux
 /// 6.12); a thread with a short slice takes the processor from one with a long one as soon as it wakes, and gets no more of it in
@@ -91,6 +93,16 @@ pub fn yield_to_others() {
     });
 }
 
+/// This thread yields to those that [yield](yield_to_others) too: for work that may as well never be done. Not `SCHED_IDLE`: a
+/// thread that never gets a processor keeps what it holds in the kernel.
+pub fn yield_to_all() {
+    reschedule("made to yield to all others", |now| Scheduling {
+        policy: libc::SCHED_BATCH.cast_unsigned(),
+        nice: NICEST,
+        ..now
+    });
+}
+
 /// Lets whoever waits for this thread's processor have it, between two pieces of a long work. On a kernel that preempts at ticks
 /// only, whoever was not let in at once waits for up to four milliseconds, however nice the thread.
 pub fn let_others_run() {
@@ -107,7 +119,8 @@ pub fn be_prompt() {
 /// `what` it would have been, for the log.
 fn reschedule(what: &str, change: impl FnOnce(Scheduling) -> Scheduling) {
     let done = Scheduling::of_this_thread().and_then(|now| match i32::try_from(now.policy) {
-        Ok(libc::SCHED_OTHER) => change(now).set(),
+        // The second is what yielding has made of it.
+        Ok(libc::SCHED_OTHER | libc::SCHED_BATCH) => change(now).set(),
         _ => Ok(()),
     });
     if let Err(error) = done {
@@ -169,6 +182,24 @@ mod tests {
         let batch = Scheduling { policy: libc::SCHED_BATCH.cast_unsigned(), ..Scheduling::default() };
         let left = scheduled(move || batch.set().unwrap(), be_prompt);
         assert_eq!(left.policy, libc::SCHED_BATCH.cast_unsigned(), "a policy that was chosen stays");
+    }
+
+    #[test]
+    fn who_yields_may_yield_more() {
+        let last = scheduled(yield_to_others, yield_to_all);
+        assert_eq!((last.policy, last.nice), (libc::SCHED_BATCH.cast_unsigned(), NICEST));
+        let chosen = Scheduling { policy: libc::SCHED_RR.cast_unsigned(), priority: 1, ..Scheduling::default() };
+        let left = scheduled(
+            move || _ = chosen.set(),
+            || {
+                yield_to_all();
+                be_prompt();
+            },
+        );
+        // Where the test may not have it, the policy was never chosen.
+        if left.policy == libc::SCHED_RR.cast_unsigned() {
+            assert_eq!(left.priority, 1, "a policy that was chosen stays");
+        }
     }
 
     #[test]

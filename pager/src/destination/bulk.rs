@@ -391,7 +391,7 @@ impl BulkReceiver {
         Ok(())
     }
 
-    /// Takes note of zero pages, and maps them where that costs no memory or somebody waits.
+    /// Takes note of zero pages, and maps those that somebody waits for.
     fn take_zeros(&mut self, first: PageIndex, zero: u64) -> Result<(), BulkError> {
         let (mut won, mut wanted) = (0_u64, 0_u64);
         for bit in bits(zero) {
@@ -400,8 +400,11 @@ impl BulkReceiver {
                 wanted |= u64::from(waiting) << bit;
             }
         }
-        let to_map = if self.shared.populated { won } else { wanted };
-        for (bit, count) in runs(to_map) {
+        // Nobody waits for the others: the mapper maps them when there is nothing better to do.
+        if self.shared.populated && won != wanted {
+            self.shared.unmapped_zeros.push(first, won & !wanted);
+        }
+        for (bit, count) in runs(wanted) {
             self.shared.watch.map_zero(page_at(first, bit), PageCount(u64::from(count)))?;
         }
         self.report_raced(first, wanted);

@@ -36,6 +36,8 @@ pub struct Stage {
     pub round: u32,
     /// The guest runs: what is here may be mapped.
     pub map_the_rest: bool,
+    /// Nothing is to be mapped ahead any more.
+    pub mapping_over: bool,
     /// The pager ends.
     pub stopping: bool,
 }
@@ -77,6 +79,10 @@ impl Handoff {
 
     pub fn map_the_rest(&self) {
         self.change(|stage| stage.map_the_rest = true);
+    }
+
+    pub fn end_mapping(&self) {
+        self.change(|stage| stage.mapping_over = true);
     }
 
     pub fn stop(&self) {

@@ -6,6 +6,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crossbeam::channel::{Receiver, Sender, unbounded};
 use switchover_wire::types::{PageCount, PageIndex};
 
 use super::Shared;
@@ -30,6 +31,38 @@ pub struct MappedAhead {
     /// The round in which each page came last, up to 255.
     rounds: Box<[AtomicU8]>,
     mapping: Mutex<()>,
+}
+
+/// Zero pages that came after the handoff and that nobody waits for, until there is time to map them.
+#[derive(Debug)]
+pub struct UnmappedZeros {
+    queue: Sender<(PageIndex, u64)>,
+    taken: Receiver<(PageIndex, u64)>,
+}
+
+impl Default for UnmappedZeros {
+    fn default() -> Self {
+        let (queue, taken) = unbounded();
+        Self { queue, taken }
+    }
+}
+
+impl UnmappedZeros {
+    /// The pages of `mask`, bit i being page `first + i`.
+    pub fn push(&self, first: PageIndex, mask: u64) {
+        // This object holds the other end itself.
+        let _ = self.queue.send((first, mask));
+    }
+
+    /// Nothing more will come.
+    pub fn stop(&self) {
+        self.push(PageIndex(0), 0);
+    }
+
+    /// The next; none when nothing more will come.
+    fn next(&self) -> Option<(PageIndex, u64)> {
+        self.taken.recv().ok().filter(|(_, mask)| *mask != 0)
+    }
 }
 
 /// Nobody maps ahead while this lives.
@@ -95,14 +128,15 @@ pub fn run(shared: &Shared) -> Result<(), WatchError> {
     cpu::yield_to_others();
     let mut seen = 0;
     loop {
-        let stage = shared
-            .handoff
-            .wait_until(|stage| stage.map_the_rest || (stage.phase == Phase::Precopy && stage.round > seen));
-        if stage.stopping {
+        let stage = shared.handoff.wait_until(|stage| {
+            stage.mapping_over || stage.map_the_rest || (stage.phase == Phase::Precopy && stage.round > seen)
+        });
+        if stage.mapping_over || stage.stopping {
             return Ok(());
         }
         if stage.map_the_rest {
-            return map_the_rest(shared);
+            map_the_rest(shared)?;
+            return map_zeros(shared);
         }
         seen = stage.round;
         map_cold(shared, seen)?;
@@ -126,7 +160,7 @@ fn map_cold(shared: &Shared, round: u32) -> Result<(), WatchError> {
         let _held = shared.ahead.hold();
         {
             let stage = shared.handoff.stage();
-            if stage.phase == Phase::Postcopy || stage.stopping {
+            if stage.phase == Phase::Postcopy || stage.mapping_over {
                 return Ok(());
             }
         }
@@ -151,7 +185,7 @@ fn map_cold(shared: &Shared, round: u32) -> Result<(), WatchError> {
 fn map_the_rest(shared: &Shared) -> Result<(), WatchError> {
     let words = shared.ahead.mapped.iter().zip(&shared.ahead.here).zip((0..).step_by(64));
     for ((mapped, here), first) in words {
-        if shared.handoff.stage().stopping || !shared.watch.is_registered() {
+        if shared.handoff.stage().mapping_over {
             return Ok(());
         }
         let here = here.load(Ordering::Relaxed) & !mapped.load(Ordering::Relaxed);
@@ -167,8 +201,41 @@ fn map_the_rest(shared: &Shared) -> Result<(), WatchError> {
     Ok(())
 }
 
+/// Maps zero pages as they come, while the processor is nobody else's: until memory is complete a guest that touches one loses a local
+/// fault, and afterwards nothing.
+fn map_zeros(shared: &Shared) -> Result<(), WatchError> {
+    cpu::yield_to_all();
+    while let Some((first, mask)) = shared.unmapped_zeros.next() {
+        if shared.handoff.stage().mapping_over {
+            return Ok(());
+        }
+        for (bit, count) in runs(mask) {
+            shared.watch.map_zero(PageIndex(first.0 + u64::from(bit)), PageCount(u64::from(count)))?;
+        }
+    }
+    Ok(())
+}
+
 /// Whether `page` is here, and has memory behind it: where that was not reserved, a zero page has none, and shall not get any
 /// before it is touched.
 fn may_be_mapped(shared: &Shared, page: PageIndex) -> bool {
     if shared.populated { shared.states.is_resident(page) } else { shared.states.is_present(page) }
+}
+
+#[cfg(test)]
+#[cfg(not(feature = "loom"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeros_come_out_as_they_went_in_until_nothing_more_will_come() {
+        let zeros = UnmappedZeros::default();
+        zeros.push(PageIndex(64), 0b101);
+        zeros.push(PageIndex(0), u64::MAX);
+        zeros.stop();
+        zeros.push(PageIndex(128), 1);
+        assert_eq!(zeros.next(), Some((PageIndex(64), 0b101)));
+        assert_eq!(zeros.next(), Some((PageIndex(0), u64::MAX)));
+        assert_eq!(zeros.next(), None);
+    }
 }

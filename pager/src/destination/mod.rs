@@ -35,7 +35,7 @@ use thiserror::Error;
 use self::bulk::{BulkError, BulkReceiver};
 use self::fault::FaultService;
 use self::handoff::Handoff;
-use self::mapper::MappedAhead;
+use self::mapper::{MappedAhead, UnmappedZeros};
 use self::shard::Shard;
 use self::stains::Stains;
 use crate::cpu::{self, CpuMeter, CpuTime};
@@ -121,6 +121,7 @@ struct Shared {
     states: PageStates,
     handoff: Handoff,
     ahead: MappedAhead,
+    unmapped_zeros: UnmappedZeros,
     stains: Stains,
     /// As many as the watch has.
     shards: Box<[Arc<Shard>]>,
@@ -237,8 +238,9 @@ pub struct DestinationPager {
     lanes: Vec<PageLane>,
     /// The threads of the bulk lanes, which end with their lanes.
     bulk_threads: Vec<JoinHandle<()>>,
-    /// The fault threads and the mapper, which do not.
+    /// The fault threads, which do not.
     threads: Vec<JoinHandle<()>>,
+    mapper: Option<JoinHandle<()>>,
     cpu: Arc<CpuMeter>,
 }
 
@@ -261,6 +263,7 @@ impl DestinationPager {
             states: PageStates::new(pages),
             handoff: Handoff::default(),
             ahead: MappedAhead::new(pages),
+            unmapped_zeros: UnmappedZeros::default(),
             stains: Stains::new(pages),
             rejoined: AtomicBool::new(false),
             populated: !lazy,
@@ -275,7 +278,8 @@ impl DestinationPager {
             notify: Arc::clone(notify),
         });
         let cpu = Arc::new(CpuMeter::default());
-        let mut pager = Self { shared, lanes: Vec::new(), bulk_threads: Vec::new(), threads: Vec::new(), cpu };
+        let mut pager =
+            Self { shared, lanes: Vec::new(), bulk_threads: Vec::new(), threads: Vec::new(), mapper: None, cpu };
         if let Err(error) = pager.spawn_all(lanes) {
             pager.abandon();
             return Err(error);
@@ -369,7 +373,7 @@ impl DestinationPager {
             .name("mapper".to_owned())
             .spawn(body)
             .map_err(|source| DestinationPagerError::Thread { lane: "mapping ahead".to_owned(), source })?;
-        self.threads.push(thread);
+        self.mapper = Some(thread);
         Ok(())
     }
 
@@ -511,6 +515,8 @@ impl DestinationPager {
         if missing > 0 {
             return Err(DestinationPagerError::Incomplete { missing });
         }
+        // First: a thread that gets a processor last must not keep the kernel's lock from whoever waits for it.
+        self.end_mapper();
         self.shared.watch.unregister()?;
         self.end_threads();
         Ok(())
@@ -528,9 +534,16 @@ impl DestinationPager {
     fn end_threads(&mut self) {
         self.shared.stopping.store(true, Ordering::Release);
         self.shared.handoff.stop();
+        self.end_mapper();
         self.shared.shards.iter().for_each(|shard| shard.wake());
         self.end_bulk_lanes();
-        join(&mut self.threads);
+        join(self.threads.drain(..));
+    }
+
+    fn end_mapper(&mut self) {
+        self.shared.handoff.end_mapping();
+        self.shared.unmapped_zeros.stop();
+        join(self.mapper.take());
     }
 
     /// Shuts all lanes down, and waits for the threads of the bulk lanes.
@@ -538,7 +551,7 @@ impl DestinationPager {
         for lane in &self.lanes {
             lane.socket.shutdown();
         }
-        join(&mut self.bulk_threads);
+        join(self.bulk_threads.drain(..));
     }
 }
 
@@ -569,8 +582,8 @@ fn reserve(ram: &Ram) -> Result<(), DestinationPagerError> {
     })
 }
 
-fn join(threads: &mut Vec<JoinHandle<()>>) {
-    for thread in threads.drain(..) {
+fn join(threads: impl IntoIterator<Item = JoinHandle<()>>) {
+    for thread in threads {
         if thread.join().is_err() {
             tracing::error!("a thread of the destination's pager panicked");
         }
