@@ -1,6 +1,6 @@
 //! The fault path: from a vCPU that needs a page to the page under it.
 //!
-//! One thread, one io_uring. It polls the userfaultfd, asks for absent pages in 16-byte requests, receives the
+//! One thread, one io_uring. It polls the userfaultfd, asks for absent pages in small requests, receives the
 //! answers, puts the pages into the alias, maps them and wakes the vCPU. Nothing here allocates once it runs, and no lock is
 //! held across a system call.
 //!
@@ -130,7 +130,7 @@ impl FaultService {
         shard.seat.sit();
         Ok(Self {
             ring: EventRing::new(RING_ENTRIES)?,
-            replies: Replies::new(),
+            replies: Replies::new(lane.checksums),
             outgoing: Vec::with_capacity(ROOM * FaultRequest::LEN),
             lane,
             tag,
@@ -216,7 +216,7 @@ impl FaultService {
             }
         }
         self.unsubmitted = self.asked.len();
-        self.replies.clear();
+        self.replies.begin_anew(self.lane.checksums);
         self.receive()
     }
 
