@@ -54,6 +54,8 @@ pub struct Parameters {
     pub record_bitmaps: bool,
     /// Record each fault in the report; the destination's.
     pub record_faults: bool,
+    /// Map memory as huge pages once it is complete; the destination's.
+    pub collapse: bool,
     /// How long the other side may be silent, in milliseconds, before the link counts as lost.
     pub silence_ms: u64,
 }
@@ -93,6 +95,7 @@ impl Default for Parameters {
             time_budget_ms: 120_000,
             record_bitmaps: false,
             record_faults: false,
+            collapse: true,
             silence_ms: 5_000,
         }
     }
@@ -254,6 +257,11 @@ const SETTABLE: [Entry; 22] = [
         set: |all, given| given.boolean().map(|value| all.record_faults = value),
     },
     Entry {
+        name: "x-switchover-collapse",
+        get: |all| json!(all.collapse),
+        set: |all, given| given.boolean().map(|value| all.collapse = value),
+    },
+    Entry {
         name: "x-switchover-silence",
         get: |all| json!(all.silence_ms),
         set: |all, given| given.within(SILENCES, " ms").map(|value| all.silence_ms = value),
@@ -271,6 +279,7 @@ const FIXED_UNDER_WAY: [&str; 7] = [
     "x-switchover-fault-lanes",
     "x-switchover-record-bitmaps",
     "x-switchover-record-faults",
+    "x-switchover-collapse",
 ];
 
 const NO_TLS: &str = "lanes are not encrypted yet";
@@ -400,7 +409,7 @@ mod tests {
             "x-switchover-checksums": false,
             "x-switchover-max-rounds": 1, "x-switchover-time-budget": 4_294_967_295_u32,
             "x-switchover-record-bitmaps": true, "x-switchover-record-faults": true, "x-switchover-silence": 1000,
-            "x-switchover-fault-lanes": 16,
+            "x-switchover-fault-lanes": 16, "x-switchover-collapse": false,
         });
         let other = other.as_object().unwrap();
         assert_eq!(other.len(), SETTABLE.len());
