@@ -30,6 +30,8 @@ pub struct Spec {
     pub serial: String,
     /// `--incoming`.
     pub incoming: Option<String>,
+    /// Further arguments.
+    pub more: Vec<String>,
     /// Whether what it says on standard error finds no room: it says all that it can, then.
     pub no_room_for_logs: bool,
 }
@@ -43,6 +45,7 @@ impl Default for Spec {
             vcpus: 1,
             serial: "stdio".to_owned(),
             incoming: None,
+            more: Vec::new(),
             no_room_for_logs: false,
         }
     }
@@ -97,6 +100,7 @@ impl Machine {
         if let Some(incoming) = &spec.incoming {
             command.args(["--incoming", incoming]);
         }
+        command.args(&spec.more);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         if spec.no_room_for_logs {
             command.stderr(File::options().write(true).open("/dev/full").unwrap()).env("SWITCHOVER_LOG", "trace");

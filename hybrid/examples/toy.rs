@@ -170,6 +170,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let observer = Arc::new(|notice| match notice {
         Notice::Status(status) => println!("{status}"),
         Notice::Round(number) => println!("round {number}"),
+        Notice::Happening(happening) => println!("{happening:?}"),
     });
     let incoming = Incoming::listen(there.clone(), &"tcp:127.0.0.1:0".parse()?, Settings::default(), observer.clone())?;
     let hybrid = Limits { mode: Mode::Hybrid, ..Limits::default() };

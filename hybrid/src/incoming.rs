@@ -2,8 +2,9 @@
 
 mod connecting;
 mod driver;
+mod gate;
+mod tally;
 
-use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,9 +14,11 @@ use switchover_pager::cpu::CpuMeter;
 use switchover_pager::destination::{DestinationPager, DestinationProgress};
 use switchover_wire::address::Address;
 use switchover_wire::clock::Nanos;
-use switchover_wire::socket::{Listener, Socket};
+use switchover_wire::socket::Listener;
 
 use self::connecting::Admitted;
+use self::gate::Gate;
+use self::tally::Tally;
 use crate::error::MigrationError;
 use crate::lanes::Lanes;
 use crate::link::{Teller, Told};
@@ -45,7 +48,9 @@ struct Shared {
     /// Where a source that lost its link may come to, beside where it came to first.
     recovery: Mutex<Option<Arc<Listener>>>,
     reception: Mutex<Reception<Admitted>>,
-    handshakes: Mutex<VecDeque<Arc<Socket>>>,
+    /// Connections whose peer is not known yet.
+    gate: Arc<Gate>,
+    not_taken: Mutex<Tally>,
     lanes: Arc<Lanes>,
     events: Teller<DestinationEvent>,
     /// The lanes of a source that has joined again, until the session takes them up.
@@ -78,7 +83,8 @@ impl Incoming {
             listener: Arc::new(Listener::bind(at)?),
             recovery: Mutex::new(None),
             reception: Mutex::new(Reception::Waiting),
-            handshakes: Mutex::new(VecDeque::new()),
+            gate: Arc::default(),
+            not_taken: Mutex::default(),
             lanes: Arc::default(),
             events: Teller::new(events),
             joined: Mutex::new(None),

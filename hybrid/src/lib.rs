@@ -56,6 +56,7 @@ mod control;
 pub mod error;
 pub mod failure;
 pub mod fake;
+pub mod happening;
 mod heap;
 pub mod incoming;
 mod lanes;

@@ -7,6 +7,7 @@ use switchover_wire::clock::{HostClock, Nanos};
 use switchover_wire::types::PageCount;
 
 use crate::failure::FailureView;
+use crate::happening::Happening;
 use crate::lanes::Lanes;
 use crate::report::{CpuSeconds, Instants, Interruption, PhaseSpan, Side, SideReport};
 use crate::settings::{Notice, Observer};
@@ -152,6 +153,11 @@ impl Recorder {
         (self.observer)(Notice::Round(round));
     }
 
+    /// Something has happened that is worth keeping.
+    pub fn tell(&self, happening: Happening) {
+        (self.observer)(Notice::Happening(happening));
+    }
+
     /// Does `work` and records how long it took.
     pub fn timed<T>(&self, name: &str, work: impl FnOnce() -> T) -> T {
         let start_ns = Nanos::now().0;
@@ -163,6 +169,7 @@ impl Recorder {
 
     /// The link is lost after the commit.
     pub fn interrupt(&self, failure: FailureView, reason: &str) {
+        let sentence = format!("{reason}; {}", failure.guest.sentence());
         self.write(|record| {
             let lost_ns = Nanos::now().0;
             // A rejoin that fails is no interruption of its own.
@@ -172,15 +179,17 @@ impl Recorder {
                 let reason = reason.to_owned();
                 record.interruptions.push(Interruption { lost_ns, joined_ns: None, attempts: 0, reason });
             }
-            record.error = Some(format!("{reason}; {}", failure.guest.sentence()));
+            record.error = Some(sentence.clone());
             record.failure = Some(failure);
         });
+        self.tell(Happening::Trouble { reason: sentence });
         self.set_status(MigrationStatus::PostcopyPaused);
     }
 
     /// Ends with a failure.
     pub fn fail(&self, failure: FailureView, reason: String) {
-        self.write(|record| (record.error, record.failure) = (Some(reason), Some(failure)));
+        self.write(|record| (record.error, record.failure) = (Some(reason.clone()), Some(failure)));
+        self.tell(Happening::Trouble { reason });
         self.set_status(MigrationStatus::Failed);
     }
 

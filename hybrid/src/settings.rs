@@ -7,6 +7,7 @@ use switchover_pager::lane::FAULT_LANES_LIMIT;
 use switchover_precopy::pack::PackSettings;
 
 use crate::error::MigrationError;
+use crate::happening::Happening;
 use crate::lanes::BULK_LANES_LIMIT;
 use crate::monitor::{Limits, Mode};
 use crate::status::MigrationStatus;
@@ -131,12 +132,14 @@ pub struct Tunables {
 }
 
 /// What an observer is told.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Notice {
     /// The status has changed to this.
     Status(MigrationStatus),
     /// This round of pre-copy begins, counted from 1.
     Round(u32),
+    /// This has happened.
+    Happening(Happening),
 }
 
 /// Whoever wants to know of a migration's steps. Called on the migration's own thread: must return at once.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use std::{io, thread};
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
+use serde_json::json;
 use switchover_hybrid::error::MigrationError;
 use switchover_hybrid::incoming::Incoming;
 use switchover_hybrid::machine::Machine;
@@ -16,6 +17,7 @@ use switchover_hybrid::settings::{Notice, Observer, Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
 use switchover_wire::address::Address;
 
+use crate::audit::{Audit, brief};
 use crate::control::VmEvent;
 use crate::dirty_rate::limit::{DirtyLimiter, Limit};
 use crate::dirty_rate::{DirtyMeter, Measurement, MeterError, Method, Plan};
@@ -36,6 +38,7 @@ pub struct VmController {
     limiter: DirtyLimiter,
     events: Sender<TimedEvent>,
     quit_by_client: AtomicBool,
+    audit: Audit,
 }
 
 /// The last migration. A machine that a guest has moved into may be the source of its next one.
@@ -46,11 +49,11 @@ enum Migration {
 }
 
 impl VmController {
-    /// A controller of `vm`, and what a QMP server tells of it.
+    /// A controller of `vm`, which notes in `audit` what happens to it, and what a QMP server tells of it.
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn new(vm: Arc<Vm>, lazy_memory: bool) -> io::Result<(Arc<Self>, Receiver<TimedEvent>)> {
+    pub fn new(vm: Arc<Vm>, lazy_memory: bool, audit: Audit) -> io::Result<(Arc<Self>, Receiver<TimedEvent>)> {
         let (events, told) = unbounded();
         let (seen, tell) = (vm.events(), events.clone());
         thread::Builder::new().name("vm-events".to_owned()).spawn(move || forward(&seen, &tell))?;
@@ -62,24 +65,28 @@ impl VmController {
             limiter: DirtyLimiter::default(),
             events,
             quit_by_client: AtomicBool::new(false),
+            audit,
         };
         Ok((Arc::new(controller), told))
     }
 
     /// The machine is over, for this reason: tells clients so, the last thing that they are told, and removes the socket's
     /// file that a source may still connect to, since the threads that hold it end with the process.
-    pub fn finish(&self, reason: &ExitReason) {
+    pub fn finish(&self, exit: &ExitReason) {
         if let Migration::Incoming(incoming) = &*self.migration() {
             // Its threads end with the process, and would leave a unix socket's file behind.
             incoming.close();
         }
-        let (guest, reason) = match reason {
+        let (guest, reason) = match exit {
             ExitReason::Guest(_) => (true, "guest-shutdown"),
             ExitReason::Shutdown => (true, "guest-reset"),
             ExitReason::Quit if self.quit_by_client.load(Ordering::SeqCst) => (false, "host-qmp-quit"),
             ExitReason::Quit => (false, "host-signal"),
             ExitReason::Failed(_) => (false, "host-error"),
         };
+        let why = if let ExitReason::Failed(why) = exit { brief(why) } else { String::new() };
+        self.audit.note("end", json!({ "reason": reason, "why": why }));
+        self.audit.flush();
         tell(&self.events, Event::Shutdown { guest, reason });
     }
 
@@ -103,16 +110,24 @@ impl VmController {
         Arc::<Vm>::clone(&self.vm)
     }
 
-    fn observer(&self) -> Observer {
-        let events = self.events.clone();
-        Arc::new(move |notice| match notice {
-            Notice::Status(status) => tell(&events, Event::Migration(status)),
-            Notice::Round(pass) => tell(&events, Event::MigrationPass(pass)),
+    fn observer(&self, way: &'static str) -> Observer {
+        let (events, audit) = (self.events.clone(), self.audit.clone());
+        Arc::new(move |notice| {
+            audit.note_migration(way, &notice);
+            match notice {
+                Notice::Status(status) => tell(&events, Event::Migration(status)),
+                Notice::Round(pass) => tell(&events, Event::MigrationPass(pass)),
+                Notice::Happening(_) => {}
+            }
         })
     }
 }
 
 impl Controller for VmController {
+    fn audit(&self) -> &Audit {
+        &self.audit
+    }
+
     fn run_state(&self) -> RunState {
         self.vm.run_state()
     }
@@ -155,7 +170,7 @@ impl Controller for VmController {
         }
         // Moving the guest is worth more than knowing how fast it writes.
         self.meter.interrupt();
-        *migration = Migration::Outgoing(Outgoing::start(self.machine(), to, settings, self.observer())?);
+        *migration = Migration::Outgoing(Outgoing::start(self.machine(), to, settings, self.observer("out"))?);
         Ok(())
     }
 
@@ -168,7 +183,7 @@ impl Controller for VmController {
             return Err(ControlError::NotIncoming);
         }
         let settings = Settings { lazy_memory: self.lazy_memory, ..settings };
-        let incoming = Incoming::listen(self.machine(), at, settings, self.observer())?;
+        let incoming = Incoming::listen(self.machine(), at, settings, self.observer("in"))?;
         let (vm, watched) = (Arc::clone(&self.vm), incoming.clone());
         thread::Builder::new()
             .name("incoming-end".to_owned())
@@ -235,6 +250,7 @@ impl Controller for VmController {
             })?,
             Migration::None | Migration::Incoming(_) => return Err(ControlError::NothingToReclaim),
         }
+        self.audit.note("fence", json!({ "vouched": "the guest runs nowhere else" }));
         tracing::warn!("the guest is reclaimed: its controller vouches that it runs nowhere else");
         Ok(())
     }

@@ -35,6 +35,7 @@
 //!
 //! What depends on the CPU architecture is in [`arch`] alone.
 
+pub mod audit;
 mod bucket;
 pub mod config;
 pub mod control;

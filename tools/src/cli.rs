@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::failure::Failure;
-use crate::{bench, check, floor, migrate, run, simulate};
+use crate::{audit, bench, check, floor, migrate, run, simulate};
 
 /// The environment variable that says what is logged.
 const LOG_VARIABLE: &str = "SWITCHOVER_LOG";
@@ -47,6 +47,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Play recorded or made-up guests through the convergence monitor, and compare it with the best that could be done
     Simulate(simulate::SimulateArgs),
+    /// Check the audit log of a machine
+    Audit(audit::AuditArgs),
     /// Say what this host can do at best, to read a report against
     Floor(floor::FloorArgs),
     /// Say whether this host can do it: kvm, userfaultfd, io_uring, limits; and what to change where not
@@ -62,6 +64,7 @@ pub fn main() -> ExitCode {
         Command::Migrate(args) => migrate::main(&args),
         Command::Bench(args) => bench::main(&args),
         Command::Simulate(args) => simulate::main(&args),
+        Command::Audit(args) => audit::main(&args),
         Command::Floor(args) => floor::main(&args),
         Command::Check => check::main(),
     });
@@ -105,6 +108,9 @@ mod tests {
             &["switchover", "run", "--vcpus", "0"],
             &["switchover", "run", "--serial", "nowhere"],
             &["switchover", "run", "--incoming", "later"],
+            &["switchover", "audit"],
+            &["switchover", "audit", "verify"],
+            &["switchover", "audit", "verify", "file", "--known", "12"],
             &["switchover", "simulate"],
             &["switchover", "simulate", "t", "--bandwidth", "1"],
             &["switchover", "simulate", "t", "--seeds", "1"],

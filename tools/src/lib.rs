@@ -5,6 +5,7 @@
 //!  switchover migrate  a QMP client that moves the guest of a running machine
 //!  switchover bench    moves real guests, checks them, and writes a report
 //!  switchover simulate plays traces through the convergence monitor, beside an oracle
+//!  switchover audit    checks the audit log of a machine
 //!  switchover floor    what this host can do at best
 //!  switchover check    what this host lacks
 //! ```
@@ -14,6 +15,7 @@
 //! socket's file nor a changed terminal.
 
 mod allocator;
+pub mod audit;
 pub mod bench;
 pub mod check;
 pub mod cli;

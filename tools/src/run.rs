@@ -6,7 +6,9 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
+use serde_json::json;
 use switchover_hybrid::settings::Settings;
+use switchover_runtime::audit::Audit;
 use switchover_runtime::config::{DirtyTracking, SerialTarget, VmConfig};
 use switchover_runtime::controller::VmController;
 use switchover_runtime::qmp::controller::Controller as _;
@@ -61,6 +63,11 @@ pub struct RunArgs {
     /// runs out after the handoff
     #[arg(long, requires = "incoming")]
     lazy_memory: bool,
+
+    /// Note what happens to the machine in this file, one JSON object a line, each with the hash of the one before. An existing
+    /// file is gone on with; `switchover audit verify` checks it
+    #[arg(long, value_name = "FILE")]
+    audit: Option<PathBuf>,
 
     /// How a migration finds out what the guest writes: by KVM's bitmaps (log), by a ring of each vCPU (ring), which a
     /// limit of vCPUs' dirty rates needs, or by what is there, bitmaps first (auto)
@@ -163,10 +170,15 @@ pub fn main(args: RunArgs) -> Result<(), Failure> {
         dirty_tracking: args.dirty_tracking.into(),
     };
     let no_threads = |error| Failure::failed(format_args!("cannot start the machine's threads: {error}"));
+    let audit = args.audit.as_deref().map(Audit::append).transpose().map_err(Failure::failed)?.unwrap_or_default();
+    audit.note(
+        "start",
+        json!({ "version": env!("CARGO_PKG_VERSION"), "pid": process::id(), "waits": args.incoming.is_some() }),
+    );
     let socket = args.qmp.as_ref().map(Bound::at).transpose().map_err(Failure::failed)?;
     let vm = if args.incoming.is_some() { Vm::incoming(&config) } else { Vm::boot(&config) };
     let vm = vm.map_err(Failure::failed)?;
-    let (controller, events) = VmController::new(Arc::clone(&vm), args.lazy_memory).map_err(no_threads)?;
+    let (controller, events) = VmController::new(Arc::clone(&vm), args.lazy_memory, audit).map_err(no_threads)?;
     let (ended, path) = (Arc::clone(&controller), args.qmp.as_ref().map(|endpoint| endpoint.path().to_owned()));
     let take_ends = move || ends.into_iter().for_each(|number: u32| end(&ended, number, path.as_deref()));
     std::thread::Builder::new().name("end".to_owned()).spawn(take_ends).map_err(no_threads)?;

@@ -14,16 +14,20 @@
 //!    `IORING_SETUP_DEFER_TASKRUN`, Linux 6.1). A `Ring` that moved to another thread between two calls makes itself
 //!    anew; an `EventRing` cannot, and says so.
 //! 3. *No registered buffers.* Registering guest RAM would pin it, and fault all of it in on a destination.
-//! 4. *A file descriptor is borrowed for a call, or owned.* The kernel holds its own reference to the file of an
+//! 4. *A ring does what it is for, and nothing else.* Before it is enabled it is restricted to the operations of this module;
+//!    the kernel answers all others with EACCES, and so it does whatever could be registered with it.
+//! 5. *A file descriptor is borrowed for a call, or owned.* The kernel holds its own reference to the file of an
 //!    operation under way; a poll that may have to be armed again owns a duplicate.
 
 mod blocking;
 mod event;
+pub mod maker;
 mod spin;
 
 use std::io;
 
-use io_uring::IoUring;
+use io_uring::register::Restriction;
+use io_uring::{IoUring, opcode};
 use thiserror::Error;
 
 pub use self::blocking::Ring;
@@ -61,8 +65,31 @@ pub enum RingError {
     },
 }
 
-/// A disabled ring with the best flags that the kernel takes.
+/// All that a ring may be asked to do.
+const OPERATIONS: [u8; 6] = [
+    opcode::Send::CODE,
+    opcode::Recv::CODE,
+    opcode::SendMsg::CODE,
+    opcode::RecvMsg::CODE,
+    opcode::PollAdd::CODE,
+    opcode::AsyncCancel::CODE,
+];
+
+/// A disabled, restricted ring: of the process that makes them for this one, or made here where there is none.
 fn build(entries: u32) -> Result<IoUring, RingError> {
+    maker::ask(entries).unwrap_or_else(|| make(entries)).map_err(|source| RingError::Setup { entries, source })
+}
+
+/// Allows a disabled ring those [`OPERATIONS`], without links, fixed files or any other flag, and nothing to be registered.
+fn restrict(uring: &IoUring) -> io::Result<()> {
+    let operations = OPERATIONS.map(Restriction::sqe_op);
+    let mut allowed: Vec<Restriction> = operations.into_iter().collect();
+    allowed.push(Restriction::sqe_flags_allowed(0));
+    uring.submitter().register_restrictions(&mut allowed)
+}
+
+/// A disabled, restricted ring with the best flags that the kernel takes.
+fn make(entries: u32) -> io::Result<IoUring> {
     // Completions may outnumber submissions (multishot polls), so their queue is larger.
     let completions = entries.saturating_mul(4);
     let attempts: [fn(&mut io_uring::Builder); 3] = [
@@ -82,16 +109,58 @@ fn build(entries: u32) -> Result<IoUring, RingError> {
         builder.setup_cqsize(completions).setup_r_disabled();
         flags(&mut builder);
         match builder.build(entries) {
-            Ok(uring) => return Ok(uring),
+            Ok(uring) => return restrict(&uring).map(|()| uring),
             // EINVAL: a flag that this kernel does not know.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refusal = error,
-            Err(source) => return Err(RingError::Setup { entries, source }),
+            Err(error) => return Err(error),
         }
     }
-    Err(RingError::Setup { entries, source: refusal })
+    Err(refusal)
 }
 
 /// A completion's result: a count, or an error number below zero.
 fn outcome(result: i32) -> io::Result<u32> {
     u32::try_from(result).map_err(|_| io::Error::from_raw_os_error(result.wrapping_neg()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd as _;
+
+    use io_uring::{squeue, types};
+
+    use super::*;
+
+    fn answer(uring: &mut IoUring, entry: &squeue::Entry) -> i32 {
+        // SAFETY: what these entries point at, if anything, lives until the end of the test.
+        unsafe { uring.submission().push(entry) }.unwrap();
+        uring.submit_and_wait(1).unwrap();
+        uring.completion().next().unwrap().result()
+    }
+
+    #[test]
+    fn an_operation_that_no_lane_needs_is_denied() {
+        let (near, _far) = crate::socket::Socket::pair().unwrap();
+        let fd = types::Fd(std::os::fd::AsFd::as_fd(&near).as_raw_fd());
+        let mut uring = make(4).unwrap();
+        uring.submitter().register_enable_rings().unwrap();
+        let mut byte = [0_u8; 1];
+        let path = c"/etc/passwd";
+        for denied in [
+            opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), path.as_ptr()).build(),
+            opcode::Read::new(fd, byte.as_mut_ptr(), 1).build(),
+            opcode::Write::new(fd, byte.as_ptr(), 1).build(),
+            opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build(),
+            opcode::Accept::new(fd, std::ptr::null_mut(), std::ptr::null_mut()).build(),
+            opcode::Close::new(fd).build(),
+            opcode::Nop::new().build(),
+            // Allowed, but not so.
+            opcode::Send::new(fd, byte.as_ptr(), 1).build().flags(squeue::Flags::ASYNC),
+        ] {
+            assert_eq!(answer(&mut uring, &denied), -libc::EACCES, "{denied:?}");
+        }
+        assert_eq!(answer(&mut uring, &opcode::Send::new(fd, byte.as_ptr(), 1).build()), 1);
+        let error = uring.submitter().register_files(&[0]).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EACCES));
+    }
 }

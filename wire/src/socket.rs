@@ -141,6 +141,13 @@ impl Socket {
         &self.peer
     }
 
+    /// The other side's host, where it is one of the network.
+    #[must_use]
+    pub fn peer_ip(&self) -> Option<std::net::IpAddr> {
+        let address = self.peer.strip_prefix("tcp:")?.parse::<std::net::SocketAddr>().ok()?;
+        Some(address.ip().to_canonical())
+    }
+
     /// The bytes that crossed it so far. Handshake and control messages are counted by themselves; whoever
     /// transfers on the descriptor adds their own.
     #[must_use]

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a panic here is a test's failure")]
 
+mod audit;
 mod beside_qemu;
 mod breaking;
 mod chain;

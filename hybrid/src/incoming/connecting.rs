@@ -1,8 +1,7 @@
 //! Who connects to a destination, and what for.
 
-use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,18 +15,15 @@ use switchover_wire::types::{LaneId, LaneRole};
 
 use super::Shared;
 use super::driver::NO_THREAD;
+use super::gate::{Displaced, Place};
 use crate::capability;
 use crate::control::Control;
+use crate::happening::Happening;
 use crate::lanes::BULK_LANES_LIMIT;
 use crate::reception;
 use crate::recorder::Record;
 use crate::session::destination::DestinationEvent;
 use crate::status::MigrationStatus;
-
-/// Connections that may be in their handshake at once: each costs a thread, and 64 KiB at most, whoever connects. Where
-/// there are more, the oldest is dropped: a source speaks at once, and what has been silent for longest is the least
-/// likely to be one.
-const HANDSHAKES_LIMIT: usize = 16;
 
 /// How long the session may take to let go of a link that its source has lost: less than that waits for an answer to its handshake.
 const LETTING_GO_PATIENCE: Duration = Duration::from_secs(3);
@@ -68,44 +64,41 @@ impl Shared {
         }
     }
 
-    /// Starts a connection's handshake on a thread of its own: a slow peer must not keep others waiting.
+    /// Starts a connection's handshake on a thread of its own: a slow peer must not keep others waiting. Waits for a place.
     fn receive(self: &Arc<Self>, socket: Socket) {
         let socket = Arc::new(socket);
-        {
-            let mut handshakes = self.handshakes();
-            handshakes.push_back(Arc::clone(&socket));
-            if handshakes.len() > HANDSHAKES_LIMIT
-                && let Some(oldest) = handshakes.pop_front()
-            {
-                tracing::warn!(peer = oldest.peer(), "dropped a connection: too many are in their handshake");
-                oldest.shutdown();
-            }
-        }
+        let place = self.gate.enter(&socket, |Displaced(gone)| {
+            self.not_taken(gone.peer(), "too many others are in their handshake, and it has been there for longest");
+        });
         let (shared, shaking) = (Arc::clone(self), Arc::clone(&socket));
         let spawned = thread::Builder::new().name("handshake".to_owned()).spawn(move || {
-            if let Err(reason) = shared.shake_hands(&shaking) {
-                tracing::warn!(peer = shaking.peer(), reason, "a connection was not taken");
+            if let Err(reason) = shared.shake_hands(&shaking, &place) {
+                shared.not_taken(shaking.peer(), &reason);
             }
-            shared.end_handshake(&shaking);
         });
         if let Err(error) = spawned {
-            self.end_handshake(&socket);
-            tracing::warn!(%error, "dropped a connection: no thread for its handshake");
+            self.not_taken(socket.peer(), &format!("no thread could be started for its handshake: {error}"));
         }
     }
 
-    fn handshakes(&self) -> MutexGuard<'_, VecDeque<Arc<Socket>>> {
-        self.handshakes.lock().unwrap_or_else(PoisonError::into_inner)
+    /// A connection was not taken: says so, unless there are many.
+    fn not_taken(&self, peer: &str, reason: &str) {
+        let telling = self.not_taken.lock().unwrap_or_else(PoisonError::into_inner).one_more(Instant::now());
+        if telling.passed_over > 0 {
+            let count = telling.passed_over;
+            tracing::warn!(count, "connections were not taken, beside those that are told of one by one");
+            self.recorder.tell(Happening::MoreNotTaken { count });
+        }
+        if telling.this {
+            tracing::warn!(peer, reason, "a connection was not taken");
+            self.recorder.tell(Happening::NotTaken { peer: peer.to_owned(), reason: reason.to_owned() });
+        }
     }
 
-    fn end_handshake(&self, socket: &Arc<Socket>) {
-        self.handshakes().retain(|other| !Arc::ptr_eq(other, socket));
-    }
-
-    fn shake_hands(self: &Arc<Self>, socket: &Arc<Socket>) -> Result<(), String> {
+    fn shake_hands(self: &Arc<Self>, socket: &Arc<Socket>, place: &Place) -> Result<(), String> {
         let hello = read_hello(socket).map_err(|error| error.to_string())?;
         // It has spoken: it can no longer be dropped for its silence.
-        self.end_handshake(socket);
+        place.is_known();
         if let Err(reason) = self.admit(&hello, socket) {
             let _ = refuse(socket, &reason);
             return Err(format!("refused: {reason}"));
@@ -119,6 +112,7 @@ impl Shared {
             self.reception().forget(hello.session);
             return Err(reason);
         }
+        self.recorder.tell(Happening::opened(hello.lane, hello.session, socket.peer()));
         let complete = self.reception().complete();
         if let Some(lanes) = complete {
             self.recorder.write(|record| record.same_clock = same_clock);

@@ -19,6 +19,7 @@ use switchover_wire::types::{LaneId, LaneRole};
 use super::Shared;
 use crate::control::{Control, Listener};
 use crate::failure::{FailureKind, FailureView, GuestAfter};
+use crate::happening::Happening;
 use crate::heap::warm_up;
 use crate::link::{LinkTeller, Told};
 use crate::missing::{MissingPages, tell_missing};
@@ -173,6 +174,7 @@ impl Shared {
                 Ok(ControlMessage::DrainedAck) => {
                     let now = Nanos::now();
                     self.recorder.write(|record| record.instants.drained_ns = Some(now.0));
+                    self.recorder.tell(Happening::Drained);
                     DestinationEvent::DrainedAcknowledged
                 }
                 Ok(ControlMessage::Abort { reason }) => DestinationEvent::Aborted(reason),
@@ -268,6 +270,7 @@ impl Shared {
                     record.bytes_at_running = Some(self.lanes.transferred());
                 });
                 self.machine.take_right_to_run();
+                self.recorder.tell(Happening::CommitTaken);
                 if self.recorder.read().was_running
                     && let Err(error) = self.machine.resume()
                 {
@@ -277,6 +280,7 @@ impl Shared {
             DestinationAction::SendRunning => {
                 // Not waited for: the vCPUs need the processor now, and `Drained` tells it again.
                 let first_entry_ns = self.machine.first_entry().map(|at| at.0);
+                self.recorder.tell(Happening::Running);
                 return send(&session.link, &ControlMessage::Running { first_entry_ns }).err();
             }
             DestinationAction::SendDrained => {

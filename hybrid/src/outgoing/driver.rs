@@ -17,6 +17,7 @@ use super::Shared;
 use super::opening::Unopened;
 use crate::control::Control;
 use crate::failure::{FailureKind, FailureView};
+use crate::happening::Happening;
 use crate::heap::warm_up;
 use crate::link::Told;
 use crate::machine::MachineError;
@@ -133,9 +134,11 @@ impl Shared {
             SourceAction::TakeBackRightToRun => {
                 tracing::warn!("the destination does not run the guest and never will: it goes on here");
                 self.machine.take_back_right_to_run();
+                self.recorder.tell(Happening::TakenBack);
             }
             SourceAction::SendCommit => {
                 session.patience = Patience::endless();
+                self.recorder.tell(Happening::CommitSent);
                 // The first one counts, whichever of them arrives.
                 let now = Nanos::now().0;
                 self.recorder.write(|record| record.instants.commit_ns = record.instants.commit_ns.or(Some(now)));
@@ -145,6 +148,7 @@ impl Shared {
             }
             SourceAction::AcknowledgeDrained => {
                 self.recorder.write(|record| record.instants.drained_ns = Some(Nanos::now().0));
+                self.recorder.tell(Happening::Drained);
                 if let Err(error) = session.link.send(&ControlMessage::DrainedAck) {
                     tracing::warn!(%error, "the destination has everything, but could not be told that we know");
                 }
@@ -267,6 +271,7 @@ impl Shared {
                     record.was_running = paused.was_running;
                     record.bytes_at_pause = Some(self.lanes.transferred());
                 });
+                self.recorder.tell(Happening::HandoffBegun);
                 SourceEvent::Paused
             }
             Err(error) => SourceEvent::PauseFailed(error.to_string()),

@@ -21,6 +21,7 @@ use super::{LostWish, Shared};
 use crate::capability;
 use crate::control::{Control, Listener};
 use crate::failure::FailureKind;
+use crate::happening::Happening;
 use crate::link::LinkTeller;
 use crate::missing::MissingPages;
 use crate::monitor::Mode;
@@ -193,6 +194,7 @@ impl Shared {
         let welcome = greet(&socket, hello).map_err(|error| Unopened::handshake(hello.lane, &error))?;
         let same_clock = welcome.clock.same_host(&hello.clock);
         self.recorder.write(|record| record.same_clock = same_clock);
+        self.recorder.tell(Happening::opened(hello.lane, hello.session, socket.peer()));
         Ok(socket)
     }
 
@@ -232,6 +234,7 @@ impl Shared {
                         record.instants.first_entry_ns = record.instants.first_entry_ns.or(first_entry_ns);
                         record.bytes_at_running.get_or_insert_with(|| self.lanes.transferred());
                     });
+                    self.recorder.tell(Happening::Running);
                     SourceEvent::Running
                 }
                 Ok(ControlMessage::Drained { first_entry_ns, last_page_ns }) => {

@@ -19,6 +19,12 @@ impl Arguments {
         Self { path: String::new(), members }
     }
 
+    /// What has not been taken, as JSON.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(&self.members).unwrap_or_default()
+    }
+
     /// A member that may be absent.
     ///
     /// # Errors

@@ -90,7 +90,11 @@ impl Commands {
         let found = TABLE.iter().find(|(known, _)| *known == name);
         let (_, command) =
             found.ok_or_else(|| Refusal::not_found(format_args!("The command {name} has not been found")))?;
-        command(self, arguments)
+        let audit = self.controller.audit();
+        let given = audit.is_on().then(|| arguments.to_json());
+        let answer = command(self, arguments);
+        audit.note_command(name, given.as_deref(), answer.as_ref().err().map(|refusal| refusal.desc.as_str()));
+        answer
     }
 
     /// Ends the machine.

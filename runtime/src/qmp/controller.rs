@@ -10,6 +10,7 @@ use switchover_hybrid::status::MigrationStatus;
 use switchover_wire::address::Address;
 use thiserror::Error;
 
+use crate::audit::Audit;
 use crate::dirty_rate::limit::Limit;
 use crate::dirty_rate::{Measurement, MeterError, Plan};
 use crate::error::VmError;
@@ -17,6 +18,11 @@ use crate::run_state::RunState;
 
 /// A machine and its migration. Every method returns at once: what takes time goes on behind it.
 pub trait Controller: Send + Sync + 'static {
+    /// Where commands are noted.
+    fn audit(&self) -> &Audit {
+        Audit::off()
+    }
+
     /// The machine's state.
     fn run_state(&self) -> RunState;
 
