@@ -3,7 +3,6 @@
 //! A message is its length (4 bytes, little-endian), the CRC-32 of its body (4 bytes) and the body, postcard.
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -11,7 +10,7 @@ use thiserror::Error;
 
 use crate::clock::HostClock;
 use crate::handshake::tame;
-use crate::ring::{Ring, RingError};
+use crate::ring::{RingError, Stream};
 use crate::socket::Socket;
 use crate::types::{PageCount, PageIndex};
 
@@ -206,7 +205,7 @@ impl ControlMessage {
 /// The sending half of a control lane.
 pub struct ControlWriter {
     socket: Arc<Socket>,
-    ring: Ring,
+    stream: Stream,
 }
 
 impl ControlWriter {
@@ -215,8 +214,8 @@ impl ControlWriter {
     /// # Errors
     /// When the kernel gives no ring.
     pub fn new(socket: Arc<Socket>) -> Result<Self, MessageError> {
-        let ring = new_ring(&socket)?;
-        Ok(Self { socket, ring })
+        let stream = new_stream(&socket)?;
+        Ok(Self { socket, stream })
     }
 
     /// Hands `message` to the socket.
@@ -234,10 +233,7 @@ impl ControlWriter {
         header[..4].copy_from_slice(&length.to_le_bytes());
         header[4..].copy_from_slice(&crc32fast::hash(&body).to_le_bytes());
         let parts = [IoSlice::new(&header), IoSlice::new(&body)];
-        let sent = self
-            .ring
-            .send_all(self.socket.as_fd(), &parts)
-            .map_err(|source| MessageError::Io { peer: peer(), source })?;
+        let sent = self.stream.send_all(&parts).map_err(|source| MessageError::Io { peer: peer(), source })?;
         self.socket.counters().add_sent(sent as u64);
         Ok(())
     }
@@ -246,7 +242,7 @@ impl ControlWriter {
 /// The receiving half of a control lane.
 pub struct ControlReader {
     socket: Arc<Socket>,
-    ring: Ring,
+    stream: Stream,
 }
 
 impl ControlReader {
@@ -255,8 +251,8 @@ impl ControlReader {
     /// # Errors
     /// When the kernel gives no ring.
     pub fn new(socket: Arc<Socket>) -> Result<Self, MessageError> {
-        let ring = new_ring(&socket)?;
-        Ok(Self { socket, ring })
+        let stream = new_stream(&socket)?;
+        Ok(Self { socket, stream })
     }
 
     /// Waits for the next message.
@@ -289,7 +285,7 @@ impl ControlReader {
         let mut pieces = buffer.chunks_mut(PIECE);
         let mut got_before = 0;
         let received = pieces.try_for_each(|piece| {
-            self.ring.recv_exact(self.socket.as_fd(), &mut [IoSliceMut::new(piece)])?;
+            self.stream.recv_exact(&mut [IoSliceMut::new(piece)])?;
             counters.add_received(piece.len() as u64);
             got_before += piece.len();
             Ok(())
@@ -311,8 +307,8 @@ impl ControlReader {
     }
 }
 
-fn new_ring(socket: &Socket) -> Result<Ring, MessageError> {
-    Ring::new(1).map_err(|source| MessageError::Io { peer: socket.peer().to_owned(), source })
+fn new_stream(socket: &Arc<Socket>) -> Result<Stream, MessageError> {
+    Stream::new(Arc::clone(socket)).map_err(|source| MessageError::Io { peer: socket.peer().to_owned(), source })
 }
 
 #[cfg(test)]
@@ -331,8 +327,7 @@ mod tests {
     /// Puts raw bytes on the wire, closes it, and receives.
     fn receive(bytes: &[u8]) -> Result<ControlMessage, MessageError> {
         let (near, far) = lane();
-        Ring::new(1).unwrap().send_all(near.as_fd(), &[IoSlice::new(bytes)]).unwrap();
-        drop(near);
+        Stream::new(near).unwrap().send_all(&[IoSlice::new(bytes)]).unwrap();
         ControlReader::new(far).unwrap().recv()
     }
 

@@ -7,7 +7,7 @@ use std::io;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -21,6 +21,7 @@ use thiserror::Error;
 pub use self::listener::Listener;
 use crate::address::Address;
 use crate::counters::LaneCounters;
+use crate::tls::Tls;
 use crate::types::LaneRole;
 
 /// Buffer asked for on each end of a bulk lane over a unix socket, whose default (208 KiB) holds three 64 KiB
@@ -102,6 +103,8 @@ pub struct Socket {
     peer: String,
     family: Family,
     counters: Arc<LaneCounters>,
+    /// Once its handshake is over, where there is one.
+    tls: OnceLock<Tls>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -146,6 +149,21 @@ impl Socket {
     #[must_use]
     pub fn counters(&self) -> &Arc<LaneCounters> {
         &self.counters
+    }
+
+    /// What the bytes are sealed with; `None` where they go as they are.
+    pub fn tls(&self) -> Option<&Tls> {
+        self.tls.get()
+    }
+
+    /// From now on its bytes are sealed.
+    pub(crate) fn secure(&self, tls: Tls) -> Result<(), Tls> {
+        self.tls.set(tls)
+    }
+
+    /// Ends what this side sends: the other reads all of it, and then the end.
+    pub(crate) fn say_no_more(&self) {
+        let _ = shutdown(self.fd.as_raw_fd(), Shutdown::Write);
     }
 
     /// Ends the connection in both directions: whoever waits on it, in any thread, is woken with the end of the
@@ -220,7 +238,7 @@ impl Socket {
     }
 
     fn new(fd: OwnedFd, peer: String, family: Family) -> Self {
-        Self { fd, peer, family, counters: Arc::default() }
+        Self { fd, peer, family, counters: Arc::default(), tls: OnceLock::new() }
     }
 
     fn set<O: nix::sys::socket::SetSockOpt>(
