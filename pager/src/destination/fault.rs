@@ -1,7 +1,7 @@
 //! The fault path: from a vCPU that needs a page to the page under it.
 //!
 //! One thread, one io_uring. It polls the userfaultfd, asks for absent pages in 16-byte requests, receives the
-//! answers straight into the alias, maps them and wakes the vCPU. Nothing here allocates once it runs, and no lock is
+//! answers, puts the pages into the alias, maps them and wakes the vCPU. Nothing here allocates once it runs, and no lock is
 //! held across a system call.
 //!
 //! There are as many of these as shards of memory, each for the faults on its own pages.
@@ -14,12 +14,13 @@ use std::sync::atomic::Ordering;
 
 use switchover_wire::clock::Nanos;
 use switchover_wire::frame::FrameError;
-use switchover_wire::frame::fault::{FaultReply, FaultRequest, ReplyContent};
+use switchover_wire::frame::fault::FaultRequest;
 use switchover_wire::ring::{EventRing, RingError};
-use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
+use switchover_wire::types::{PageCount, PageIndex};
 use thiserror::Error;
 
 use super::Shared;
+use super::replies::{Replies, Reply, Wanted};
 use super::shard::Shard;
 use crate::cpu;
 use crate::lane::{PageLane, PagerEvent};
@@ -35,10 +36,9 @@ const RING_ENTRIES: u32 = 8;
 const ROOM: usize = 1024;
 
 const FAULTS_READY: u64 = 1;
-const REPLY_HEADER: u64 = 2;
-const REPLY_PAGE: u64 = 3;
-const REQUESTS_SENT: u64 = 4;
-const WOKEN: u64 = 5;
+const REPLIES: u64 = 2;
+const REQUESTS_SENT: u64 = 3;
+const WOKEN: u64 = 4;
 
 /// Why faults can no longer be served at all.
 #[derive(Debug, Error)]
@@ -89,7 +89,8 @@ struct Raced {
 pub struct FaultService {
     // The ring comes first: it waits for what is under way before the buffers behind it go.
     ring: EventRing,
-    buffers: Box<Buffers>,
+    replies: Replies,
+    outgoing: Vec<u8>,
     lane: PageLane,
     /// The claims of whatever fault lane there is: one ends before the next begins.
     tag: LaneTag,
@@ -108,20 +109,11 @@ pub struct FaultService {
     requests: Vec<u8>,
     /// The kernel may still read `outgoing`.
     sending: bool,
-    /// The kernel may still write the header, or the page of `receiving`.
+    /// The kernel may still write into `replies`.
     awaiting: bool,
     next_tag: u32,
-    /// The reply that is being received, and whether its page goes to the alias.
-    receiving: Option<(Asked, bool)>,
     /// Where not, requests wait for the next lane.
     lane_open: bool,
-}
-
-/// What the kernel reads and writes while operations are under way.
-struct Buffers {
-    header: [u8; FaultReply::LEN],
-    scratch: [u8; PAGE_SIZE],
-    outgoing: Vec<u8>,
 }
 
 impl FaultService {
@@ -138,11 +130,8 @@ impl FaultService {
         shard.seat.sit();
         Ok(Self {
             ring: EventRing::new(RING_ENTRIES)?,
-            buffers: Box::new(Buffers {
-                header: [0; FaultReply::LEN],
-                scratch: [0; PAGE_SIZE],
-                outgoing: Vec::with_capacity(ROOM * FaultRequest::LEN),
-            }),
+            replies: Replies::new(),
+            outgoing: Vec::with_capacity(ROOM * FaultRequest::LEN),
             lane,
             tag,
             shared: Arc::clone(shared),
@@ -158,7 +147,6 @@ impl FaultService {
             sending: false,
             awaiting: false,
             next_tag: 0,
-            receiving: None,
             lane_open: true,
         })
     }
@@ -171,7 +159,7 @@ impl FaultService {
         cpu::be_prompt();
         self.ring.poll_multishot(self.shared.watch.fd(self.shard.index), FAULTS_READY)?;
         self.ring.poll_multishot(self.woken_poll.as_fd(), WOKEN)?;
-        self.receive_header()?;
+        self.receive()?;
         while !self.shared.stopping.load(Ordering::Acquire) {
             self.wait()?;
             while let Some(completion) = self.ring.next() {
@@ -182,13 +170,11 @@ impl FaultService {
                         self.shard.heard();
                         self.adopt_orphans()?;
                     }
-                    (token, result) => {
-                        let outcome = match (token, result) {
-                            (REPLY_HEADER, result) => self.header_came(&result),
-                            (REPLY_PAGE, result) => self.page_came(&result),
-                            (_, result) => self.requests_sent(&result),
-                        };
-                        self.settle(outcome)?;
+                    (REPLIES, result) => self.replies_came(result)?,
+                    (_, result) => {
+                        if let Err(error) = self.requests_sent(result) {
+                            self.lane_failed(&error);
+                        }
                     }
                 }
             }
@@ -230,7 +216,8 @@ impl FaultService {
             }
         }
         self.unsubmitted = self.asked.len();
-        self.receive_header()
+        self.replies.clear();
+        self.receive()
     }
 
     /// Asks for the pages whose lanes do not bring them after all.
@@ -289,7 +276,7 @@ impl FaultService {
         if self.requests.is_empty() || self.sending || !self.lane_open {
             return Ok(());
         }
-        std::mem::swap(&mut self.requests, &mut self.buffers.outgoing);
+        std::mem::swap(&mut self.requests, &mut self.outgoing);
         self.requests.clear();
         let now = Nanos::now();
         let submitted = self.asked.len() - self.unsubmitted;
@@ -298,7 +285,7 @@ impl FaultService {
         }
         self.unsubmitted = 0;
         self.sending = true;
-        let outgoing = &self.buffers.outgoing;
+        let outgoing = &self.outgoing;
         // SAFETY: `outgoing` is not touched again before this operation's completion clears `sending`, and it is dropped
         // after the ring, which waits for what is under way.
         unsafe { self.ring.send(self.lane.socket.as_fd(), outgoing.as_ptr(), outgoing.len(), REQUESTS_SENT)? };
@@ -306,115 +293,99 @@ impl FaultService {
         Ok(())
     }
 
-    fn requests_sent(&mut self, result: &io::Result<u32>) -> Result<Next, LaneError> {
+    fn requests_sent(&mut self, result: io::Result<u32>) -> Result<(), LaneError> {
         self.sending = false;
-        let wanted = self.buffers.outgoing.len();
-        finished("send page requests", result, wanted)?;
-        self.lane.socket.counters().add_sent(wanted as u64);
-        Ok(Next::Nothing)
+        let sent = moved("send page requests", result)?;
+        if sent < self.outgoing.len() {
+            return Err(LaneError::Closed);
+        }
+        self.lane.socket.counters().add_sent(sent as u64);
+        Ok(())
     }
 
-    fn receive_header(&mut self) -> Result<(), FaultError> {
-        let header = &mut self.buffers.header;
-        // SAFETY: `header` is not touched again before this operation completes, and is dropped after the ring.
-        unsafe { self.ring.recv(self.lane.socket.as_fd(), header.as_mut_ptr(), header.len(), REPLY_HEADER)? };
+    fn receive(&mut self) -> Result<(), FaultError> {
+        let socket = self.lane.socket.as_fd();
+        let (room, wanted) = self.replies.room();
+        let (start, length) = (room.as_mut_ptr(), room.len());
+        // SAFETY (of both): `replies` is not touched again before this operation's completion clears `awaiting`, and it is
+        // dropped after the ring, which waits for what is under way.
+        match wanted {
+            // SAFETY: as just said.
+            Wanted::Any => unsafe { self.ring.recv_some(socket, start, length, REPLIES)? },
+            // SAFETY: as just said.
+            Wanted::Rest(_) => unsafe { self.ring.recv(socket, start, length, REPLIES)? },
+        }
         self.awaiting = true;
         Ok(())
     }
 
-    /// The header of an answer is here: claim its page, and receive it where the claim says.
-    fn header_came(&mut self, result: &io::Result<u32>) -> Result<Next, LaneError> {
+    /// Something of the answers is here: those that are whole are carried out, and more is received. A failure of the lane is
+    /// reported once, and faults on pages that are here go on being served.
+    fn replies_came(&mut self, result: io::Result<u32>) -> Result<(), FaultError> {
         self.awaiting = false;
-        finished("receive an answer", result, FaultReply::LEN)?;
-        self.lane.socket.counters().add_received(FaultReply::LEN as u64);
-        let reply = FaultReply::decode(&self.buffers.header, self.shared.states.pages())?;
-        let asked = self.asked.pop_front().ok_or(LaneError::Unasked(reply.page))?;
-        self.unsubmitted = self.unsubmitted.min(self.asked.len());
-        if (reply.page, reply.tag) != (asked.page, asked.tag) {
-            // Whoever waits for it waits for the next lane.
-            self.asked.push_front(asked);
-            let (got, got_tag, wanted, tag) = (reply.page, reply.tag, asked.page, asked.tag);
-            return Err(LaneError::OutOfOrder { got, got_tag, wanted, tag });
-        }
-        match reply.content {
-            ReplyContent::Zero => Ok(Next::Zero(asked)),
-            ReplyContent::Raw => {
-                let won = matches!(self.shared.states.claim(asked.page, self.tag), Claim::Won { .. });
-                Ok(Next::Page(asked, won))
-            }
-        }
-    }
-
-    fn page_came(&mut self, result: &io::Result<u32>) -> Result<Next, LaneError> {
-        self.awaiting = false;
-        let received = self.receiving.take();
-        if let Err(error) = finished("receive a page", result, PAGE_SIZE) {
-            if let Some((asked, to_alias)) = received {
-                self.give_up(asked, to_alias);
-            }
-            return Err(error);
-        }
-        self.lane.socket.counters().add_received(PAGE_SIZE_U64);
-        Ok(received.map_or(Next::Nothing, |(asked, to_alias)| Next::Arrived(asked, to_alias)))
-    }
-
-    /// The lane has ended within an answer: whoever waits for its page waits for the next lane.
-    fn give_up(&mut self, asked: Asked, claimed: bool) {
-        if claimed {
-            self.shared.stains.add(asked.page);
-            self.shared.states.release(asked.page, self.tag);
-            // Still waited for. Nobody else asks in between: this shard's faults are taken by this thread alone.
-            self.shared.states.fault(asked.page);
-        }
-        self.asked.push_front(asked);
-    }
-
-    /// Carries out what the last completion calls for. A failure of the lane is reported once, and faults on pages
-    /// that are here go on being served.
-    fn settle(&mut self, outcome: Result<Next, LaneError>) -> Result<(), FaultError> {
-        match outcome {
-            Ok(Next::Nothing) => Ok(()),
-            Ok(Next::Zero(asked)) => {
-                self.place_zero(asked)?;
-                self.receive_header()
-            }
-            Ok(Next::Page(asked, to_alias)) => self.receive_page(asked, to_alias),
-            Ok(Next::Arrived(asked, true)) => {
-                self.place(asked)?;
-                self.receive_header()
-            }
-            Ok(Next::Arrived(asked, false)) => {
-                self.shared.counts.discarded.fetch_add(1, Ordering::Relaxed);
-                self.lost_race(asked);
-                self.receive_header()
+        match moved("receive an answer", result) {
+            Ok(count) => {
+                self.lane.socket.counters().add_received(count as u64);
+                self.replies.came(count);
             }
             Err(error) => {
-                if self.lane_open && !self.shared.stopping.load(Ordering::Acquire) {
-                    let event = PagerEvent::LaneFailed { lane: self.lane.id, reason: error.to_string() };
-                    (self.shared.notify)(event);
+                self.lane_failed(&error);
+                return Ok(());
+            }
+        }
+        loop {
+            match self.next_reply() {
+                Ok(Some((asked, reply))) => self.answered(asked, reply)?,
+                Ok(None) => return self.receive(),
+                Err(error) => {
+                    self.lane_failed(&error);
+                    return Ok(());
                 }
-                self.lane_open = false;
-                self.shard.seat.leave();
-                Ok(())
             }
         }
     }
 
-    fn receive_page(&mut self, asked: Asked, to_alias: bool) -> Result<(), FaultError> {
-        self.receiving = Some((asked, to_alias));
-        let alias = self.shared.watch.ram().alias_of(asked.page).filter(|_| to_alias);
-        let target = alias.unwrap_or(self.buffers.scratch.as_mut_ptr());
-        // SAFETY: the target is a whole page: either scratch, which is not touched before this operation completes and
-        // is dropped after the ring, or the alias of a page whose claim was just won, which nobody else writes and the
-        // guest has not mapped; the watch keeps the alias mapped, and is dropped after the ring too.
-        unsafe { self.ring.recv(self.lane.socket.as_fd(), target, PAGE_SIZE, REPLY_PAGE)? };
-        self.awaiting = true;
-        Ok(())
+    /// The next answer that is whole, and what it answers.
+    fn next_reply(&mut self) -> Result<Option<(Asked, Reply)>, LaneError> {
+        let Some(reply) = self.replies.next(self.shared.states.pages())? else { return Ok(None) };
+        let (page, tag) = (reply.header.page, reply.header.tag);
+        // What is not answered is asked again on the next lane.
+        let asked = *self.asked.front().ok_or(LaneError::Unasked(page))?;
+        if (page, tag) != (asked.page, asked.tag) {
+            let (got, got_tag, wanted, tag) = (page, tag, asked.page, asked.tag);
+            return Err(LaneError::OutOfOrder { got, got_tag, wanted, tag });
+        }
+        self.asked.pop_front();
+        self.unsubmitted = self.unsubmitted.min(self.asked.len());
+        Ok(Some((asked, reply)))
     }
 
-    /// The answer has landed in the alias: map it and wake the vCPU.
-    fn place(&mut self, asked: Asked) -> Result<(), FaultError> {
+    fn lane_failed(&mut self, error: &LaneError) {
+        if self.lane_open && !self.shared.stopping.load(Ordering::Acquire) {
+            (self.shared.notify)(PagerEvent::LaneFailed { lane: self.lane.id, reason: error.to_string() });
+        }
+        self.lane_open = false;
+        self.shard.seat.leave();
+    }
+
+    fn answered(&mut self, asked: Asked, reply: Reply) -> Result<(), FaultError> {
         let arrived = Nanos::now();
+        match self.replies.page(reply) {
+            None => self.place_zero(asked, arrived),
+            Some(_) if self.shared.states.claim(asked.page, self.tag) == Claim::Lost => {
+                self.shared.counts.discarded.fetch_add(1, Ordering::Relaxed);
+                self.lost_race(asked);
+                Ok(())
+            }
+            Some(bytes) => {
+                self.shared.fill(asked.page, bytes);
+                self.place(asked, arrived)
+            }
+        }
+    }
+
+    /// The page is in the alias: map it and wake the vCPU.
+    fn place(&mut self, asked: Asked, arrived: Nanos) -> Result<(), FaultError> {
         if self.shared.states.arrived(asked.page, self.tag) == Arrival::Removed {
             return self.place_removed(asked.page);
         }
@@ -429,8 +400,7 @@ impl FaultService {
         Ok(())
     }
 
-    fn place_zero(&mut self, asked: Asked) -> Result<(), FaultError> {
-        let arrived = Nanos::now();
+    fn place_zero(&mut self, asked: Asked, arrived: Nanos) -> Result<(), FaultError> {
         if self.shared.claim_zero(asked.page, self.tag) == Claim::Lost {
             self.lost_race(asked);
             return Ok(());
@@ -495,8 +465,7 @@ impl FaultService {
 impl Drop for FaultService {
     /// Closes the books: an answer that is still under way when memory is complete has lost its race.
     fn drop(&mut self) {
-        let receiving = self.receiving.take().map(|(asked, _)| asked);
-        let pending = receiving.into_iter().chain(std::mem::take(&mut self.asked));
+        let pending = std::mem::take(&mut self.asked).into_iter();
         for Asked { page, taken, .. } in pending.filter(|asked| self.shared.states.is_resident(asked.page)) {
             self.raced.push(Raced { page, taken });
         }
@@ -507,28 +476,11 @@ impl Drop for FaultService {
     }
 }
 
-/// What a completion calls for.
-#[derive(Clone, Copy, Debug)]
-enum Next {
-    Nothing,
-    /// The page is zero.
-    Zero(Asked),
-    /// The page follows; into the alias if the claim was won.
-    Page(Asked, bool),
-    /// The page is here; in the alias if the claim was won.
-    Arrived(Asked, bool),
-}
-
-/// A transfer that moved all of `wanted` bytes, or why it did not.
-fn finished(attempted: &'static str, result: &io::Result<u32>, wanted: usize) -> Result<(), LaneError> {
+/// How many bytes a transfer moved, one at least, or why it did not.
+fn moved(attempted: &'static str, result: io::Result<u32>) -> Result<usize, LaneError> {
     match result {
-        Ok(moved) if *moved as usize == wanted => Ok(()),
-        Ok(_) => Err(LaneError::Closed),
-        Err(error) => Err(LaneError::Socket {
-            attempted,
-            source: error
-                .raw_os_error()
-                .map_or_else(|| io::Error::other(error.to_string()), io::Error::from_raw_os_error),
-        }),
+        Ok(0) => Err(LaneError::Closed),
+        Ok(count) => Ok(count as usize),
+        Err(source) => Err(LaneError::Socket { attempted, source }),
     }
 }

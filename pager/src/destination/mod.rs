@@ -18,6 +18,7 @@ mod bulk;
 mod fault;
 mod handoff;
 mod mapper;
+mod replies;
 mod seat;
 mod shard;
 mod stains;
@@ -176,6 +177,14 @@ impl Shared {
         match self.states.arrived(page, lane) {
             Arrival::Present { wanted } => Claim::Won { wanted },
             Arrival::Removed => Claim::Lost,
+        }
+    }
+
+    /// Puts the bytes of a page that the caller has claimed into the alias.
+    fn fill(&self, page: PageIndex, bytes: &[u8; PAGE_SIZE]) {
+        if let Some(alias) = self.watch.ram().alias_of(page) {
+            // SAFETY: as in `wipe`; the bytes are no part of the alias, which no reference of Rust's lies in.
+            unsafe { alias.copy_from_nonoverlapping(bytes.as_ptr(), PAGE_SIZE) };
         }
     }
 

@@ -93,6 +93,19 @@ impl EventRing {
         unsafe { self.queue_transfer(entry, token) }
     }
 
+    /// Queues the reception of what comes, at least a byte and at most `len`; none at the end of the stream.
+    ///
+    /// # Errors
+    /// When a full queue cannot be submitted; nothing is queued then.
+    ///
+    /// # Safety
+    /// As for [`recv`](Self::recv).
+    pub unsafe fn recv_some(&mut self, fd: BorrowedFd<'_>, ptr: *mut u8, len: usize, token: u64) -> io::Result<()> {
+        let entry = opcode::Recv::new(types::Fd(fd.as_raw_fd()), ptr, length(len)?).build();
+        // SAFETY: the caller keeps the memory valid until the completion.
+        unsafe { self.queue_transfer(entry, token) }
+    }
+
     /// Queues the sending of `len` bytes; fewer go only with an error to follow. No signal is raised when the other
     /// side has gone.
     ///
