@@ -145,6 +145,7 @@ impl Shared {
             description: (role == LaneRole::Control).then(|| self.machine.describe()),
             clock: HostClock::here(),
             capabilities,
+            proof: None,
         };
         let control = self.open_lane(to, &hello(LaneRole::Control, 0))?;
         let mut pages = Vec::new();

@@ -1,7 +1,6 @@
 //! Receiving pushed pages on a `bulk` lane, straight into the alias.
 
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
@@ -9,7 +8,7 @@ use switchover_wire::clock::Nanos;
 use switchover_wire::encoding::{Encoding, EncodingError, Page, PageDecoder, Payload};
 use switchover_wire::frame::FrameError;
 use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, Taken};
-use switchover_wire::ring::{Ring, RingError};
+use switchover_wire::ring::{RingError, Stream};
 use switchover_wire::types::{LaneId, PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 use thiserror::Error;
 
@@ -21,9 +20,6 @@ use crate::runs::{CHUNK_LEN, bits, runs};
 use crate::state::{Arrival, Claim, LaneTag};
 use crate::stats::RateSeries;
 use crate::uffd::WatchError;
-
-/// One operation at a time: two entries are one more than needed.
-const RING_ENTRIES: u32 = 2;
 
 /// Why a bulk lane ended on the destination.
 #[derive(Debug, Error)]
@@ -73,7 +69,7 @@ pub struct BulkReceiver {
     lane: PageLane,
     tag: LaneTag,
     shared: Arc<Shared>,
-    ring: Ring,
+    stream: Stream,
     /// Where pages go whose claim was lost: nothing may write the alias of a page that is here.
     scratch: Box<[u8; PAGE_SIZE]>,
     /// Data pages since the handoff.
@@ -106,11 +102,12 @@ impl BulkReceiver {
     /// # Errors
     /// When there is no ring for it.
     pub(super) fn new(lane: PageLane, tag: LaneTag, shared: &Arc<Shared>) -> Result<Self, BulkError> {
+        let stream = Stream::new(Arc::clone(&lane.socket))?;
         Ok(Self {
             lane,
             tag,
             shared: Arc::clone(shared),
-            ring: Ring::new(RING_ENTRIES)?,
+            stream,
             scratch: Box::new([0; PAGE_SIZE]),
             received: 0,
             frames: 0,
@@ -141,7 +138,7 @@ impl BulkReceiver {
     fn receive(&mut self) -> Result<(), BulkError> {
         let mut header = [0; BulkFrame::LEN];
         loop {
-            self.ring.recv_exact(self.lane.socket.as_fd(), &mut [IoSliceMut::new(&mut header)])?;
+            self.stream.recv_exact(&mut [IoSliceMut::new(&mut header)])?;
             self.lane.socket.counters().add_received(BulkFrame::LEN as u64);
             let (frame, flags) = BulkFrame::decode(&header, self.shared.states.pages())?;
             if !flags.precopy {
@@ -193,7 +190,7 @@ impl BulkReceiver {
             self.frames += 1;
             if flags.acknowledge {
                 let taken = Taken { frames: self.frames }.encode();
-                self.ring.send_all(self.lane.socket.as_fd(), &[IoSlice::new(&taken)])?;
+                self.stream.send_all(&[IoSlice::new(&taken)])?;
                 self.lane.socket.counters().add_sent(taken.len() as u64);
             }
         }
@@ -284,7 +281,7 @@ impl BulkReceiver {
     ) -> Result<(), BulkError> {
         let Unpacker { decoder, payload } = self.unpacker.get_or_insert_with(Box::default).as_mut();
         payload.resize(length, 0);
-        self.ring.recv_exact(self.lane.socket.as_fd(), &mut [IoSliceMut::new(payload)])?;
+        self.stream.recv_exact(&mut [IoSliceMut::new(payload)])?;
         let (ram, states) = (self.shared.watch.ram(), &self.shared.states);
         let parsed = Payload::parse(first, data, zero, payload, states.pages())?;
         for (entry, bit) in parsed.entries().zip(bits(data)).filter(|(_, bit)| won >> bit & 1 == 1) {
@@ -387,7 +384,7 @@ impl BulkReceiver {
         // in the alias whose claim this lane has won: nobody else writes them before `arrived`, and the guest does
         // not have them mapped. The frame was checked against RAM's size, so the runs lie inside the mapping, which
         // the watch keeps alive. The call returns only when the kernel is done with all parts.
-        unsafe { self.ring.recv_exact_raw(self.lane.socket.as_fd(), &mut parts[..used])? };
+        unsafe { self.stream.recv_exact_raw(&mut parts[..used])? };
         Ok(())
     }
 

@@ -11,7 +11,7 @@ use switchover_pager::runs::{bits, lowest};
 use switchover_pager::sent::ChunkIndex;
 use switchover_pager::zero::Holes;
 use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, FrameFlags};
-use switchover_wire::ring::{Ring, RingError};
+use switchover_wire::ring::{RingError, Stream};
 use switchover_wire::types::{PAGE_SIZE_U64, PageCount, PageIndex};
 use thiserror::Error;
 
@@ -20,9 +20,6 @@ use super::{SPAN_CHUNKS, Shared};
 use crate::dirty::DirtyLogError;
 use crate::live;
 use crate::pack::Packer;
-
-/// One operation at a time: two entries are one more than needed.
-const RING_ENTRIES: u32 = 2;
 
 /// Bytes after which the destination is asked for a receipt, besides at the end of each span. Each receipt costs both sides a
 /// system call and a wake-up.
@@ -49,7 +46,7 @@ pub struct LaneSender {
     index: usize,
     lane: PageLane,
     shared: Arc<Shared>,
-    ring: Ring,
+    stream: Stream,
     packer: Packer,
     round: u32,
     /// Bytes since the last frame that asked for a receipt.
@@ -63,8 +60,8 @@ impl LaneSender {
     /// When there is no ring for it.
     pub(super) fn new(index: usize, lane: PageLane, shared: &Arc<Shared>) -> Result<Self, LaneError> {
         let packer = Packer::new(shared.packing, Arc::clone(&shared.versions));
-        let ring = Ring::new(RING_ENTRIES)?;
-        Ok(Self { index, lane, shared: Arc::clone(shared), ring, packer, round: 0, unreceipted: 0 })
+        let stream = Stream::new(Arc::clone(&lane.socket))?;
+        Ok(Self { index, lane, shared: Arc::clone(shared), stream, packer, round: 0, unreceipted: 0 })
     }
 
     /// Sends round after round until a halt.
@@ -104,7 +101,7 @@ impl LaneSender {
         let bytes = header.len() as u64;
         let frame = Frame { chunk: ChunkIndex(0), data: 0, zero: 0, chunks: 1, bytes, pinned: Vec::new() };
         self.shared.books.send(self.index, frame);
-        live::send_bytes(&mut self.ring, &self.lane.socket, &header)?;
+        live::send_bytes(&mut self.stream, &header)?;
         self.sent(bytes);
         Ok(())
     }
@@ -151,7 +148,7 @@ impl LaneSender {
         for index in chunk.0..chunk.0 + chunks {
             self.packer.sent_as_is(ChunkIndex(index).first(), 0, u64::MAX);
         }
-        live::send_bytes(&mut self.ring, &self.lane.socket, &header)?;
+        live::send_bytes(&mut self.stream, &header)?;
         self.sent(header.len() as u64);
         Ok(())
     }
@@ -201,7 +198,7 @@ impl LaneSender {
                 return Ok(false);
             }
             shared.books.send(self.index, frame(bytes, packed.pinned.to_vec()));
-            live::send_bytes(&mut self.ring, &self.lane.socket, packed.bytes)?;
+            live::send_bytes(&mut self.stream, packed.bytes)?;
             bytes
         } else {
             if !pace(&shared, raw_bytes) {
@@ -210,7 +207,7 @@ impl LaneSender {
             self.packer.sent_as_is(chunk.first(), data, zero);
             shared.books.send(self.index, frame(raw_bytes, Vec::new()));
             let header = BulkFrame::Chunk { first: chunk.first(), data, zero }.encode(flags);
-            live::send(ram, &mut self.ring, &self.lane.socket, &header, chunk, data)?;
+            live::send(ram, &mut self.stream, &header, chunk, data)?;
             raw_bytes
         };
         let totals = &shared.totals;

@@ -46,12 +46,13 @@ pub fn explain(error: &Error, role: Role) -> String {
             }
             AlertDescription::BadCertificate
             | AlertDescription::UnsupportedCertificate
-            | AlertDescription::CertificateUnknown
-                if role == Role::Destination =>
-            {
+            | AlertDescription::CertificateUnknown => {
+                let name = match role {
+                    Role::Source => "",
+                    Role::Destination => ", and is it made out for the name that the source looks for (`tls-hostname`)",
+                };
                 format!(
-                    "{peer} does not take this side's certificate ({}); {own_files}, a server's, and made out for the name that the \
-                     source looks for (`tls-hostname`)?",
+                    "{peer} does not take this side's certificate ({}); {own_files}, and a {own}'s{name}?",
                     name_of(*alert)
                 )
             }

@@ -102,11 +102,23 @@ pub struct Sealed {
 }
 
 impl Sealed {
+    /// What a record may take besides its plaintext: a key may be updated before each.
+    const EACH: usize = OVERHEAD + KEY_UPDATE_NOTICE.len() + OVERHEAD;
+
     /// Room for records with `plaintext` bytes in all, and a key update before each.
     pub fn with_room_for(plaintext: usize) -> Self {
         let records = plaintext.div_ceil(MAX_PLAINTEXT).max(1) + 1;
-        let room = plaintext + records * (OVERHEAD + KEY_UPDATE_NOTICE.len() + OVERHEAD);
+        let room = plaintext + records * Self::EACH;
         Self { bytes: vec![0; room].into_boxed_slice(), used: 0 }
+    }
+
+    /// Forgets what has been sealed, for records with `plaintext` bytes in all: in the same memory, where that suffices.
+    pub fn make_room_for(&mut self, plaintext: usize) {
+        self.clear();
+        let records = plaintext.div_ceil(MAX_PLAINTEXT);
+        if self.bytes.len() < plaintext + records * Self::EACH {
+            *self = Self::with_room_for(plaintext);
+        }
     }
 
     /// What has been sealed.
@@ -121,7 +133,7 @@ impl Sealed {
 
     /// Whether a record of so many bytes still fits.
     pub fn has_room_for(&self, plaintext: usize) -> bool {
-        self.bytes.len() - self.used >= plaintext + 2 * OVERHEAD + KEY_UPDATE_NOTICE.len()
+        self.bytes.len() - self.used >= plaintext + Self::EACH
     }
 }
 
@@ -259,6 +271,24 @@ impl Opener {
     /// The first `count` bytes of the plaintext have been taken.
     pub fn take(&mut self, count: usize) {
         self.plain.start = (self.plain.start + count).min(self.plain.end);
+    }
+
+    /// Where in the buffer the plaintext begins that was not taken yet, and what was taken ends.
+    #[must_use]
+    pub const fn position(&self) -> usize {
+        self.plain.start
+    }
+
+    /// What was opened from a [`position`](Self::position) on, until there is [space](Self::space) for more.
+    #[must_use]
+    pub fn opened_at(&self, position: usize) -> &[u8] {
+        self.buffer.get(position..self.plain.end).unwrap_or_default()
+    }
+
+    /// Whether a part of a record is here.
+    #[must_use]
+    pub fn is_within_a_record(&self) -> bool {
+        !self.sealed.is_empty()
     }
 
     /// Where the next bytes from the socket belong: room for the rest of a record at least. How many are needed before
