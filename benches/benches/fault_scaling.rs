@@ -232,7 +232,7 @@ fn lanes(count: u8, tcp: bool) -> Result<(Vec<PageLane>, Vec<PageLane>), Failure
         let (one, two) = if tcp { tcp_pair()? } else { Socket::pair()? };
         let id = LaneId { role: LaneRole::Fault, index };
         for (socket, side) in [(one, &mut near), (two, &mut far)] {
-            side.push(PageLane { id, socket: Arc::new(socket) });
+            side.push(PageLane { id, socket: Arc::new(socket), checksums: true });
         }
     }
     Ok((near, far))

@@ -135,6 +135,9 @@ struct Pair {
     stalled: AtomicBool,
 }
 
+/// What comes before the body of a control lane's message: its length, and two checksums.
+const MESSAGE_HEADER: usize = 12;
+
 /// How long a write waits for a side that does not read before it looks whether the link was cut.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -364,12 +367,12 @@ impl Shared {
         self.pass(pair, toward, Some(Mark::Greeting(role, toward)), &greeting)?;
         if role == Role::Control {
             loop {
-                let mut message = vec![0; 8];
+                let mut message = vec![0; MESSAGE_HEADER];
                 if !fill(from, &mut message)? {
                     return Ok(());
                 }
                 append(from, &mut message, 0)?;
-                self.pass(pair, toward, mark_of(&message[8..]), &message)?;
+                self.pass(pair, toward, mark_of(&message[MESSAGE_HEADER..]), &message)?;
             }
         }
         let mut bytes = vec![0; 64 << 10];

@@ -7,5 +7,8 @@ pub const POSTCOPY: u64 = 1;
 /// not know the session says so, which is no refusal of the guest.
 pub const REJOIN: u64 = 2;
 
+/// The payloads on fault and bulk lanes carry checksums. Not asked for where something below the lane notices what was damaged.
+pub const CHECKSUMS: u64 = 4;
+
 /// All that this version understands. A destination refuses a source that asks for more.
-pub const KNOWN: u64 = POSTCOPY | REJOIN;
+pub const KNOWN: u64 = POSTCOPY | REJOIN | CHECKSUMS;

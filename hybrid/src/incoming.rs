@@ -14,6 +14,7 @@ use switchover_wire::address::Address;
 use switchover_wire::clock::Nanos;
 use switchover_wire::socket::{Listener, Socket};
 
+use self::connecting::Admitted;
 use crate::error::MigrationError;
 use crate::lanes::Lanes;
 use crate::link::{Teller, Told};
@@ -41,12 +42,12 @@ struct Shared {
     listener: Arc<Listener>,
     /// Where a source that lost its link may come to, beside where it came to first.
     recovery: Mutex<Option<Arc<Listener>>>,
-    reception: Mutex<Reception<Arc<Socket>>>,
+    reception: Mutex<Reception<Admitted>>,
     handshakes: Mutex<VecDeque<Arc<Socket>>>,
     lanes: Arc<Lanes>,
     events: Teller<DestinationEvent>,
     /// The lanes of a source that has joined again, until the session takes them up.
-    joined: Mutex<Option<reception::Lanes<Arc<Socket>>>>,
+    joined: Mutex<Option<reception::Lanes<Admitted>>>,
     pager: Mutex<Option<DestinationPager>>,
     /// The session's events, until its thread takes them.
     heard: Mutex<Option<Receiver<Told<DestinationEvent>>>>,
@@ -242,7 +243,7 @@ impl Shared {
         self.pager.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn reception(&self) -> MutexGuard<'_, Reception<Arc<Socket>>> {
+    fn reception(&self) -> MutexGuard<'_, Reception<Admitted>> {
         self.reception.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

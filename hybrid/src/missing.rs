@@ -16,7 +16,10 @@ pub struct MissingPages {
 impl MissingPages {
     /// Nothing known of a RAM of this size.
     pub fn new(pages: PageCount) -> Self {
-        Self { words: Vec::new(), next: 0, pages }
+        // Written now, which has the kernel give the memory: it is needed while the guest stands still.
+        let mut words = vec![u64::MAX; usize::try_from(pages.0.div_ceil(64)).unwrap_or(0)];
+        words.clear();
+        Self { words, next: 0, pages }
     }
 
     /// Adds a stretch; gives the whole set, a bit a page, when that was the last.
@@ -34,7 +37,7 @@ impl MissingPages {
         }
         // At most MISSING_PAGES / 64 words, and no more than RAM has.
         let count = usize::try_from(pages.0.div_ceil(64)).map_err(|error| error.to_string())?;
-        self.words.extend(bitmap::decode(set, count).map_err(|error| error.to_string())?);
+        bitmap::decode_onto(&mut self.words, set, count).map_err(|error| error.to_string())?;
         self.next += pages.0;
         Ok((self.next == self.pages.0).then(|| std::mem::take(&mut self.words)))
     }

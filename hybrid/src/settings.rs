@@ -31,6 +31,9 @@ pub struct Settings {
     pub throttling: Throttling,
     /// Pause the guest and wait for the controller's word before the handoff.
     pub pause_before_switchover: bool,
+    /// Let the pages that are sent carry checksums, which the destination checks. Without them a page that was damaged on the way
+    /// may go unnoticed.
+    pub checksums: bool,
     /// Record each round's bitmap in the report.
     pub record_bitmaps: bool,
     /// Destination: record each fault in the report.
@@ -83,6 +86,7 @@ impl Default for Settings {
             packing: PackSettings::default(),
             throttling: Throttling::Off,
             pause_before_switchover: false,
+            checksums: true,
             record_bitmaps: false,
             record_faults: false,
             silence: Duration::from_secs(5),

@@ -16,6 +16,9 @@ pub struct PageLane {
     pub id: LaneId,
     /// Its connection, which counts what crosses it.
     pub socket: Arc<Socket>,
+    /// The payloads of its frames carry checksums, and whoever receives them checks them. Needed where nothing below the lane
+    /// notices what is damaged. Headers always carry theirs.
+    pub checksums: bool,
 }
 
 /// What a pager tells the session that owns it.

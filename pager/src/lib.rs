@@ -6,7 +6,7 @@
 //!
 //! ```text
 //!          source                                            destination
-//!   ┌────────────────────┐   fault lane: 16-byte requests   ┌─────────────────────┐
+//!   ┌────────────────────┐   fault lane: 24-byte requests   ┌─────────────────────┐
 //!   │ FaultServer ◀──────┼──────────────────────────────────┼── FaultService ◀──┐ │
 //!   │      └─────────────┼── header + page ─────────────────┼──▶ alias          │ │ userfaultfd
 //!   │ Pusher(s) ─────────┼── bulk lanes: 64-page chunks ────┼──▶ BulkReceiver(s)│ │

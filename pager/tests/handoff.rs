@@ -17,6 +17,7 @@ use switchover_pager::lane::{PageLane, PagerEvent};
 use switchover_pager::ram::Ram;
 use switchover_pager::sent::ChunkIndex;
 use switchover_pager::source::{Rest, SourcePager, UnderWay};
+use switchover_wire::checksum::Checksum;
 use switchover_wire::encoding::{Encoding, Page, PageEncoder, PayloadWriter};
 use switchover_wire::frame::bulk::{BulkFrame, FrameFlags};
 use switchover_wire::frame::fault::ReplyContent;
@@ -49,7 +50,8 @@ fn a_version_that_lands_across_the_handoff_counts_for_nothing() {
     // Page 4 was here before; page 3 never. Half of the frame comes before the handoff: it is claimed, and page 3 written.
     hand.send(0, &chunk(0, 1 << 4, 0), precopy(true), &[&filled(OLD)]);
     assert_eq!(hand.taken(0), 1);
-    hand.send_bytes(0, &chunk(0, 0b11 << 3, 0).encode(precopy(true)));
+    let pages = filled(OLD).repeat(2);
+    hand.send_bytes(0, &chunk(0, 0b11 << 3, 0).encode(precopy(true), Checksum::of([&pages[..]])));
     hand.send_bytes(0, &filled(OLD));
     until("half of the frame has landed", || alias_read(&hand.ram, 3, 511) == OLD);
     hand.pager().hand_over(&[u64::MAX; 2]).unwrap();
@@ -97,7 +99,7 @@ fn a_packed_version_that_comes_too_late_counts_for_nothing() {
     hand.version(0, &chunk(0, 1, 0), &[&filled(OLD)]);
     let (frame, payload) = packed(0, 1, |_, body| lz4(OLD + 1, body));
     let before = hand.received(0);
-    hand.send_bytes(0, &frame.encode(precopy(true)));
+    hand.send_bytes(0, &frame.encode(precopy(true), Checksum::of([&payload[..]])));
     // Whether the handoff comes before or after its claim: it counts for nothing.
     until("its header was read", || hand.received(0) == before + BulkFrame::LEN as u64);
     hand.pager().hand_over(&[1]).unwrap();
@@ -214,7 +216,8 @@ fn a_page_that_is_zero_in_the_end_reads_as_zero() {
         *zero = 0b11 << 4;
         hand.version(0, &frame, &[&payload]);
         // Half of a frame before the handoff: page 64 is written once more, and then never arrives.
-        hand.send_bytes(0, &chunk(64, 0b11, 0).encode(precopy(true)));
+        let pages = filled(NEW).repeat(2);
+        hand.send_bytes(0, &chunk(64, 0b11, 0).encode(precopy(true), Checksum::of([&pages[..]])));
         hand.send_bytes(0, &filled(NEW));
         until("half of the frame has landed", || alias_read(&hand.ram, 64, 511) == NEW);
         hand.pager().hand_over(&[0, u64::MAX, u64::MAX, 0b11]).unwrap();
@@ -268,7 +271,7 @@ fn a_handoff_that_forgets_a_page_is_refused() {
 /// Version upon version comes while the handoff is made: whatever it interrupts, the books are right.
 #[test]
 fn the_books_are_right_at_any_moment_of_a_version() {
-    let flood = zeros(0, 64).encode(precopy(false)).repeat(400);
+    let flood = zeros(0, 64).encode(precopy(false), Checksum::NONE).repeat(400);
     for moment in 0..150 {
         let mut hand = hand!("the_books_are_right_at_any_moment_of_a_version", 64, 1, true);
         hand.version(0, &zeros(0, 64), &[]);
@@ -485,7 +488,8 @@ fn two_versions_at_once_end_the_lane() {
         if resident {
             hand.version(2, &chunk(0, 0b11, 0), &[&filled(OLD), &filled(OLD)]);
         }
-        hand.send_bytes(0, &chunk(0, 0b11, 0).encode(precopy(true)));
+        let pages = filled(OLD + 1).repeat(2);
+        hand.send_bytes(0, &chunk(0, 0b11, 0).encode(precopy(true), Checksum::of([&pages[..]])));
         hand.send_bytes(0, &filled(OLD + 1));
         until("half of the frame has landed", || alias_read(&hand.ram, 0, 511) == OLD + 1);
         hand.send(1, &chunk(0, 0b110, 0), precopy(true), &[&filled(NEW), &filled(NEW)]);
@@ -505,7 +509,7 @@ fn a_lane_that_dies_in_the_middle_of_a_version_leaves_its_pages_missing() {
     let mut hand = hand!("a_lane_that_dies_in_the_middle_of_a_version_leaves_its_pages_missing", 64, 2, false);
     hand.version(0, &zeros(0, 64), &[]);
     hand.version(1, &chunk(0, 0b11, 0), &[&filled(OLD), &filled(OLD)]);
-    hand.send_bytes(1, &chunk(0, 0b11, 0).encode(precopy(true)));
+    hand.send_bytes(1, &chunk(0, 0b11, 0).encode(precopy(true), Checksum::NONE));
     hand.send_bytes(1, &filled(NEW));
     until("half of the frame has landed", || alias_read(&hand.ram, 0, 511) == NEW);
     hand.cut(1);
@@ -561,10 +565,11 @@ fn pushed(lane: &PageLane, ram: u64) -> Vec<u64> {
     loop {
         let mut header = [0; BulkFrame::LEN];
         ring.recv_exact(lane.socket.as_fd(), &mut [IoSliceMut::new(&mut header)]).unwrap();
-        let (frame, flags) = BulkFrame::decode(&header, PageCount(ram)).unwrap();
+        let (frame, flags, checksum) = BulkFrame::decode(&header, PageCount(ram)).unwrap();
         assert!(!flags.precopy);
         let mut payload = vec![0; frame.payload()];
         ring.recv_exact(lane.socket.as_fd(), &mut [IoSliceMut::new(&mut payload)]).unwrap();
+        checksum.check(frame.name(), [&payload[..]]).unwrap();
         match frame {
             BulkFrame::Chunk { first, data, zero } => {
                 pages.extend((0..64).filter(|bit| (data | zero) >> bit & 1 == 1).map(|bit| first.0 + bit));

@@ -17,6 +17,7 @@ use switchover_pager::destination::DestinationPager;
 use switchover_pager::lane::PagerEvent;
 use switchover_pager::ram::Ram;
 use switchover_pager::stripes::Stripes;
+use switchover_wire::checksum::Checksum;
 use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, FrameFlags};
 use switchover_wire::frame::fault::{FaultReply, FaultRequest, ReplyContent};
 use switchover_wire::ring::Ring;
@@ -76,12 +77,12 @@ fn the_guests_write_survives(test: &str, fault_lanes: u8) {
         assert_eq!(request.page, page);
 
         let first = PageIndex(page.0 / CHUNK_PAGES * CHUNK_PAGES);
-        let frame =
-            BulkFrame::Chunk { first, data: 1 << (page.0 % CHUNK_PAGES), zero: 0 }.encode(FrameFlags::default());
+        let frame = BulkFrame::Chunk { first, data: 1 << (page.0 % CHUNK_PAGES), zero: 0 }
+            .encode(FrameFlags::default(), Checksum::of([&old[..]]));
         ring.send_all(bulk.socket.as_fd(), &[IoSlice::new(&frame), IoSlice::new(&old)]).unwrap();
         assert_eq!(was_written.recv_timeout(Duration::from_secs(30)), Ok(page));
 
-        let reply = FaultReply { page, tag: request.tag, content: ReplyContent::Raw }.encode();
+        let reply = FaultReply { page, tag: request.tag, content: ReplyContent::Raw }.encode(Checksum::of([&old[..]]));
         ring.send_all(fault.socket.as_fd(), &[IoSlice::new(&reply), IoSlice::new(&old)]).unwrap();
     }
     guest.join().unwrap();
@@ -124,14 +125,17 @@ fn the_pushed_copy_that_comes_too_late_is_thrown_away() {
     let mut request = [0; FaultRequest::LEN];
     ring.recv_exact(fault.socket.as_fd(), &mut [IoSliceMut::new(&mut request)]).unwrap();
     let request = FaultRequest::decode(&request, PageCount(CHUNK_PAGES)).unwrap();
-    let reply = FaultReply { page: request.page, tag: request.tag, content: ReplyContent::Raw }.encode();
+    let reply = FaultReply { page: request.page, tag: request.tag, content: ReplyContent::Raw }
+        .encode(Checksum::of([&old[..]]));
     ring.send_all(fault.socket.as_fd(), &[IoSlice::new(&reply), IoSlice::new(&old)]).unwrap();
     guest.join().unwrap();
 
     // The whole chunk is pushed, the page that was answered in its middle.
-    let frame = BulkFrame::Chunk { first: PageIndex(0), data: u64::MAX, zero: 0 }.encode(FrameFlags::default());
-    ring.send_all(bulk.socket.as_fd(), &[IoSlice::new(&frame), IoSlice::new(&old.repeat(64))]).unwrap();
-    let end = BulkFrame::End { pages: CHUNK_PAGES }.encode(FrameFlags::default());
+    let pages = old.repeat(64);
+    let frame = BulkFrame::Chunk { first: PageIndex(0), data: u64::MAX, zero: 0 };
+    let frame = frame.encode(FrameFlags::default(), Checksum::of([&pages[..]]));
+    ring.send_all(bulk.socket.as_fd(), &[IoSlice::new(&frame), IoSlice::new(&pages)]).unwrap();
+    let end = BulkFrame::End { pages: CHUNK_PAGES }.encode(FrameFlags::default(), Checksum::NONE);
     ring.send_all(bulk.socket.as_fd(), &[IoSlice::new(&end)]).unwrap();
     assert_eq!(pager_events.recv_timeout(Duration::from_secs(30)), Ok(PagerEvent::Complete));
     pager.finish().unwrap();

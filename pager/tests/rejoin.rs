@@ -9,6 +9,7 @@ use std::thread::{self, JoinHandle};
 use common::{guest_read, guest_write, userfaultfd_or_skip};
 use hand::{Hand, chunk, filled, until};
 use switchover_pager::ram::Ram;
+use switchover_wire::checksum::Checksum;
 use switchover_wire::encoding::{Encoding, PageEncoder, PayloadWriter};
 use switchover_wire::frame::bulk::{BulkFrame, FrameFlags};
 use switchover_wire::frame::fault::{FaultReply, ReplyContent};
@@ -44,13 +45,13 @@ fn what_was_waited_for_is_asked_for_again() {
     let waiting: Vec<_> = [200, 201].into_iter().map(|page| guest_reads(&hand.ram, page)).collect();
     let mut asked = [hand.request(), hand.request()];
     asked.sort_by_key(|request| request.page.0);
-    let half = FaultReply { page: asked[0].page, tag: asked[0].tag, content: ReplyContent::Raw }.encode();
+    let half = FaultReply { page: asked[0].page, tag: asked[0].tag, content: ReplyContent::Raw }.encode(Checksum::NONE);
     // Answers come in the order of the requests.
     if asked[0].tag == 0 {
         hand.send_fault_bytes(&half);
         hand.send_fault_bytes(&filled(!WORD)[..1000]);
     }
-    hand.send_bytes(0, &chunk(0, u64::MAX, 0).encode(FrameFlags::default()));
+    hand.send_bytes(0, &chunk(0, u64::MAX, 0).encode(FrameFlags::default(), Checksum::NONE));
     hand.send_bytes(0, &filled(!WORD).repeat(10));
     until("the chunk is landing", || hand.received(0) > 0);
     let third = guest_reads(&hand.ram, 5);
@@ -96,7 +97,7 @@ fn a_page_that_came_in_part_is_zero_when_its_source_says_so() {
         return;
     }
     let mut hand = handed_over(64, 1);
-    hand.send_bytes(0, &chunk(0, u64::MAX, 0).encode(FrameFlags::default()));
+    hand.send_bytes(0, &chunk(0, u64::MAX, 0).encode(FrameFlags::default(), Checksum::NONE));
     hand.send_bytes(0, &filled(WORD).repeat(3));
     until("the chunk is landing", || hand.received(0) > 0);
     until("bytes have landed", || hand::alias_read(&hand.ram, 2, 511) == WORD);
@@ -139,7 +140,8 @@ fn a_link_may_be_lost_at_every_byte_of_an_answer() {
     for sent in [0, 1, FaultReply::LEN - 1, FaultReply::LEN, FaultReply::LEN + 1, FaultReply::LEN + PAGE_SIZE - 1] {
         let request = hand.request();
         assert_eq!(request.page, PageIndex(9));
-        let reply = FaultReply { page: request.page, tag: request.tag, content: ReplyContent::Raw }.encode();
+        let reply =
+            FaultReply { page: request.page, tag: request.tag, content: ReplyContent::Raw }.encode(Checksum::NONE);
         let whole = [&reply[..], &filled(!WORD)].concat();
         hand.send_fault_bytes(&whole[..sent]);
         hand.detach();
@@ -161,14 +163,15 @@ fn an_answer_that_broke_off_or_was_wrong_leaves_nothing_behind() {
     let guest = guest_reads(&hand.ram, 9);
     // Half of the page.
     let request = hand.request();
-    let reply = FaultReply { page: request.page, tag: request.tag, content: ReplyContent::Raw }.encode();
+    let reply = FaultReply { page: request.page, tag: request.tag, content: ReplyContent::Raw }.encode(Checksum::NONE);
     hand.send_fault_bytes(&[&reply[..], &filled(WORD)[..2048]].concat());
     hand.detach();
     assert_eq!(hand::alias_read(&hand.ram, 9, 255), 0, "only whole answers land");
     hand.attach(1);
     // An answer to something else.
     let request = hand.request();
-    let wrong = FaultReply { page: PageIndex(10), tag: request.tag, content: ReplyContent::Zero }.encode();
+    let wrong =
+        FaultReply { page: PageIndex(10), tag: request.tag, content: ReplyContent::Zero }.encode(Checksum::NONE);
     hand.send_fault_bytes(&wrong);
     until("the lane has failed", || !hand.events.is_empty());
     hand.detach();

@@ -18,6 +18,7 @@ use switchover_pager::lane::{Notify, PageLane, PagerEvent};
 use switchover_pager::ram::Ram;
 use switchover_pager::source::{Rest, SourcePager};
 use switchover_pager::stripes::Stripes;
+use switchover_wire::checksum::Checksum;
 use switchover_wire::frame::bulk::FrameFlags;
 use switchover_wire::frame::fault::{FaultReply, ReplyContent};
 use switchover_wire::types::{LaneRole, PageCount, PageIndex};
@@ -114,12 +115,13 @@ fn a_lost_link_is_lost_for_all_shards_and_joined_for_all() {
     let asked: Vec<_> = waiting.iter().map(|_| hand.request()).collect();
     // One answer breaks off in its page, one in its header, one never begins.
     for (request, sent) in asked.iter().zip([FaultReply::LEN + 1000, 5, 0]) {
-        let reply = FaultReply { page: request.page, tag: request.tag, content: ReplyContent::Raw }.encode();
+        let reply =
+            FaultReply { page: request.page, tag: request.tag, content: ReplyContent::Raw }.encode(Checksum::NONE);
         let whole = [&reply[..], &filled(!WORD)].concat();
         hand.send_fault_bytes_for(request.page, &whole[..sent]);
     }
     // A chunk breaks off for whose page, in the last shard, a guest begins to wait.
-    hand.send_bytes(0, &chunk(128, u64::MAX << 1, 0).encode(FrameFlags::default()));
+    hand.send_bytes(0, &chunk(128, u64::MAX << 1, 0).encode(FrameFlags::default(), Checksum::NONE));
     hand.send_bytes(0, &filled(!WORD).repeat(10));
     until("the chunk is landing", || hand.received(0) > 0);
     let late = guest_reads(&hand.ram, PageIndex(190));

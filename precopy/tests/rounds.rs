@@ -116,7 +116,8 @@ fn write(ram: &Ram, page: PageIndex, number: u64) {
 fn lanes(count: u8) -> (Vec<PageLane>, Vec<PageLane>) {
     let pair = |index| {
         let (one, two) = Socket::pair().unwrap();
-        let lane = |socket| PageLane { id: LaneId { role: LaneRole::Bulk, index }, socket: Arc::new(socket) };
+        let lane =
+            |socket| PageLane { id: LaneId { role: LaneRole::Bulk, index }, socket: Arc::new(socket), checksums: true };
         (lane(one), lane(two))
     };
     (0..count).map(pair).unzip()

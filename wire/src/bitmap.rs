@@ -105,6 +105,16 @@ pub fn encode(words: &[u64]) -> Vec<u8> {
 /// # Errors
 /// When the bytes are no bitmap of that many words.
 pub fn decode(bytes: &[u8], count: usize) -> Result<Vec<u64>, BitmapError> {
+    let mut words = Vec::new();
+    decode_onto(&mut words, bytes, count)?;
+    Ok(words)
+}
+
+/// As [`decode`], behind the words that are there already. Where there is room for them nothing is allocated.
+///
+/// # Errors
+/// As for [`decode`]; nothing is added then.
+pub fn decode_onto(words: &mut Vec<u64>, bytes: &[u8], count: usize) -> Result<(), BitmapError> {
     let mut found = 0;
     for run in (Runs { bytes, at: 0 }) {
         let run = run?;
@@ -116,9 +126,10 @@ pub fn decode(bytes: &[u8], count: usize) -> Result<Vec<u64>, BitmapError> {
     if found != count {
         return Err(BitmapError::Incomplete { words: found, count });
     }
-    // Fresh from the kernel where it is large, so that runs of zeros need not be written.
-    let mut words = vec![0; count];
-    let mut rest = words.as_mut_slice();
+    let before = words.len();
+    words.reserve_exact(count);
+    words.resize(before + count, 0);
+    let mut rest = &mut words[before..];
     for run in (Runs { bytes, at: 0 }) {
         let Run { length, kind, body, .. } = run?;
         let (own, behind) = rest.split_at_mut(length);
@@ -133,7 +144,7 @@ pub fn decode(bytes: &[u8], count: usize) -> Result<Vec<u64>, BitmapError> {
         }
         rest = behind;
     }
-    Ok(words)
+    Ok(())
 }
 
 /// How many words from the first on are `value`.

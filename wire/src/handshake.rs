@@ -29,10 +29,12 @@ use crate::tls::{self, Credentials, LaneProof};
 use crate::types::{LaneId, LaneRole, SessionId};
 
 /// The oldest protocol version that is spoken here.
-pub const VERSION_MIN: u16 = 1;
+///
+/// 1 had no checksums in the headers of frames.
+pub const VERSION_MIN: u16 = 2;
 
 /// The newest protocol version that is spoken here.
-pub const VERSION_MAX: u16 = 1;
+pub const VERSION_MAX: u16 = 2;
 
 /// How long a side waits for the other in each of this module's calls. Long for any network, short for a person.
 pub const TIME_LIMIT: Duration = Duration::from_secs(5);

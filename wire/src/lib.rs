@@ -29,6 +29,8 @@
 //! - *Nothing from the network is believed.* Lengths are bounded before memory is allocated for them; page numbers,
 //!   masks and counts are checked against the size of RAM before they leave [`frame`]; whatever is wrong ends in an
 //!   error that names the frame or the lane, never in a panic.
+//! - *A bit that was flipped on the way is noticed* before it counts: every header carries a checksum, and so does every
+//!   payload of a lane that nothing below protects ([`checksum`]).
 //! - *What does not match is refused before the guest is touched*, with a sentence that says what differs
 //!   ([`description`], [`handshake`]).
 //! - *Memory that is given to the kernel stays until the kernel is done with it* ([`ring`], the only unsafe module
@@ -39,6 +41,7 @@
 
 pub mod address;
 pub mod bitmap;
+pub mod checksum;
 pub mod clock;
 pub mod counters;
 pub mod description;

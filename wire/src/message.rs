@@ -1,6 +1,7 @@
 //! What the two sides of a session say to each other on the control lane.
 //!
-//! A message is its length (4 bytes, little-endian), the CRC-32 of its body (4 bytes) and the body, postcard.
+//! A message is its length (4 bytes, little-endian), the CRC-32 of its body (4), that of these eight bytes (4), and the body,
+//! postcard. The length has a checksum of its own because a damaged one would be waited for, perhaps for ever.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use crate::types::{PageCount, PageIndex};
 /// The longest body of a message, in bytes. Saved state is the only large one: a few KiB a vCPU.
 pub const MAX_MESSAGE: usize = 16 << 20;
 
-const HEADER: usize = 8;
+const HEADER: usize = 12;
 
 /// What is received of a body at once, in bytes.
 const PIECE: usize = 64 << 10;
@@ -159,11 +160,14 @@ pub enum MessageError {
     },
     /// A message was damaged on the way.
     #[error(
-        "a message on the control lane with {peer} is damaged: its CRC-32 is {actual:#010x}, not {announced:#010x}"
+        "a message on the control lane with {peer} is damaged: the CRC-32 of its {part} is {actual:#010x}, not \
+         {announced:#010x}"
     )]
     Checksum {
         /// The other side.
         peer: String,
+        /// "header" or "body".
+        part: &'static str,
         /// As computed here.
         actual: u32,
         /// As received.
@@ -229,9 +233,7 @@ impl ControlWriter {
             .map_err(|error| MessageError::Malformed { peer: peer(), reason: error.to_string() })?;
         let length = u32::try_from(body.len()).ok().filter(|_| body.len() <= MAX_MESSAGE);
         let Some(length) = length else { return Err(MessageError::TooLong { peer: peer(), length: body.len() }) };
-        let mut header = [0; HEADER];
-        header[..4].copy_from_slice(&length.to_le_bytes());
-        header[4..].copy_from_slice(&crc32fast::hash(&body).to_le_bytes());
+        let header = header(length, &body);
         let parts = [IoSlice::new(&header), IoSlice::new(&body)];
         let sent = self.stream.send_all(&parts).map_err(|source| MessageError::Io { peer: peer(), source })?;
         self.socket.counters().add_sent(sent as u64);
@@ -262,20 +264,18 @@ impl ControlReader {
     pub fn recv(&mut self) -> Result<ControlMessage, MessageError> {
         let mut header = [0; HEADER];
         self.fill("header", &mut header)?;
-        let [l0, l1, l2, l3, c0, c1, c2, c3] = header;
+        let [l0, l1, l2, l3, c0, c1, c2, c3, own @ ..] = header;
+        check_sum("header", &header[..8], u32::from_le_bytes(own), self.peer())?;
         let announced = u32::from_le_bytes([c0, c1, c2, c3]);
         // Checked before anything is allocated for it.
         let length = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
         if length > MAX_MESSAGE {
-            return Err(MessageError::TooLong { peer: self.peer(), length });
+            return Err(MessageError::TooLong { peer: self.peer().to_owned(), length });
         }
         let mut body = vec![0; length];
         self.fill("body", &mut body)?;
-        let actual = crc32fast::hash(&body);
-        if actual != announced {
-            return Err(MessageError::Checksum { peer: self.peer(), actual, announced });
-        }
-        ControlMessage::decode(&body).map_err(|reason| MessageError::Malformed { peer: self.peer(), reason })
+        check_sum("body", &body, announced, self.peer())?;
+        ControlMessage::decode(&body).map_err(|reason| MessageError::Malformed { peer: self.peer().to_owned(), reason })
     }
 
     fn fill(&mut self, part: &'static str, buffer: &mut [u8]) -> Result<(), MessageError> {
@@ -293,18 +293,35 @@ impl ControlReader {
         match received {
             Ok(()) => Ok(()),
             Err(RingError::Closed { got, .. }) => {
-                Err(MessageError::Closed { peer: self.peer(), part, got: got_before + got, wanted: length })
+                Err(MessageError::Closed { peer: self.peer().to_owned(), part, got: got_before + got, wanted: length })
             }
             Err(RingError::Io { source, .. }) if source.kind() == io::ErrorKind::ConnectionReset => {
-                Err(MessageError::Closed { peer: self.peer(), part, got: 0, wanted: length })
+                Err(MessageError::Closed { peer: self.peer().to_owned(), part, got: 0, wanted: length })
             }
-            Err(source) => Err(MessageError::Io { peer: self.peer(), source }),
+            Err(source) => Err(MessageError::Io { peer: self.peer().to_owned(), source }),
         }
     }
 
-    fn peer(&self) -> String {
-        self.socket.peer().to_owned()
+    fn peer(&self) -> &str {
+        self.socket.peer()
     }
+}
+
+fn header(length: u32, body: &[u8]) -> [u8; HEADER] {
+    let mut header = [0; HEADER];
+    header[..4].copy_from_slice(&length.to_le_bytes());
+    header[4..8].copy_from_slice(&crc32fast::hash(body).to_le_bytes());
+    let own = crc32fast::hash(&header[..8]);
+    header[8..].copy_from_slice(&own.to_le_bytes());
+    header
+}
+
+fn check_sum(part: &'static str, bytes: &[u8], announced: u32, peer: &str) -> Result<(), MessageError> {
+    let actual = crc32fast::hash(bytes);
+    if actual == announced {
+        return Ok(());
+    }
+    Err(MessageError::Checksum { peer: peer.to_owned(), part, actual, announced })
 }
 
 fn new_stream(socket: &Arc<Socket>) -> Result<Stream, MessageError> {
@@ -333,7 +350,7 @@ mod tests {
 
     fn framed(body: &[u8]) -> Vec<u8> {
         let length = u32::try_from(body.len()).unwrap();
-        [&length.to_le_bytes(), &crc32fast::hash(body).to_le_bytes(), body].concat()
+        [&header(length, body)[..], body].concat()
     }
 
     fn any_message() -> impl Strategy<Value = ControlMessage> {
@@ -441,15 +458,18 @@ mod tests {
     #[test]
     fn what_is_wrong_with_a_message_is_said() {
         let mut damaged = framed(&[4]);
-        damaged[4] ^= 1;
-        let too_long = (u32::try_from(MAX_MESSAGE).unwrap() + 1).to_le_bytes();
+        damaged[HEADER] ^= 1;
+        let mut shorter = framed(&[4, 4]);
+        shorter[0] = 1;
+        let too_long = header(u32::try_from(MAX_MESSAGE).unwrap() + 1, &[]);
         let state = postcard::to_stdvec(&ControlMessage::State { state: vec![1; 9], was_running: true }).unwrap();
         for (bytes, expected) in [
-            (&[][..], "closed after 0 of the 8 bytes of a message's header"),
-            (&framed(&[4])[..3], "closed after 3 of the 8 bytes of a message's header"),
-            (&framed(&state)[..10], "closed after 2 of the 12 bytes of a message's body"),
-            (&damaged, "is damaged: its CRC-32"),
-            (&[&too_long[..], &[0; 4]].concat(), "has 16777217 bytes"),
+            (&[][..], "closed after 0 of the 12 bytes of a message's header"),
+            (&framed(&[4])[..3], "closed after 3 of the 12 bytes of a message's header"),
+            (&framed(&state)[..14], "closed after 2 of the 12 bytes of a message's body"),
+            (&damaged, "is damaged: the CRC-32 of its body"),
+            (&shorter, "is damaged: the CRC-32 of its header"),
+            (&too_long, "has 16777217 bytes"),
             (&framed(&[]), "cannot be understood"),
             (&framed(&[99]), "cannot be understood"),
             (&framed(&[4, 0]), "1 bytes are left over"),
@@ -458,6 +478,17 @@ mod tests {
             let error = receive(bytes).unwrap_err().to_string();
             assert!(error.contains(expected), "{bytes:?}: {error}");
             assert!(error.contains("control lane with unix:(pair)"), "{error}");
+        }
+    }
+
+    #[test]
+    fn every_flipped_bit_of_a_message_is_found() {
+        let whole = framed(&postcard::to_stdvec(&ControlMessage::Round { number: 300 }).unwrap());
+        for bit in 0..whole.len() * 8 {
+            let mut bytes = whole.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            let error = receive(&bytes).unwrap_err();
+            assert!(matches!(error, MessageError::Checksum { .. }), "bit {bit}: {error}");
         }
     }
 

@@ -11,6 +11,7 @@ use switchover_hybrid::trace::{Epoch, Trace};
 use switchover_runtime::config::{DirtyTracking, SerialTarget, VmConfig};
 use switchover_runtime::vm::Vm;
 use switchover_wire::bitmap;
+use switchover_wire::checksum::Checksum;
 use switchover_wire::clock::HostClock;
 use switchover_wire::description::{CpuidLeaf, MachineDescription, RamRegion};
 use switchover_wire::encoding::{Encoding, Page, PageEncoder, PayloadWriter};
@@ -48,12 +49,14 @@ fn frames() {
         ("check", BulkFrame::Check),
         ("end", BulkFrame::End { pages: 9 }),
     ] {
-        write("frames", name, &[&ram[..], &frame.encode(flags)].concat());
+        let sum = if frame.payload() == 0 { Checksum::NONE } else { Checksum::of([&b"pages"[..]]) };
+        write("frames", name, &[&ram[..], &frame.encode(flags, sum)].concat());
     }
     let page = PageIndex(7);
     write("frames", "request", &[&ram[..], &FaultRequest { page, tag: 3 }.encode()].concat());
-    for (name, content) in [("raw", ReplyContent::Raw), ("zero", ReplyContent::Zero)] {
-        write("frames", name, &[&ram[..], &FaultReply { page, tag: 3, content }.encode()].concat());
+    let sum = Checksum::of([&b"a page"[..]]);
+    for (name, content, sum) in [("raw", ReplyContent::Raw, sum), ("zero", ReplyContent::Zero, Checksum::NONE)] {
+        write("frames", name, &[&ram[..], &FaultReply { page, tag: 3, content }.encode(sum)].concat());
     }
     write("frames", "taken", &[&ram[..], &Taken { frames: 12 }.encode()].concat());
 }
@@ -79,8 +82,8 @@ fn machine() -> MachineDescription {
 fn handshake() {
     let clock = HostClock { boot_id: "9a0c32d1-9f4e-4c0f-8f3e-0b9b6d0c7a11".to_owned() };
     let hello = |role, description| Hello {
-        version_min: 1,
-        version_max: 1,
+        version_min: 2,
+        version_max: 2,
         session: SessionId([9; 16]),
         lane: LaneId { role, index: 0 },
         lanes: LaneCounts { fault: 1, bulk: 2 },
@@ -93,7 +96,7 @@ fn handshake() {
     let wrapped = |how: u8, body: &[u8]| [&[how], body].concat();
     write("handshake", "control", &wrapped(2, &body(&hello(LaneRole::Control, Some(machine())))));
     write("handshake", "bulk", &wrapped(2, &body(&hello(LaneRole::Bulk, None))));
-    let welcome = postcard::to_stdvec(&(0_u8, Welcome { version: 1, clock: clock.clone() })).unwrap();
+    let welcome = postcard::to_stdvec(&(0_u8, Welcome { version: 2, clock: clock.clone() })).unwrap();
     write("handshake", "welcome", &wrapped(3, &welcome));
     write("handshake", "refused", &wrapped(3, &postcard::to_stdvec(&(1_u8, "it has no memory\n")).unwrap()));
     write("handshake", "foreign", b"\x00GET / HTTP/1.1\r\n\r\n");

@@ -32,6 +32,21 @@ const HANDSHAKES_LIMIT: usize = 16;
 /// How long the session may take to let go of a link that its source has lost: less than that waits for an answer to its handshake.
 const LETTING_GO_PATIENCE: Duration = Duration::from_secs(3);
 
+/// A lane that was taken.
+#[derive(Debug)]
+pub(super) struct Admitted {
+    pub socket: Arc<Socket>,
+    /// The source has said that what it sends on it carries checksums.
+    pub checksums: bool,
+}
+
+impl Admitted {
+    /// As a lane that carries pages.
+    pub fn into_page_lane(self, id: LaneId) -> PageLane {
+        PageLane { id, socket: self.socket, checksums: self.checksums }
+    }
+}
+
 impl Shared {
     /// Starts a listener's thread.
     pub(super) fn accept_at(self: &Arc<Self>, listener: &Arc<Listener>) -> io::Result<()> {
@@ -115,8 +130,10 @@ impl Shared {
     /// Whether this lane may be taken; it has its place then.
     fn admit(&self, hello: &Hello, socket: &Arc<Socket>) -> Result<(), String> {
         let (session, lane) = (hello.session, hello.lane);
+        let checksums = hello.capabilities & capability::CHECKSUMS != 0;
+        let admitted = Admitted { socket: Arc::clone(socket), checksums };
         if lane.role != LaneRole::Control {
-            return self.reception().page_lane(session, lane, Arc::clone(socket));
+            return self.reception().page_lane(session, lane, admitted);
         }
         let again = hello.capabilities & capability::REJOIN != 0;
         if again {
@@ -140,9 +157,9 @@ impl Shared {
         }
         if again {
             self.lose_old_link()?;
-            return self.reception().control_again(session, hello.lanes, Arc::clone(socket), Instant::now());
+            return self.reception().control_again(session, hello.lanes, admitted, Instant::now());
         }
-        self.reception().control(session, hello.lanes, Arc::clone(socket), Instant::now(), |control| control.is_open())
+        self.reception().control(session, hello.lanes, admitted, Instant::now(), |control| control.socket.is_open())
     }
 
     /// A source joins again because it has lost its link, which may seem whole from here. Waits until the session has let go of
@@ -165,7 +182,7 @@ impl Shared {
     }
 
     /// A source has joined again over new lanes.
-    fn join(self: &Arc<Self>, lanes: reception::Lanes<Arc<Socket>>) {
+    fn join(self: &Arc<Self>, lanes: reception::Lanes<Admitted>) {
         if self.recorder.read().unacknowledged.is_some() {
             self.answer_at_last(&lanes);
             return;
@@ -180,14 +197,14 @@ impl Shared {
     }
 
     /// The lanes of a source that has joined again, for whoever is first.
-    pub(super) fn take_joined(&self) -> Option<reception::Lanes<Arc<Socket>>> {
+    pub(super) fn take_joined(&self) -> Option<reception::Lanes<Admitted>> {
         self.joined.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// The guest is complete and the session over; only its source does not know.
-    pub(super) fn answer_at_last(&self, lanes: &reception::Lanes<Arc<Socket>>) {
-        self.lanes.add(LaneId { role: LaneRole::Control, index: 0 }, Arc::clone(&lanes.control));
-        match self.tell_complete(&lanes.control) {
+    pub(super) fn answer_at_last(&self, lanes: &reception::Lanes<Admitted>) {
+        self.lanes.add(LaneId { role: LaneRole::Control, index: 0 }, Arc::clone(&lanes.control.socket));
+        match self.tell_complete(&lanes.control.socket) {
             Ok(()) => {
                 self.recorder.write(|record| {
                     record.instants.drained_ns = Some(Nanos::now().0);
@@ -198,7 +215,7 @@ impl Shared {
             Err(reason) => tracing::warn!(reason, "the source still does not know that its guest is complete here"),
         }
         self.lanes.retire();
-        lanes.pages.iter().for_each(|(_, socket)| socket.shutdown());
+        lanes.pages.iter().for_each(|(_, lane)| lane.socket.shutdown());
     }
 
     /// Tells a source over its control lane that all is here, and waits until it knows. One that says nothing is given up.
@@ -219,16 +236,16 @@ impl Shared {
     }
 
     /// All lanes are open: the session's thread takes over.
-    fn begin(self: &Arc<Self>, lanes: reception::Lanes<Arc<Socket>>) {
-        self.lanes.add(LaneId { role: LaneRole::Control, index: 0 }, Arc::clone(&lanes.control));
+    fn begin(self: &Arc<Self>, lanes: reception::Lanes<Admitted>) {
+        self.lanes.add(LaneId { role: LaneRole::Control, index: 0 }, Arc::clone(&lanes.control.socket));
         let session = lanes.session.to_string();
         self.recorder.begin_again(session);
-        let pages: Vec<PageLane> = lanes.pages.into_iter().map(|(id, socket)| PageLane { id, socket }).collect();
+        let pages: Vec<PageLane> = lanes.pages.into_iter().map(|(id, lane)| lane.into_page_lane(id)).collect();
         for lane in &pages {
             self.lanes.add(lane.id, Arc::clone(&lane.socket));
         }
         let driver = Arc::clone(self);
-        let control = lanes.control;
+        let control = lanes.control.socket;
         let spawned = thread::Builder::new()
             .name("migration".to_owned())
             .spawn(move || driver.cpu.measure(|| driver.migrate(&control, pages)));

@@ -325,12 +325,12 @@ impl Shared {
     fn send_standing(self: &Arc<Self>, session: &mut Session, committed: bool) -> Result<(), DestinationEvent> {
         let lost = |reason: String| DestinationEvent::Lost(reason);
         let joined = self.take_joined().ok_or_else(|| lost("its lanes were taken up already".to_owned()))?;
-        self.lanes.add(LaneId { role: LaneRole::Control, index: 0 }, Arc::clone(&joined.control));
-        for (id, socket) in joined.pages {
-            self.lanes.add(id, Arc::clone(&socket));
-            session.joined.push(PageLane { id, socket });
+        self.lanes.add(LaneId { role: LaneRole::Control, index: 0 }, Arc::clone(&joined.control.socket));
+        for (id, lane) in joined.pages {
+            self.lanes.add(id, Arc::clone(&lane.socket));
+            session.joined.push(lane.into_page_lane(id));
         }
-        session.link = self.begin_link(&joined.control, &session.state).map_err(lost)?;
+        session.link = self.begin_link(&joined.control.socket, &session.state).map_err(lost)?;
         let missing = self.pager().as_ref().map(DestinationPager::missing).unwrap_or_default();
         let complete = missing.iter().all(|word| *word == 0);
         send(&session.link, &ControlMessage::Standing { committed, complete })?;

@@ -136,6 +136,8 @@ impl Shared {
         capabilities: u64,
     ) -> Result<Opened, Unopened> {
         let lanes = LaneCounts { fault: settings.fault_lanes, bulk: settings.bulk_lanes };
+        let checksums = settings.checksums;
+        let capabilities = capabilities | if checksums { capability::CHECKSUMS } else { 0 };
         let hello = |role, index| Hello {
             version_min: VERSION_MIN,
             version_max: VERSION_MAX,
@@ -157,7 +159,7 @@ impl Shared {
             let socket = self.open_lane(to, &hello(role, index))?;
             // Connecting and the handshake are a round trip each.
             round_trip = round_trip.min(began.elapsed() / 2);
-            pages.push(PageLane { id: LaneId { role, index }, socket });
+            pages.push(PageLane { id: LaneId { role, index }, socket, checksums });
         }
         Ok(Opened { control, pages, round_trip })
     }

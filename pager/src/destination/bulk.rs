@@ -4,6 +4,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
+use switchover_wire::checksum::Checksum;
 use switchover_wire::clock::Nanos;
 use switchover_wire::encoding::{Encoding, EncodingError, Page, PageDecoder, Payload};
 use switchover_wire::frame::FrameError;
@@ -70,8 +71,11 @@ pub struct BulkReceiver {
     tag: LaneTag,
     shared: Arc<Shared>,
     stream: Stream,
-    /// Where pages go whose claim was lost: nothing may write the alias of a page that is here.
-    scratch: Box<[u8; PAGE_SIZE]>,
+    /// Where pages go whose claim was lost: nothing may write the alias of a page that is here. Room for all of a frame, each
+    /// of whose pages has a place of its own, since the checksum is of all of them.
+    scratch: Box<[u8]>,
+    /// What the header of the frame that is being taken says of its payload, and the frame's name; `None` where nobody asks.
+    announced: Option<(Checksum, &'static str)>,
     /// Data pages since the handoff.
     received: u64,
     /// Frames since the lane began.
@@ -108,7 +112,8 @@ impl BulkReceiver {
             tag,
             shared: Arc::clone(shared),
             stream,
-            scratch: Box::new([0; PAGE_SIZE]),
+            scratch: vec![0; CHUNK_LEN * PAGE_SIZE].into_boxed_slice(),
+            announced: None,
             received: 0,
             frames: 0,
             rate: RateSeries::new(),
@@ -140,7 +145,8 @@ impl BulkReceiver {
         loop {
             self.stream.recv_exact(&mut [IoSliceMut::new(&mut header)])?;
             self.lane.socket.counters().add_received(BulkFrame::LEN as u64);
-            let (frame, flags) = BulkFrame::decode(&header, self.shared.states.pages())?;
+            let (frame, flags, checksum) = BulkFrame::decode(&header, self.shared.states.pages())?;
+            self.announced = self.lane.checksums.then_some((checksum, frame.name()));
             if !flags.precopy {
                 // It may have overtaken the handoff's own message, which comes on another lane.
                 let stage = self.shared.handoff.wait_until(|stage| stage.phase == Phase::Postcopy);
@@ -282,6 +288,9 @@ impl BulkReceiver {
         let Unpacker { decoder, payload } = self.unpacker.get_or_insert_with(Box::default).as_mut();
         payload.resize(length, 0);
         self.stream.recv_exact(&mut [IoSliceMut::new(payload)])?;
+        if let Some((announced, frame)) = self.announced {
+            announced.check(frame, [&payload[..]])?;
+        }
         let (ram, states) = (self.shared.watch.ram(), &self.shared.states);
         let parsed = Payload::parse(first, data, zero, payload, states.pages())?;
         for (entry, bit) in parsed.entries().zip(bits(data)).filter(|(_, bit)| won >> bit & 1 == 1) {
@@ -364,27 +373,43 @@ impl BulkReceiver {
         Ok(())
     }
 
-    /// One vectored receive for all pages of `data`: those of `won` into the alias, the others into scratch.
+    /// One vectored receive for all pages of `data`: those of `won` into the alias, the others into scratch. They are as they
+    /// were sent when it returns without an error.
     fn receive_pages(&mut self, first: PageIndex, data: u64, won: u64) -> Result<(), BulkError> {
         let mut parts = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; CHUNK_LEN];
         let mut used = 0;
+        let mut scratch = self.scratch.chunks_exact_mut(PAGE_SIZE);
         for (bit, count) in runs(data) {
             let mut at = bit;
             while at < bit + count {
                 let left = bit + count - at;
                 let won_run = (won >> at).trailing_ones().min(left);
                 let alias = self.shared.watch.ram().alias_of(page_at(first, at)).filter(|_| won_run > 0);
-                let (base, pages) = alias.map_or((self.scratch.as_mut_ptr(), 1), |base| (base, won_run));
+                let lost = || scratch.next().map(|page| (page.as_mut_ptr(), 1));
+                // There is a page of scratch for each of a frame's.
+                let Some((base, pages)) = alias.map(|base| (base, won_run)).or_else(lost) else { break };
                 parts[used] = libc::iovec { iov_base: base.cast(), iov_len: pages as usize * PAGE_SIZE };
                 used += 1;
                 at += pages;
             }
         }
-        // SAFETY: each part is either the scratch page, which this object owns and borrows mutably, or a run of pages
+        // Receiving consumes the parts.
+        let landed = parts;
+        // SAFETY: each part is either a page of scratch, which this object owns and borrows mutably, or a run of pages
         // in the alias whose claim this lane has won: nobody else writes them before `arrived`, and the guest does
         // not have them mapped. The frame was checked against RAM's size, so the runs lie inside the mapping, which
         // the watch keeps alive. The call returns only when the kernel is done with all parts.
         unsafe { self.stream.recv_exact_raw(&mut parts[..used])? };
+        if let Some((announced, frame)) = self.announced {
+            // While the frame is still in the cache, and before anybody else may see any of it.
+            announced.check(
+                frame,
+                landed[..used].iter().map(|part| {
+                    // SAFETY: as above, and the kernel is done with them: nobody writes these pages while they are borrowed.
+                    unsafe { std::slice::from_raw_parts(part.iov_base.cast::<u8>().cast_const(), part.iov_len) }
+                }),
+            )?;
+        }
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! The fault path: from a vCPU that needs a page to the page under it.
 //!
-//! One thread, one io_uring. It polls the userfaultfd, asks for absent pages in 16-byte requests, receives the
+//! One thread, one io_uring. It polls the userfaultfd, asks for absent pages in small requests, receives the
 //! answers, puts the pages into the alias, maps them and wakes the vCPU. Nothing here allocates once it runs, and no lock is
 //! held across a system call.
 //!
@@ -135,7 +135,7 @@ impl FaultService {
         shard.seat.sit();
         Ok(Self {
             ring: EventRing::new(RING_ENTRIES)?,
-            replies: Replies::new(),
+            replies: Replies::new(lane.checksums),
             sealed: Sealed::with_room_for(ROOM * FaultRequest::LEN),
             outgoing: Vec::with_capacity(ROOM * FaultRequest::LEN),
             lane,
@@ -227,7 +227,7 @@ impl FaultService {
 
     /// The answers of the lane that there is now come next.
     fn begin_lane(&mut self) -> Result<(), FaultError> {
-        match self.replies.begin(&self.lane.socket) {
+        match self.replies.begin(&self.lane.socket, self.lane.checksums) {
             Ok(()) => self.receive(),
             Err(error) => {
                 self.lane_failed(&error.into());

@@ -89,19 +89,22 @@ impl Handoff {
         self.change(|stage| stage.stopping = true);
     }
 
-    /// Forgets what must come again, and lets the phase after the handoff begin. Returns how many pages are to come; `absent`
-    /// counts those that are not here.
-    fn cross(&self, states: &PageStates, absent: &AtomicU64, missing: &[u64]) -> Result<u64, DestinationPagerError> {
+    /// Forgets what must come again, and lets the phase after the handoff begin. `absent` counts the pages that are not here.
+    fn cross(
+        &self,
+        states: &PageStates,
+        absent: &AtomicU64,
+        missing: &[u64],
+    ) -> Result<Crossed, DestinationPagerError> {
         let mut stage = self.stage();
         if stage.phase == Phase::Postcopy {
             return Err(DestinationPagerError::HandedOver);
         }
-        let (mut to_come, mut forgotten) = (0_u64, 0_u64);
-        for (word, (_, mask)) in within(missing, states.pages()).enumerate() {
-            forgotten += u64::from((states.came_early(word) & mask).count_ones());
-            to_come += u64::from(mask.count_ones());
-        }
-        let needed = absent.load(Ordering::Acquire) + forgotten;
+        let missing_before = absent.load(Ordering::Acquire);
+        let to_come = within(missing, states.pages()).map(|(_, mask)| u64::from(mask.count_ones())).sum::<u64>();
+        // Where nothing has come there is nothing to forget, and no table to look it up in: the guest stands still.
+        let forgotten = if missing_before == states.pages().0 { 0 } else { came_of(missing, states) };
+        let needed = missing_before + forgotten;
         if needed != to_come {
             return Err(DestinationPagerError::Forgotten { missing: to_come, absent: needed });
         }
@@ -114,13 +117,28 @@ impl Handoff {
         stage.phase = Phase::Postcopy;
         drop(stage);
         self.changed.notify_all();
-        Ok(to_come)
+        Ok(Crossed { to_come, nothing_came: missing_before == states.pages().0 })
     }
 
     fn change(&self, change: impl FnOnce(&mut Stage)) {
         change(&mut self.stage());
         self.changed.notify_all();
     }
+}
+
+/// What was found at the handoff.
+#[derive(Clone, Copy, Debug)]
+struct Crossed {
+    /// How many pages are to come.
+    to_come: u64,
+    /// No page had come before.
+    nothing_came: bool,
+}
+
+/// How many pages of `missing` are here in an older version.
+fn came_of(missing: &[u64], states: &PageStates) -> u64 {
+    let words = within(missing, states.pages()).enumerate();
+    words.map(|(word, (_, mask))| u64::from((states.came_early(word) & mask).count_ones())).sum()
 }
 
 /// See [`super::DestinationPager::hand_over`]. Costs the bitmap's walk, word by word, and something for each page that was
@@ -130,11 +148,13 @@ pub fn hand_over(shared: &Shared, missing: &[u64]) -> Result<(), DestinationPage
     shared.handoff.begun.store(true, Ordering::Release);
     // First this one: the mapper must not map what is about to be forgotten.
     let mapped = shared.ahead.hold();
-    let to_come = shared.handoff.cross(&shared.states, &shared.missing, missing)?;
+    let Crossed { to_come, nothing_came } = shared.handoff.cross(&shared.states, &shared.missing, missing)?;
     shared.counts.kept.store(shared.states.pages().0 - to_come, Ordering::Relaxed);
     // What is mapped would be read, old as it is. Nobody runs or loads a state before this returns. A lane that brings a new
     // version meanwhile may see it unmapped again: then a fault finds it here and maps it.
-    for (first, mask) in within(missing, shared.states.pages()) {
+    // With nothing here and nothing mapped there is nothing to note, and the guest stands still.
+    let idle = nothing_came && !mapped.any();
+    for (first, mask) in within(missing, shared.states.pages()).take(if idle { 0 } else { usize::MAX }) {
         shared.ahead.leave_for_later(first / 64, !mask);
         for (bit, count) in runs(mask & mapped.word(first / 64)) {
             shared.watch.unmap(PageIndex(first + u64::from(bit)), PageCount(u64::from(count)))?;

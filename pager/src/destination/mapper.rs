@@ -30,7 +30,8 @@ pub struct MappedAhead {
     here: Box<[AtomicU64]>,
     /// The round in which each page came last, up to 255.
     rounds: Box<[AtomicU8]>,
-    mapping: Mutex<()>,
+    /// Whether anything was ever mapped.
+    mapping: Mutex<bool>,
 }
 
 /// Zero pages that came after the handoff and that nobody waits for, until there is time to map them.
@@ -68,7 +69,7 @@ impl UnmappedZeros {
 /// Nobody maps ahead while this lives.
 pub struct Held<'a> {
     mapped: &'a [AtomicU64],
-    _mapping: MutexGuard<'a, ()>,
+    mapping: MutexGuard<'a, bool>,
 }
 
 impl MappedAhead {
@@ -78,7 +79,7 @@ impl MappedAhead {
             mapped: bits_for(pages.0),
             here: bits_for(pages.0),
             rounds: (0..pages.0).map(|_| AtomicU8::new(0)).collect(),
-            mapping: Mutex::new(()),
+            mapping: Mutex::new(false),
         }
     }
 
@@ -92,7 +93,7 @@ impl MappedAhead {
     /// Keeps the mapper from mapping.
     pub fn hold(&self) -> Held<'_> {
         let mapping = self.mapping.lock().unwrap_or_else(PoisonError::into_inner);
-        Held { mapped: &self.mapped, _mapping: mapping }
+        Held { mapped: &self.mapped, mapping }
     }
 
     /// These of the pages of word `index` are here at the handoff.
@@ -110,6 +111,11 @@ impl MappedAhead {
 }
 
 impl Held<'_> {
+    /// Whether any page is mapped, or was.
+    pub fn any(&self) -> bool {
+        *self.mapping
+    }
+
     /// Which pages of word `index` are mapped.
     pub fn word(&self, index: u64) -> u64 {
         usize::try_from(index)
@@ -157,7 +163,7 @@ fn map_cold(shared: &Shared, round: u32) -> Result<(), WatchError> {
         if shared.handoff.has_begun() {
             return Ok(());
         }
-        let _held = shared.ahead.hold();
+        let mut held = shared.ahead.hold();
         {
             let stage = shared.handoff.stage();
             if stage.phase == Phase::Postcopy || stage.mapping_over {
@@ -174,6 +180,7 @@ fn map_cold(shared: &Shared, round: u32) -> Result<(), WatchError> {
         // First: a page that is mapped and not known to be is not unmapped at the handoff, and would be read as it was. One that is
         // not mapped after all is unmapped in vain.
         word.fetch_or(cold, Ordering::Relaxed);
+        *held.mapping |= cold != 0;
         for (bit, count) in runs(cold) {
             shared.watch.map(PageIndex(first + u64::from(bit)), PageCount(u64::from(count)), true)?;
         }

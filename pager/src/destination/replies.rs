@@ -27,6 +27,8 @@ pub struct Replies {
     taken: usize,
     /// and come up to here.
     come: usize,
+    /// Whether pages have checksums.
+    checksums: bool,
     /// On a TLS lane, what comes first. Only an answer that is cut in two comes into `bytes`.
     opener: Option<Box<Opener>>,
 }
@@ -62,17 +64,17 @@ pub enum Wanted {
 }
 
 impl Replies {
-    /// Nothing has come.
-    pub fn new() -> Self {
-        Self { bytes: Box::new([0; ROOM]), taken: 0, come: 0, opener: None }
+    /// Nothing has come of a lane whose pages have `checksums`, or none.
+    pub fn new(checksums: bool) -> Self {
+        Self { bytes: Box::new([0; ROOM]), taken: 0, come: 0, checksums, opener: None }
     }
 
-    /// Forgets what has come: the answers of `lane` come next.
+    /// Forgets what has come: the answers of `lane` come next, whose pages have `checksums` or none.
     ///
     /// # Errors
     /// When somebody else reads from it.
-    pub fn begin(&mut self, lane: &Socket) -> Result<(), TlsError> {
-        (self.taken, self.come) = (0, 0);
+    pub fn begin(&mut self, lane: &Socket, checksums: bool) -> Result<(), TlsError> {
+        (self.taken, self.come, self.checksums) = (0, 0, checksums);
         self.opener = lane.tls().map(Tls::take_opener).transpose()?;
         Ok(())
     }
@@ -105,10 +107,10 @@ impl Replies {
         (self.taken, self.come) = (0, self.come - self.taken);
     }
 
-    /// Takes the next answer that is here whole, for a machine with `ram` pages.
+    /// Takes the next answer that is here whole, and as it was sent, for a machine with `ram` pages.
     ///
     /// # Errors
-    /// When what has come is no answer.
+    /// When what has come is no answer, or a damaged one.
     pub fn next(&mut self, ram: PageCount) -> Result<Option<Reply>, ReplyError> {
         while let Some(opener) = &mut self.opener {
             let length = opener.plaintext()?.len();
@@ -120,9 +122,12 @@ impl Replies {
             if self.come == self.taken
                 && let Some(bytes) = plain.first_chunk()
             {
-                let header = FaultReply::decode(bytes, ram)?;
+                let (header, checksum) = FaultReply::decode(bytes, ram)?;
                 let whole = FaultReply::LEN + header.payload();
                 if whole <= length {
+                    if self.checksums {
+                        checksum.check("fault reply", [&plain[FaultReply::LEN..whole]])?;
+                    }
                     opener.take(whole);
                     return Ok(Some(Reply { header, page: position + FaultReply::LEN, in_record: true }));
                 }
@@ -149,12 +154,16 @@ impl Replies {
 
     fn next_of_bytes(&mut self, ram: PageCount) -> Result<Option<Reply>, ReplyError> {
         let Some(bytes) = self.header() else { return Ok(None) };
-        let header = FaultReply::decode(bytes, ram)?;
+        let (header, checksum) = FaultReply::decode(bytes, ram)?;
         if self.come - self.taken < FaultReply::LEN + header.payload() {
             return Ok(None);
         }
         let page = self.taken + FaultReply::LEN;
-        self.taken = page + header.payload();
+        let end = page + header.payload();
+        if self.checksums {
+            checksum.check("fault reply", [&self.bytes[page..end]])?;
+        }
+        self.taken = end;
         Ok(Some(Reply { header, page, in_record: false }))
     }
 
@@ -182,6 +191,7 @@ impl Replies {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use switchover_wire::checksum::Checksum;
     use switchover_wire::frame::fault::ReplyContent;
     use switchover_wire::types::PageIndex;
 
@@ -194,10 +204,10 @@ mod tests {
         let mut bytes = Vec::new();
         for (number, (page, raw)) in (0_u32..).zip(answers) {
             let content = if *raw { ReplyContent::Raw } else { ReplyContent::Zero };
-            bytes.extend(FaultReply { page: PageIndex(*page), tag: number, content }.encode());
-            if *raw {
-                bytes.extend([filler(number); PAGE_SIZE]);
-            }
+            let payload = if *raw { vec![filler(number); PAGE_SIZE] } else { vec![] };
+            let checksum = Checksum::of([&payload[..]]);
+            bytes.extend(FaultReply { page: PageIndex(*page), tag: number, content }.encode(checksum));
+            bytes.extend(payload);
         }
         bytes
     }
@@ -212,7 +222,7 @@ mod tests {
             answers in prop::collection::vec((0..RAM.0, any::<bool>()), 1..40),
             steps in prop::collection::vec(1..3 * LONGEST, 1..40),
         ) {
-            let (stream, mut replies) = (stream(&answers), Replies::new());
+            let (stream, mut replies) = (stream(&answers), Replies::new(true));
             let (mut sent, mut steps) = (0, steps.into_iter().cycle());
             let mut got = Vec::new();
             while sent < stream.len() {
@@ -240,16 +250,25 @@ mod tests {
     #[test]
     fn the_rest_of_an_answer_is_waited_for_and_what_is_none_is_refused() {
         let stream = stream(&[(7, true)]);
-        let mut replies = Replies::new();
+        let mut replies = Replies::new(true);
         replies.room().0[..100].copy_from_slice(&stream[..100]);
         replies.came(100);
         assert!(replies.next(RAM).unwrap().is_none());
         assert_eq!(replies.room().1, Wanted::Rest(LONGEST - 100));
-        replies.begin(&Socket::pair().unwrap().0).unwrap();
+        replies.begin(&Socket::pair().unwrap().0, true).unwrap();
         let (room, wanted) = replies.room();
         assert_eq!((room.len(), wanted), (ROOM, Wanted::Any));
-        room[..16].fill(0xff);
-        replies.came(16);
+        room[..FaultReply::LEN].fill(0xff);
+        replies.came(FaultReply::LEN);
         assert!(replies.next(RAM).is_err());
+        // A page that was damaged on the way.
+        for (checksums, at) in [(true, FaultReply::LEN), (true, LONGEST - 1), (false, LONGEST - 1)] {
+            replies.begin(&Socket::pair().unwrap().0, checksums).unwrap();
+            let (room, _) = replies.room();
+            room[..LONGEST].copy_from_slice(&stream);
+            room[at] ^= 0x10;
+            replies.came(LONGEST);
+            assert_eq!(replies.next(RAM).is_err(), checksums, "byte {at}");
+        }
     }
 }

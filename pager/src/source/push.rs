@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
+use switchover_wire::checksum::Checksum;
 use switchover_wire::clock::Nanos;
 use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, FrameFlags};
 use switchover_wire::ring::{RingError, Stream};
@@ -215,19 +216,22 @@ impl Pusher {
             // A packed chunk comes whole from its encoder.
             BulkFrame::Packed { .. } | BulkFrame::Check | BulkFrame::End { .. } => (PageIndex(0), 0),
         };
-        let header = frame.encode(FrameFlags::default());
-        let bytes = header.len() as u64 + u64::from(data.count_ones()) * PAGE_SIZE_U64;
+        let bytes = BulkFrame::LEN as u64 + u64::from(data.count_ones()) * PAGE_SIZE_U64;
         if self.shared.pacer.stopped_before(bytes, |span| self.shared.queue.pause(span)) {
             return Err(PushError::Stopped);
         }
         // A chunk has at most 32 runs: every other page.
         let mut parts = [IoSlice::new(&[]); 1 + CHUNK_LEN / 2];
-        parts[0] = IoSlice::new(&header);
         let mut used = 1;
         for (bit, count) in runs(data) {
             parts[used] = IoSlice::new(bytes_of(&self.shared, PageIndex(first.0 + u64::from(bit)), count));
             used += 1;
         }
+        // What it reads is read again at once, to be sent.
+        let checksum =
+            if self.lane.checksums { Checksum::of(parts[1..used].iter().map(|part| &**part)) } else { Checksum::NONE };
+        let header = frame.encode(FrameFlags::default(), checksum);
+        parts[0] = IoSlice::new(&header);
         self.stream.send_all(&parts[..used])?;
         self.lane.socket.counters().add_sent(bytes);
         Ok(())

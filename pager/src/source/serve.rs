@@ -4,6 +4,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use switchover_wire::checksum::Checksum;
 use switchover_wire::clock::Nanos;
 use switchover_wire::frame::FrameError;
 use switchover_wire::frame::fault::{FaultReply, FaultRequest, ReplyContent};
@@ -77,7 +78,8 @@ impl FaultServer {
         let bytes = unsafe { std::slice::from_raw_parts(page, PAGE_SIZE) };
         let zero = is_zero(bytes);
         let content = if zero { ReplyContent::Zero } else { ReplyContent::Raw };
-        let header = FaultReply { page: request.page, tag: request.tag, content }.encode();
+        let checksum = if zero || !self.lane.checksums { Checksum::NONE } else { Checksum::of([bytes]) };
+        let header = FaultReply { page: request.page, tag: request.tag, content }.encode(checksum);
         let parts = [IoSlice::new(&header), IoSlice::new(bytes)];
         let parts = if zero { &parts[..1] } else { &parts[..] };
         self.shared.sent.mark(request.page);

@@ -27,7 +27,7 @@ pub fn userfaultfd_or_skip(test: &str) -> bool {
 /// Both ends of a new lane.
 pub fn lane_pair(role: LaneRole, index: u8) -> (PageLane, PageLane) {
     let (one, two) = Socket::pair().unwrap();
-    let lane = |socket| PageLane { id: LaneId { role, index }, socket: Arc::new(socket) };
+    let lane = |socket| PageLane { id: LaneId { role, index }, socket: Arc::new(socket), checksums: true };
     (lane(one), lane(two))
 }
 

@@ -13,6 +13,7 @@ use switchover_pager::destination::DestinationPager;
 use switchover_pager::lane::{PageLane, PagerEvent};
 use switchover_pager::ram::Ram;
 use switchover_pager::stripes::Stripes;
+use switchover_wire::checksum::Checksum;
 use switchover_wire::frame::bulk::{BulkFrame, FrameFlags, Taken};
 use switchover_wire::frame::fault::{FaultReply, FaultRequest, ReplyContent};
 use switchover_wire::ring::Ring;
@@ -178,7 +179,7 @@ impl Hand {
     pub fn send(&mut self, lane: usize, frame: &BulkFrame, flags: FrameFlags, payload: &[&[u8]]) {
         let bytes: usize = payload.iter().map(|part| part.len()).sum();
         assert_eq!(bytes, frame.payload(), "a mistake of the test");
-        self.send_bytes(lane, &frame.encode(flags));
+        self.send_bytes(lane, &frame.encode(flags, Checksum::of(payload.iter().copied())));
         payload.iter().for_each(|part| self.send_bytes(lane, part));
     }
 
@@ -222,7 +223,7 @@ impl Hand {
     }
 
     pub fn answer(&mut self, request: FaultRequest, content: ReplyContent, bytes: &[u8]) {
-        let reply = FaultReply { page: request.page, tag: request.tag, content }.encode();
+        let reply = FaultReply { page: request.page, tag: request.tag, content }.encode(Checksum::of([bytes]));
         self.send_fault_bytes_for(request.page, &[&reply, bytes].concat());
     }
 

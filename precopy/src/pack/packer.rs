@@ -5,6 +5,7 @@ use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
+use switchover_wire::checksum::Checksum;
 use switchover_wire::clock::Nanos;
 use switchover_wire::encoding::{Encoding, Page, PageEncoder, PayloadWriter};
 use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, FrameFlags};
@@ -111,8 +112,10 @@ impl Packer {
         self.counts += PackCounts { bytes_out: payload as u64, ..counted };
         // At most PACKED_LIMIT, as no body is longer than a page.
         let payload = u32::try_from(payload).ok()?;
-        let header = BulkFrame::Packed { first, data, zero, payload }.encode(flags_of(flags));
         let bytes = self.writer.bytes();
+        // Next to the encoding it is nothing, so that nobody needs to say whether the lane wants it.
+        let checksum = Checksum::of([&bytes[BulkFrame::LEN..]]);
+        let header = BulkFrame::Packed { first, data, zero, payload }.encode(flags_of(flags), checksum);
         bytes[..BulkFrame::LEN].copy_from_slice(&header);
         Some(Packed { bytes, pinned: &self.pinned })
     }

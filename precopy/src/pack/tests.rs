@@ -68,7 +68,8 @@ impl Destination {
 
     fn packed(&mut self, bytes: &[u8]) -> Vec<Encoding> {
         let (header, payload) = bytes.split_first_chunk().unwrap();
-        let (frame, flags) = BulkFrame::decode(header, RAM).unwrap();
+        let (frame, flags, checksum) = BulkFrame::decode(header, RAM).unwrap();
+        checksum.check(frame.name(), [payload]).unwrap();
         assert_eq!((flags, frame.payload()), (FrameFlags { precopy: true, acknowledge: true }, payload.len()));
         let BulkFrame::Packed { first, data, zero, .. } = frame else { panic!("{frame:?}") };
         let payload = Payload::parse(first, data, zero, payload, RAM).unwrap();

@@ -155,7 +155,7 @@ mod tests {
     fn books(lanes: u8) -> Books {
         let lane = |index| {
             let socket = Arc::new(Socket::pair().unwrap().0);
-            PageLane { id: LaneId { role: LaneRole::Bulk, index }, socket }
+            PageLane { id: LaneId { role: LaneRole::Bulk, index }, socket, checksums: true }
         };
         let lanes: Vec<_> = (0..lanes).map(lane).collect();
         Books::new(PageCount(1000), &lanes, SentVersions::new(PackSettings::default()))

@@ -1,5 +1,6 @@
 //! One bulk lane's sender.
 
+use std::io::IoSlice;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -7,12 +8,13 @@ use std::time::{Duration, Instant};
 
 use switchover_pager::cpu;
 use switchover_pager::lane::PageLane;
-use switchover_pager::runs::{bits, lowest};
+use switchover_pager::runs::{CHUNK_LEN, bits, lowest};
 use switchover_pager::sent::ChunkIndex;
 use switchover_pager::zero::Holes;
+use switchover_wire::checksum::Checksum;
 use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, FrameFlags};
 use switchover_wire::ring::{RingError, Stream};
-use switchover_wire::types::{PAGE_SIZE_U64, PageCount, PageIndex};
+use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 use thiserror::Error;
 
 use super::books::Frame;
@@ -51,6 +53,8 @@ pub struct LaneSender {
     round: u32,
     /// Bytes since the last frame that asked for a receipt.
     unreceipted: u64,
+    /// A frame's pages as they are sent; nothing where the lane carries no checksums.
+    copy: Box<[u8]>,
 }
 
 impl LaneSender {
@@ -61,7 +65,9 @@ impl LaneSender {
     pub(super) fn new(index: usize, lane: PageLane, shared: &Arc<Shared>) -> Result<Self, LaneError> {
         let packer = Packer::new(shared.packing, Arc::clone(&shared.versions));
         let stream = Stream::new(Arc::clone(&lane.socket))?;
-        Ok(Self { index, lane, shared: Arc::clone(shared), stream, packer, round: 0, unreceipted: 0 })
+        let copied = if lane.checksums { CHUNK_LEN * PAGE_SIZE } else { 0 };
+        let copy = vec![0; copied].into_boxed_slice();
+        Ok(Self { index, lane, shared: Arc::clone(shared), stream, packer, round: 0, unreceipted: 0, copy })
     }
 
     /// Sends round after round until a halt.
@@ -97,7 +103,7 @@ impl LaneSender {
         if std::mem::take(&mut self.unreceipted) == 0 {
             return Ok(());
         }
-        let header = BulkFrame::Check.encode(FrameFlags { precopy: true, acknowledge: true });
+        let header = BulkFrame::Check.encode(FrameFlags { precopy: true, acknowledge: true }, Checksum::NONE);
         let bytes = header.len() as u64;
         let frame = Frame { chunk: ChunkIndex(0), data: 0, zero: 0, chunks: 1, bytes, pinned: Vec::new() };
         self.shared.books.send(self.index, frame);
@@ -140,7 +146,7 @@ impl LaneSender {
     /// A whole span that the guest has never touched.
     fn send_untouched(&mut self, chunk: ChunkIndex, count: PageCount) -> Result<(), LaneError> {
         let flags = FrameFlags { precopy: true, acknowledge: true };
-        let header = BulkFrame::Zeros { first: chunk.first(), count }.encode(flags);
+        let header = BulkFrame::Zeros { first: chunk.first(), count }.encode(flags, Checksum::NONE);
         let chunks = count.0.div_ceil(CHUNK_PAGES);
         let frame = Frame { chunk, data: 0, zero: u64::MAX, chunks, bytes: header.len() as u64, pinned: Vec::new() };
         self.shared.books.send(self.index, frame);
@@ -206,8 +212,7 @@ impl LaneSender {
             }
             self.packer.sent_as_is(chunk.first(), data, zero);
             shared.books.send(self.index, frame(raw_bytes, Vec::new()));
-            let header = BulkFrame::Chunk { first: chunk.first(), data, zero }.encode(flags);
-            live::send(ram, &mut self.stream, &header, chunk, data)?;
+            self.send_as_is(chunk, data, zero, flags)?;
             raw_bytes
         };
         let totals = &shared.totals;
@@ -218,6 +223,26 @@ impl LaneSender {
         self.packer.sent(bytes, began.elapsed());
         cpu::let_others_run();
         Ok(true)
+    }
+
+    /// Sends pages as they are: straight from where they lie, or a copy of them where they are to be checked: the guest may write
+    /// them meanwhile, and what is sent must be what the checksum is of.
+    fn send_as_is(&mut self, chunk: ChunkIndex, data: u64, zero: u64, flags: FrameFlags) -> Result<(), LaneError> {
+        let frame = BulkFrame::Chunk { first: chunk.first(), data, zero };
+        if !self.lane.checksums {
+            let header = frame.encode(flags, Checksum::NONE);
+            return Ok(live::send(&self.shared.ram, &mut self.stream, &header, chunk, data)?);
+        }
+        let mut places = self.copy.chunks_exact_mut(PAGE_SIZE);
+        for (bit, place) in bits(data).zip(&mut places) {
+            if let Ok(place) = place.try_into() {
+                self.shared.ram.copy_page(PageIndex(chunk.first().0 + u64::from(bit)), place);
+            }
+        }
+        let pages = &self.copy[..frame.payload()];
+        let header = frame.encode(flags, Checksum::of([pages]));
+        self.stream.send_all(&[IoSlice::new(&header), IoSlice::new(pages)])?;
+        Ok(())
     }
 
     fn sent(&self, bytes: u64) {

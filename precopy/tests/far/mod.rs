@@ -11,6 +11,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use switchover_pager::lane::PageLane;
+use switchover_wire::checksum::Checksum;
 use switchover_wire::encoding::{Encoding, Page, PageDecoder, Payload};
 use switchover_wire::frame::bulk::{BulkFrame, Taken};
 use switchover_wire::ring::Ring;
@@ -157,7 +158,7 @@ impl Taker {
             if self.receive(&mut header).is_none() {
                 return;
             }
-            let (frame, flags) = BulkFrame::decode(&header, ram).unwrap();
+            let (frame, flags, checksum) = BulkFrame::decode(&header, ram).unwrap();
             assert!(flags.precopy);
             let pages = pages_of(&frame);
             for page in &pages {
@@ -165,7 +166,7 @@ impl Taker {
                 assert_eq!(before, 0, "{page} came on lane {} in a second version", self.number - 1);
             }
             self.linger();
-            if self.apply(&frame, ram, &mut decoder).is_none() {
+            if self.apply(&frame, checksum, ram, &mut decoder).is_none() {
                 return;
             }
             taken += 1;
@@ -195,21 +196,27 @@ impl Taker {
         }
     }
 
-    fn apply(&mut self, frame: &BulkFrame, ram: PageCount, decoder: &mut PageDecoder) -> Option<()> {
+    fn apply(
+        &mut self,
+        frame: &BulkFrame,
+        checksum: Checksum,
+        ram: PageCount,
+        decoder: &mut PageDecoder,
+    ) -> Option<()> {
         let zero = || Box::new([0; PAGE_SIZE]);
+        let mut bytes = vec![0; frame.payload()];
+        self.receive(&mut bytes)?;
+        // Whatever the guest wrote meanwhile.
+        checksum.check(frame.name(), [&bytes[..]]).unwrap();
         match *frame {
             BulkFrame::Zeros { .. } => pages_of(frame).into_iter().for_each(|page| self.memory.put(page, zero())),
             BulkFrame::Chunk { first, data, zero: none } => {
-                for page in bits(first, data) {
-                    let mut bytes = zero();
-                    self.receive(&mut bytes[..])?;
-                    self.memory.put(page, bytes);
+                for (page, bytes) in bits(first, data).zip(bytes.chunks_exact(PAGE_SIZE)) {
+                    self.memory.put(page, Box::new(bytes.try_into().unwrap()));
                 }
                 bits(first, none).for_each(|page| self.memory.put(page, zero()));
             }
-            BulkFrame::Packed { first, data, zero: none, payload } => {
-                let mut bytes = vec![0; payload as usize];
-                self.receive(&mut bytes)?;
+            BulkFrame::Packed { first, data, zero: none, .. } => {
                 let parsed = Payload::parse(first, data, none, &bytes, ram).unwrap();
                 for entry in parsed.entries() {
                     let mut page = self.memory.page(entry.page()).lock().unwrap().clone().unwrap_or_else(|| {

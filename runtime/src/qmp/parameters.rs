@@ -44,6 +44,8 @@ pub struct Parameters {
     pub compression: Compression,
     /// Whether pages may go as "the same as page X".
     pub same_as: bool,
+    /// Whether pages carry checksums on the way.
+    pub checksums: bool,
     /// Rounds in all.
     pub max_rounds: u32,
     /// Time for all rounds together, in milliseconds.
@@ -86,6 +88,7 @@ impl Default for Parameters {
             blackout_ms: 5,
             compression: Compression::Adaptive,
             same_as: true,
+            checksums: true,
             max_rounds: 100,
             time_budget_ms: 120_000,
             record_bitmaps: false,
@@ -119,7 +122,7 @@ const COMPRESSIONS: [(&str, Compression); 4] = [
 const MULTIFD_COMPRESSIONS: [(&str, MultifdCompression); 2] =
     [("none", MultifdCompression::None), ("zstd", MultifdCompression::Zstd)];
 
-const SETTABLE: [Entry; 21] = [
+const SETTABLE: [Entry; 22] = [
     Entry {
         name: "max-bandwidth",
         get: |all| json!(all.max_bandwidth),
@@ -217,6 +220,11 @@ const SETTABLE: [Entry; 21] = [
         set: |all, given| given.boolean().map(|value| all.same_as = value),
     },
     Entry {
+        name: "x-switchover-checksums",
+        get: |all| json!(all.checksums),
+        set: |all, given| given.boolean().map(|value| all.checksums = value),
+    },
+    Entry {
         name: "x-switchover-max-rounds",
         get: |all| json!(all.max_rounds),
         set: |all, given| {
@@ -255,10 +263,11 @@ const SETTABLE: [Entry; 21] = [
 /// Those that a migration takes along when it begins, and whose names are not QEMU's: changing one under way is refused.
 /// QEMU's own are accepted at any time, as QEMU accepts them; where they cannot take effect at once, the next migration
 /// has them.
-const FIXED_UNDER_WAY: [&str; 6] = [
+const FIXED_UNDER_WAY: [&str; 7] = [
     "x-switchover-mode",
     "x-switchover-compression",
     "x-switchover-same-as",
+    "x-switchover-checksums",
     "x-switchover-fault-lanes",
     "x-switchover-record-bitmaps",
     "x-switchover-record-faults",
@@ -388,6 +397,7 @@ mod tests {
             "xbzrle-cache-size": 4096, "cpu-throttle-initial": 99, "cpu-throttle-increment": 99,
             "max-cpu-throttle": 20, "vcpu-dirty-limit": 7, "x-switchover-mode": "hybrid",
             "x-switchover-blackout": 0, "x-switchover-compression": "lz4", "x-switchover-same-as": false,
+            "x-switchover-checksums": false,
             "x-switchover-max-rounds": 1, "x-switchover-time-budget": 4_294_967_295_u32,
             "x-switchover-record-bitmaps": true, "x-switchover-record-faults": true, "x-switchover-silence": 1000,
             "x-switchover-fault-lanes": 16,
@@ -429,6 +439,7 @@ mod tests {
         assert_eq!(u128::from(own.silence_ms), silence.as_millis());
         assert_eq!(own.fault_lanes, switchover_hybrid::settings::Settings::default().fault_lanes);
         assert_eq!(own.same_as, pack.same_as);
+        assert_eq!(own.checksums, switchover_hybrid::settings::Settings::default().checksums);
     }
 
     #[test]
@@ -514,6 +525,7 @@ mod tests {
             (json!({"x-switchover-mode": "hybrid"}), true),
             (json!({"x-switchover-compression": "off"}), true),
             (json!({"x-switchover-same-as": false}), true),
+            (json!({"x-switchover-checksums": false}), true),
             (json!({"x-switchover-fault-lanes": 2}), true),
             (json!({"x-switchover-record-bitmaps": true}), true),
             (json!({"x-switchover-record-faults": true}), true),

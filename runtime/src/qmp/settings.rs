@@ -36,6 +36,7 @@ pub fn settings(capabilities: &Capabilities, parameters: &Parameters) -> Setting
         packing: packing(capabilities, parameters),
         throttling: throttling(capabilities, parameters),
         pause_before_switchover: capabilities.has("pause-before-switchover"),
+        checksums: parameters.checksums,
         record_bitmaps: parameters.record_bitmaps,
         record_faults: parameters.record_faults,
         silence: silence(parameters),

@@ -1,7 +1,7 @@
 //! Frames of a bulk lane: pages that the source pushes, and, the other way, what the destination has taken of them.
 //!
-//! All headers of the source have 32 bytes: kind, mark, flags, a reserved byte, the length of a packed payload (4), then
-//! three numbers of 8 bytes each:
+//! All headers of the source have 40 bytes: kind, mark, flags, a reserved byte, the length of a packed payload (4),
+//! three numbers of 8 bytes each, the checksum of what follows (4; 0 where nothing does) and that of the header (4):
 //!
 //! | kind | payload length | first number | second | third |
 //! |---|---|---|---|---|
@@ -11,9 +11,10 @@
 //! | packed | bytes | first page | data mask | zero mask |
 //! | check | 0 | 0 | 0 | 0 |
 //!
-//! The destination's have 16: kind, mark, six reserved, frames taken since the lane began (8).
+//! The destination's have 16: kind, mark, two reserved, checksum of the header (4), frames taken since the lane began (8).
 
-use super::{FrameError, MARK, check_mark, check_page, check_zero, u32_at, u64_at};
+use super::{FrameError, MARK, check_mark, check_page, check_seal, check_zero, checksum_at, seal, u32_at, u64_at};
+use crate::checksum::Checksum;
 use crate::types::{PAGE_SIZE, PageCount, PageIndex};
 
 /// Pages that one [`BulkFrame::Chunk`] can cover: one for each bit of its masks.
@@ -32,6 +33,12 @@ const END_NAME: &str = "end";
 const PACKED_NAME: &str = "packed chunk";
 const CHECK_NAME: &str = "check";
 const TAKEN_NAME: &str = "taken";
+
+/// Where the checksum of a source's payload is, and that of the header.
+const PAYLOAD_SUM: usize = 32;
+const SUM: usize = 36;
+/// Where that of a [`Taken`] is.
+const TAKEN_SUM: usize = 4;
 
 /// The longest payload of a packed chunk: every page as it is, and room for what each entry of its table may take.
 pub const PACKED_LIMIT: usize = u64::BITS as usize * (PAGE_SIZE + 64);
@@ -105,7 +112,19 @@ pub enum BulkFrame {
 
 impl BulkFrame {
     /// Bytes of the header on the wire.
-    pub const LEN: usize = 32;
+    pub const LEN: usize = 40;
+
+    /// What it is called in messages.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Chunk { .. } => CHUNK_NAME,
+            Self::Zeros { .. } => ZEROS_NAME,
+            Self::Packed { .. } => PACKED_NAME,
+            Self::Check => CHECK_NAME,
+            Self::End { .. } => END_NAME,
+        }
+    }
 
     /// Bytes that follow the header.
     #[must_use]
@@ -117,9 +136,9 @@ impl BulkFrame {
         }
     }
 
-    /// The header as bytes.
+    /// The header as bytes. `payload` is the checksum of what follows.
     #[must_use]
-    pub fn encode(&self, flags: FrameFlags) -> [u8; Self::LEN] {
+    pub fn encode(&self, flags: FrameFlags, payload: Checksum) -> [u8; Self::LEN] {
         let (kind, length, numbers) = match *self {
             Self::Chunk { first, data, zero } => (CHUNK, 0, [first.0, data, zero]),
             Self::Zeros { first, count } => (ZEROS, 0, [first.0, count.0, 0]),
@@ -132,17 +151,19 @@ impl BulkFrame {
         bytes[1] = MARK;
         bytes[2] = flags.bits();
         bytes[4..8].copy_from_slice(&length.to_le_bytes());
-        for (field, number) in bytes[8..].chunks_exact_mut(8).zip(numbers) {
+        for (field, number) in bytes[8..PAYLOAD_SUM].chunks_exact_mut(8).zip(numbers) {
             field.copy_from_slice(&number.to_le_bytes());
         }
+        bytes[PAYLOAD_SUM..SUM].copy_from_slice(&payload.to_bytes());
+        seal(&mut bytes, SUM);
         bytes
     }
 
-    /// The header from bytes, for a machine with `ram` pages.
+    /// The header from bytes, for a machine with `ram` pages, and what it says of what follows.
     ///
     /// # Errors
     /// When they are no such frame.
-    pub fn decode(bytes: &[u8; Self::LEN], ram: PageCount) -> Result<(Self, FrameFlags), FrameError> {
+    pub fn decode(bytes: &[u8; Self::LEN], ram: PageCount) -> Result<(Self, FrameFlags, Checksum), FrameError> {
         let name = match bytes[0] {
             CHUNK => CHUNK_NAME,
             ZEROS => ZEROS_NAME,
@@ -154,6 +175,7 @@ impl BulkFrame {
             }
         };
         check_mark(name, bytes[1])?;
+        check_seal(name, bytes, SUM)?;
         let flags = FrameFlags::from_bits(name, bytes[2])?;
         check_zero(name, "reserved", &bytes[3..4])?;
         let length = u32_at(bytes, 4);
@@ -177,19 +199,22 @@ impl BulkFrame {
                 Ok(Self::Packed { first, data, zero, payload: length })
             }
             CHECK => {
-                check_zero(name, "reserved", &bytes[8..])?;
+                check_zero(name, "reserved", &bytes[8..PAYLOAD_SUM])?;
                 Ok(Self::Check)
             }
             ZEROS => {
-                check_zero(name, "reserved", &bytes[24..])?;
+                check_zero(name, "reserved", &bytes[24..PAYLOAD_SUM])?;
                 zeros(numbers[0], numbers[1], ram)
             }
             _ => {
-                check_zero(name, "reserved", &bytes[16..])?;
+                check_zero(name, "reserved", &bytes[16..PAYLOAD_SUM])?;
                 Ok(Self::End { pages: numbers[0] })
             }
         }?;
-        Ok((frame, flags))
+        if frame.payload() == 0 {
+            check_zero(name, "checksum", &bytes[PAYLOAD_SUM..SUM])?;
+        }
+        Ok((frame, flags, checksum_at(bytes, PAYLOAD_SUM)))
     }
 }
 
@@ -211,6 +236,7 @@ impl Taken {
         bytes[0] = TAKEN;
         bytes[1] = MARK;
         bytes[8..].copy_from_slice(&self.frames.to_le_bytes());
+        seal(&mut bytes, TAKEN_SUM);
         bytes
     }
 
@@ -223,7 +249,8 @@ impl Taken {
             return Err(FrameError::new(TAKEN_NAME, "kind", &format_args!("{:#04x}", bytes[0]), "0xba"));
         }
         check_mark(TAKEN_NAME, bytes[1])?;
-        check_zero(TAKEN_NAME, "reserved", &bytes[2..8])?;
+        check_seal(TAKEN_NAME, bytes, TAKEN_SUM)?;
+        check_zero(TAKEN_NAME, "reserved", &bytes[2..TAKEN_SUM])?;
         Ok(Self { frames: u64_at(bytes, 8) })
     }
 }
@@ -309,8 +336,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn frames_survive_the_wire(frame in valid(), flags in flags()) {
-            prop_assert_eq!(BulkFrame::decode(&frame.encode(flags), RAM).unwrap(), (frame, flags));
+        fn frames_survive_the_wire(frame in valid(), flags in flags(), sum: [u8; 4]) {
+            let sum = if frame.payload() == 0 { Checksum::NONE } else { Checksum::from_bytes(sum) };
+            prop_assert_eq!(BulkFrame::decode(&frame.encode(flags, sum), RAM).unwrap(), (frame, flags, sum));
         }
 
         #[test]
@@ -318,16 +346,19 @@ mod tests {
             let mut bytes = Taken { frames }.encode();
             prop_assert_eq!(Taken::decode(&bytes).unwrap(), Taken { frames });
             bytes[at] ^= change;
-            prop_assert!(at >= 8 || Taken::decode(&bytes).is_err());
+            prop_assert!(Taken::decode(&bytes).is_err());
         }
 
         #[test]
-        fn one_changed_byte_is_another_frame_or_none(frame in valid(), at in 0..32_usize, change in 1..=255_u8) {
-            let mut bytes = frame.encode(FrameFlags::default());
+        fn one_changed_byte_is_no_frame(frame in valid(), at in 0..BulkFrame::LEN, change in 1..=255_u8) {
+            let mut bytes = frame.encode(FrameFlags::default(), Checksum::NONE);
             bytes[at] ^= change;
-            if let Ok((other, flags)) = BulkFrame::decode(&bytes, RAM) {
-                prop_assert_eq!(other.encode(flags), bytes);
-                prop_assert_ne!((other, flags), (frame, FrameFlags::default()));
+            prop_assert!(BulkFrame::decode(&bytes, RAM).is_err());
+            // One that somebody has sealed again is another frame or none.
+            bytes[SUM..].fill(0);
+            seal(&mut bytes, SUM);
+            if let Ok((other, flags, sum)) = BulkFrame::decode(&bytes, RAM) {
+                prop_assert_eq!(other.encode(flags, sum), bytes);
                 prop_assert!(at != 1 && at != 3, "mark and reserved byte are checked");
             }
         }
@@ -342,11 +373,12 @@ mod tests {
             let mut bytes = [0; BulkFrame::LEN];
             bytes[0] = kind;
             bytes[1] = MARK;
-            for (field, number) in bytes[8..].chunks_exact_mut(8).zip(numbers) {
+            for (field, number) in bytes[8..PAYLOAD_SUM].chunks_exact_mut(8).zip(numbers) {
                 field.copy_from_slice(&number.to_le_bytes());
             }
             bytes[4..8].copy_from_slice(&length.to_le_bytes());
-            match BulkFrame::decode(&bytes, PageCount(ram)).map(|(frame, _)| frame) {
+            seal(&mut bytes, SUM);
+            match BulkFrame::decode(&bytes, PageCount(ram)).map(|(frame, ..)| frame) {
                 Ok(frame @ (BulkFrame::Chunk { first, data, zero } | BulkFrame::Packed { first, data, zero, .. })) => {
                     prop_assert!(frame.payload() <= PACKED_LIMIT);
                     let last = 63 - u64::from((data | zero).leading_zeros());
@@ -362,7 +394,14 @@ mod tests {
         }
 
         #[test]
-        fn arbitrary_bytes_never_panic(bytes: [u8; 32], ram: u64) {
+        fn arbitrary_bytes_never_panic(kind in CHUNK..=TAKEN, rest: [u8; 32], ram: u64, sealed: bool) {
+            let mut bytes = [0; BulkFrame::LEN];
+            (bytes[0], bytes[1]) = (kind, MARK);
+            bytes[2..34].copy_from_slice(&rest);
+            if sealed {
+                bytes[SUM..].fill(0);
+                seal(&mut bytes, SUM);
+            }
             let _ = BulkFrame::decode(&bytes, PageCount(ram));
         }
     }
@@ -384,28 +423,28 @@ mod tests {
             (zeros(999, 2), "count", "1 to"),
             (zeros(1, u64::MAX), "count", "1 to"),
         ] {
-            let error = BulkFrame::decode(&frame.encode(FrameFlags::default()), RAM).unwrap_err();
+            let error = BulkFrame::decode(&frame.encode(FrameFlags::default(), Checksum::NONE), RAM).unwrap_err();
             assert_eq!(error.field, field, "{frame:?}: {error}");
             assert!(error.allowed.contains(allowed), "{frame:?}: {error}");
         }
-        let plain = FrameFlags::default();
-        let mut end = BulkFrame::End { pages: 5 }.encode(plain);
-        end[20] = 1;
-        assert_eq!(BulkFrame::decode(&end, RAM).unwrap_err().field, "reserved");
-        let mut check = BulkFrame::Check.encode(plain);
-        check[31] = 1;
-        assert_eq!(BulkFrame::decode(&check, RAM).unwrap_err().field, "reserved");
-        let mut run = zeros(0, 1).encode(plain);
-        run[31] = 1;
-        assert_eq!(BulkFrame::decode(&run, RAM).unwrap_err().field, "reserved");
-        let mut other = chunk(0, 1, 0).encode(plain);
-        other[0] = 0xB6;
-        assert_eq!(BulkFrame::decode(&other, RAM).unwrap_err().field, "kind");
-        let mut flagged = chunk(0, 1, 0).encode(plain);
-        flagged[2] = 4;
-        assert_eq!(BulkFrame::decode(&flagged, RAM).unwrap_err().field, "flags");
+        let encode = |frame: BulkFrame| frame.encode(FrameFlags::default(), Checksum::NONE);
+        let refused = |mut bytes: [u8; BulkFrame::LEN], at: usize, byte| {
+            bytes[at] = byte;
+            bytes[SUM..].fill(0);
+            seal(&mut bytes, SUM);
+            BulkFrame::decode(&bytes, RAM).unwrap_err().field
+        };
+        assert_eq!(refused(encode(BulkFrame::End { pages: 5 }), 20, 1), "reserved");
+        assert_eq!(refused(encode(BulkFrame::Check), 31, 1), "reserved");
+        assert_eq!(refused(encode(zeros(0, 1)), 31, 1), "reserved");
+        assert_eq!(refused(encode(zeros(0, 1)), PAYLOAD_SUM, 1), "checksum");
+        assert_eq!(refused(encode(chunk(0, 1, 0)), 0, 0xB6), "kind");
+        assert_eq!(refused(encode(chunk(0, 1, 0)), 2, 4), "flags");
+        let mut damaged = encode(chunk(0, 1, 0));
+        damaged[16] ^= 2;
+        assert_eq!(BulkFrame::decode(&damaged, RAM).unwrap_err().field, "the CRC-32 of the header");
         for (data, payload) in [(0, 1), (3, 1), (1, u32::try_from(PACKED_LIMIT).unwrap() + 1)] {
-            let packed = BulkFrame::Packed { first: PageIndex(0), data, zero: 4, payload }.encode(plain);
+            let packed = encode(BulkFrame::Packed { first: PageIndex(0), data, zero: 4, payload });
             assert_eq!(BulkFrame::decode(&packed, RAM).unwrap_err().field, "payload length");
         }
     }

@@ -126,9 +126,9 @@ fn ranges_without_a_common_version_are_refused_with_both() {
     let future = postcard::to_stdvec(&(7_u16, 9_u16, "laid out otherwise")).unwrap();
     let (hello, told) = read_raw(&wrapped(&future));
     let text = hello.unwrap_err().to_string();
-    assert!(text.contains("speaks protocol versions 7 to 9, this side version 1"), "{text}");
+    assert!(text.contains("speaks protocol versions 7 to 9, this side version 2"), "{text}");
     let told = told.unwrap();
-    assert!(told.contains("the destination speaks protocol version 1, the source versions 7 to 9"), "{told}");
+    assert!(told.contains("the destination speaks protocol version 2, the source versions 7 to 9"), "{told}");
 }
 
 #[test]
@@ -206,8 +206,8 @@ fn an_echo_is_no_answer() {
 #[test]
 fn an_answer_is_checked_too() {
     let answer = |answer: &Answer| begun_with(b"\x93SWOVA\r\n", &postcard::to_stdvec(answer).unwrap());
-    let error = greet_raw(&answer(&Answer::Welcome(Welcome { version: 2, ..welcome() })));
-    assert!(error.to_string().contains("chose version 2, where version 1 was offered"), "{error}");
+    let error = greet_raw(&answer(&Answer::Welcome(Welcome { version: 3, ..welcome() })));
+    assert!(error.to_string().contains("chose version 3, where version 2 was offered"), "{error}");
     let clock = HostClock { boot_id: "x".repeat(65) };
     let error = greet_raw(&answer(&Answer::Welcome(Welcome { clock, ..welcome() })));
     assert!(error.to_string().contains("boot id has 65 bytes"), "{error}");

@@ -88,7 +88,7 @@ fn an_old_version_is_never_the_guests() {
         let world = World::new();
         let late = spawn(&world, |world| world.bring_version(lane(1)));
         let overtaking = spawn(&world, |world| world.bring(lane(2)));
-        assert_eq!(world.handoff.cross(&world.states, &world.absent, &[1]).unwrap(), 1);
+        assert_eq!(world.handoff.cross(&world.states, &world.absent, &[1]).unwrap().to_come, 1);
         late.join().unwrap();
         overtaking.join().unwrap();
         if world.states.is_absent(PAGE) {

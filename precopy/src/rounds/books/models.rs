@@ -22,8 +22,11 @@ fn books(lanes: &[PageLane]) -> Arc<Books> {
 }
 
 fn lanes() -> Vec<PageLane> {
-    let lane =
-        |index| PageLane { id: LaneId { role: LaneRole::Bulk, index }, socket: Arc::new(Socket::pair().unwrap().0) };
+    let lane = |index| PageLane {
+        id: LaneId { role: LaneRole::Bulk, index },
+        socket: Arc::new(Socket::pair().unwrap().0),
+        checksums: true,
+    };
     (0..2).map(lane).collect()
 }
 
