@@ -72,6 +72,7 @@ mod reception;
 mod recorder;
 pub mod report;
 mod rounds;
+pub mod security;
 pub mod session;
 pub mod settings;
 pub mod status;

@@ -248,6 +248,15 @@ pub enum HandshakeError {
         /// Why, and what to do.
         reason: String,
     },
+    /// A lane that others could read, which nobody has allowed.
+    #[error(
+        "lanes with {peer} would cross the network as they are, for everybody on the way to read and change; give both sides \
+         credentials (`tls-creds`), or allow plain lanes on both (`--allow-plain`, `x-switchover-allow-plain`)"
+    )]
+    Plain {
+        /// The other side.
+        peer: String,
+    },
     /// The destination says no.
     #[error("{peer} refused: {reason}")]
     Refused {

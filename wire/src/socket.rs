@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, UnixAddr, connect, recv, setsockopt, shutdown, socket,
-    sockopt,
+    AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, connect, getpeername, recv,
+    setsockopt, shutdown, socket, sockopt,
 };
 use nix::sys::time::TimeVal;
 use thiserror::Error;
@@ -142,6 +142,18 @@ impl Socket {
     #[must_use]
     pub fn peer(&self) -> &str {
         &self.peer
+    }
+
+    /// Whether it reaches no farther than this host: a unix socket, or one to a loopback address.
+    #[must_use]
+    pub fn is_within_host(&self) -> bool {
+        let Ok(peer) = getpeername::<SockaddrStorage>(self.fd.as_raw_fd()) else { return false };
+        match (peer.as_sockaddr_in(), peer.as_sockaddr_in6()) {
+            (Some(peer), _) => peer.ip().is_loopback(),
+            // A listener on every interface has its IPv4 peers as mapped addresses.
+            (None, Some(peer)) => peer.ip().to_canonical().is_loopback(),
+            (None, None) => peer.family() == Some(AddressFamily::Unix),
+        }
     }
 
     /// The bytes that crossed it so far. Handshake and control messages are counted by themselves; whoever
