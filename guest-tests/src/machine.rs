@@ -30,6 +30,8 @@ pub struct Spec {
     pub serial: String,
     /// `--incoming`.
     pub incoming: Option<String>,
+    /// `--tls-creds`.
+    pub tls_creds: Option<PathBuf>,
     /// Whether what it says on standard error finds no room: it says all that it can, then.
     pub no_room_for_logs: bool,
 }
@@ -43,6 +45,7 @@ impl Default for Spec {
             vcpus: 1,
             serial: "stdio".to_owned(),
             incoming: None,
+            tls_creds: None,
             no_room_for_logs: false,
         }
     }
@@ -96,6 +99,9 @@ impl Machine {
         }
         if let Some(incoming) = &spec.incoming {
             command.args(["--incoming", incoming]);
+        }
+        if let Some(folder) = &spec.tls_creds {
+            command.arg("--tls-creds").arg(folder);
         }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         if spec.no_room_for_logs {

@@ -172,7 +172,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         Notice::Status(status) => println!("{status}"),
         Notice::Round(number) => println!("round {number}"),
     });
-    let incoming = Incoming::listen(there.clone(), &"tcp:127.0.0.1:0".parse()?, Settings::default(), Security::default(), observer.clone())?;
+    let incoming = Incoming::listen(
+        there.clone(),
+        &"tcp:127.0.0.1:0".parse()?,
+        Settings::default(),
+        Security::default(),
+        observer.clone(),
+    )?;
     let hybrid = Limits { mode: Mode::Hybrid, ..Limits::default() };
     let settings = Settings { limits: hybrid, bulk_lanes: 2, ..Settings::default() };
     let outgoing = Outgoing::start(here.clone(), incoming.address(), settings, Security::default(), observer)?;

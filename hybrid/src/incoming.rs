@@ -24,8 +24,8 @@ use crate::progress::Progress;
 use crate::reception::{self, Reception};
 use crate::recorder::Recorder;
 use crate::report::{CpuSeconds, PageClasses, Side, SideReport, fault_report, rate_series};
-use crate::session::destination::DestinationEvent;
 use crate::security::Security;
+use crate::session::destination::DestinationEvent;
 use crate::settings::{Observer, Settings};
 use crate::status::MigrationStatus;
 

@@ -49,9 +49,11 @@ fn in_postcopy(mode: Mode) -> Pair {
     from.resume().unwrap();
     until("the guest has worked", || from.visits() > 20_000);
     let machine: Arc<dyn Machine> = Arc::clone(&to) as _;
-    let incoming = Incoming::listen(machine, &loopback(), Settings::default(), Security::default(), no_observer()).unwrap();
+    let incoming =
+        Incoming::listen(machine, &loopback(), Settings::default(), Security::default(), no_observer()).unwrap();
     let machine: Arc<dyn Machine> = Arc::clone(&from) as _;
-    let outgoing = Outgoing::start(machine, incoming.address(), settings(SLOW, mode), Security::default(), no_observer()).unwrap();
+    let outgoing =
+        Outgoing::start(machine, incoming.address(), settings(SLOW, mode), Security::default(), no_observer()).unwrap();
     outgoing.start_postcopy().unwrap();
     let running = |status| status == MigrationStatus::PostcopyActive;
     until("post-copy", || running(outgoing.progress().status) && running(incoming.progress().status));
@@ -148,7 +150,11 @@ fn a_link_may_be_lost_again_and_again_from_either_side() {
         cuts += 1;
         // The side that did not cut may not have noticed when the other comes again.
         until("the source is paused", || pair.statuses().0 != MigrationStatus::PostcopyActive);
-        if pair.outgoing.resume(pair.incoming.address(), settings(SLOW / 2, Mode::Postcopy), Security::default()).is_err() {
+        if pair
+            .outgoing
+            .resume(pair.incoming.address(), settings(SLOW / 2, Mode::Postcopy), Security::default())
+            .is_err()
+        {
             continue;
         }
         until("an end of the attempt", || {
@@ -179,7 +185,8 @@ fn an_attempt_that_fails_can_be_repeated() {
     let nobody: Address = "tcp:127.0.0.1:1".parse().unwrap();
     let stranger = FakeMachine::incoming(PAGES).unwrap();
     let machine: Arc<dyn Machine> = Arc::clone(&stranger) as _;
-    let strange = Incoming::listen(machine, &loopback(), Settings::default(), Security::default(), no_observer()).unwrap();
+    let strange =
+        Incoming::listen(machine, &loopback(), Settings::default(), Security::default(), no_observer()).unwrap();
     for (to, why) in [(nobody, "refused"), (strange.address(), "is unknown here")] {
         pair.outgoing.resume(to, settings(0, Mode::Postcopy), Security::default()).unwrap();
         until("the attempt has failed", || {

@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::failure::Failure;
-use crate::{bench, check, floor, migrate, run, simulate};
+use crate::{bench, certs, check, floor, migrate, run, simulate};
 
 /// The environment variable that says what is logged.
 const LOG_VARIABLE: &str = "SWITCHOVER_LOG";
@@ -51,6 +51,8 @@ enum Command {
     Floor(floor::FloorArgs),
     /// Say whether this host can do it: kvm, userfaultfd, io_uring, limits; and what to change where not
     Check,
+    /// Make a CA and certificates for both sides, to try TLS with
+    Certs(certs::CertsArgs),
 }
 
 /// Does what the command line says.
@@ -64,6 +66,7 @@ pub fn main() -> ExitCode {
         Command::Simulate(args) => simulate::main(&args),
         Command::Floor(args) => floor::main(&args),
         Command::Check => check::main(),
+        Command::Certs(args) => certs::main(&args),
     });
     match done {
         Ok(()) => ExitCode::SUCCESS,

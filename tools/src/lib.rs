@@ -7,6 +7,7 @@
 //!  switchover simulate plays traces through the convergence monitor, beside an oracle
 //!  switchover floor    what this host can do at best
 //!  switchover check    what this host lacks
+//!  switchover certs    certificates to try TLS with
 //! ```
 //!
 //! Commands promise: exit status 0 when what was asked for is done, 1 when it failed, 2 when it made no sense; errors on
@@ -15,6 +16,7 @@
 
 mod allocator;
 pub mod bench;
+pub mod certs;
 pub mod check;
 pub mod cli;
 pub mod failure;

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, connect, getpeername, recv,
-    setsockopt, shutdown, socket, sockopt,
+    AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, connect,
+    getpeername, recv, setsockopt, shutdown, socket, sockopt,
 };
 use nix::sys::time::TimeVal;
 use thiserror::Error;

@@ -26,8 +26,8 @@ use crate::link::LinkTeller;
 use crate::missing::MissingPages;
 use crate::monitor::Mode;
 use crate::rounds::Precopy;
-use crate::session::source::SourceEvent;
 use crate::security::Security;
+use crate::session::source::SourceEvent;
 use crate::settings::Settings;
 
 /// How long the destination's host may take to accept a connection.
@@ -53,7 +53,9 @@ impl Unopened {
 
     fn handshake(lane: LaneId, error: &HandshakeError) -> Self {
         let kind = match error {
-            HandshakeError::Refused { .. } | HandshakeError::Tls { .. } | HandshakeError::Plain { .. } => FailureKind::Refused,
+            HandshakeError::Refused { .. } | HandshakeError::Tls { .. } | HandshakeError::Plain { .. } => {
+                FailureKind::Refused
+            }
             _ => FailureKind::Unreachable,
         };
         Self { kind, reason: format!("cannot open the {lane}: {error}") }

@@ -59,7 +59,7 @@ pub fn connect(
     config.key_log = Arc::new(exporter.clone());
     let connection =
         UnbufferedClientConnection::new(Arc::new(config), name).map_err(|error| failed(error.to_string()))?;
-    Shaker { socket, deadline, role: Role::Source, incoming: Vec::new(), outgoing: Vec::new(), total: 0 }
+    Shaker { socket, deadline, role: Role::Source, incoming: Vec::new(), outgoing: Vec::new(), early: Vec::new(), total: 0 }
         .finish(connection, &exporter)
 }
 
@@ -76,7 +76,7 @@ pub fn accept(socket: &Socket, credentials: &Credentials, deadline: &Deadline) -
     let mut config = (**config).clone();
     config.key_log = Arc::new(exporter.clone());
     let connection = UnbufferedServerConnection::new(Arc::new(config)).map_err(|error| failed(error.to_string()))?;
-    Shaker { socket, deadline, role: Role::Destination, incoming: Vec::new(), outgoing: Vec::new(), total: 0 }
+    Shaker { socket, deadline, role: Role::Destination, incoming: Vec::new(), outgoing: Vec::new(), early: Vec::new(), total: 0 }
         .finish(connection, &exporter)
 }
 
@@ -89,6 +89,8 @@ struct Shaker<'a> {
     incoming: Vec<u8>,
     /// To be sent; at most [`HANDSHAKE_BUFFER`].
     outgoing: Vec<u8>,
+    /// What a source says first, which comes right behind its last word of the handshake: bounded by `incoming`.
+    early: Vec<u8>,
     /// Received in all.
     total: usize,
 }
@@ -105,7 +107,7 @@ enum Step {
 
 /// rustls's connection of either side, as far as a handshake needs it.
 trait Shaking: Sized {
-    fn step(&mut self, incoming: &mut [u8], outgoing: &mut Vec<u8>) -> (usize, Step);
+    fn step(&mut self, incoming: &mut [u8], outgoing: &mut Vec<u8>, early: &mut Vec<u8>) -> (usize, Step);
     fn suite(&self) -> Option<SupportedCipherSuite>;
     fn peer(&self) -> Option<Identity>;
     fn into_keys(self) -> Result<(ExtractedSecrets, Connection), Error>;
@@ -114,9 +116,9 @@ trait Shaking: Sized {
 macro_rules! shaking {
     ($connection:ty, $side:path) => {
         impl Shaking for $connection {
-            fn step(&mut self, incoming: &mut [u8], outgoing: &mut Vec<u8>) -> (usize, Step) {
+            fn step(&mut self, incoming: &mut [u8], outgoing: &mut Vec<u8>, early: &mut Vec<u8>) -> (usize, Step) {
                 let UnbufferedStatus { discard, state } = self.process_tls_records(incoming);
-                (discard, step(state, outgoing))
+                (discard, step(state, outgoing, early))
             }
 
             fn suite(&self) -> Option<SupportedCipherSuite> {
@@ -137,7 +139,11 @@ macro_rules! shaking {
 shaking!(UnbufferedClientConnection, Connection::Source);
 shaking!(UnbufferedServerConnection, Connection::Destination);
 
-fn step<Data>(state: Result<ConnectionState<'_, '_, Data>, Error>, outgoing: &mut Vec<u8>) -> Step {
+fn step<Data>(
+    state: Result<ConnectionState<'_, '_, Data>, Error>,
+    outgoing: &mut Vec<u8>,
+    early: &mut Vec<u8>,
+) -> Step {
     match state {
         Ok(ConnectionState::EncodeTlsData(mut data)) => match encode(outgoing, |space| data.encode(space)) {
             Ok(()) => Step::Again,
@@ -150,7 +156,16 @@ fn step<Data>(state: Result<ConnectionState<'_, '_, Data>, Error>, outgoing: &mu
         Ok(ConnectionState::BlockedHandshake) => Step::Receive,
         Ok(ConnectionState::WriteTraffic(_)) => Step::Done,
         Ok(ConnectionState::PeerClosed | ConnectionState::Closed) => Step::Closed,
-        // No application data precedes the end of a handshake: nothing is sent early, and each side speaks in its turn.
+        Ok(ConnectionState::ReadTraffic(mut data)) => {
+            while let Some(record) = data.next_record() {
+                match record {
+                    Ok(record) => early.extend_from_slice(record.payload),
+                    Err(error) => return Step::Failed(error),
+                }
+            }
+            Step::Again
+        }
+        // Data before the handshake, which no side of ours allows.
         Ok(_) => Step::Failed(Error::General("application data came before its time".to_owned())),
         Err(error) => Step::Failed(error),
     }
@@ -185,7 +200,7 @@ impl Shaker<'_> {
 
     fn shake<C: Shaking>(&mut self, connection: &mut C) -> Result<(), HandshakeError> {
         loop {
-            let (discard, step) = connection.step(&mut self.incoming, &mut self.outgoing);
+            let (discard, step) = connection.step(&mut self.incoming, &mut self.outgoing, &mut self.early);
             self.incoming.drain(..discard.min(self.incoming.len()));
             match step {
                 Step::Again => {}
@@ -212,7 +227,7 @@ impl Shaker<'_> {
         }
         // rustls has the alert ready for whoever asks once more, with what it has not let go of yet: it may look at that again.
         for _ in 0..MESSAGES_OF_A_FAILURE {
-            let (discard, step) = connection.step(&mut self.incoming, &mut self.outgoing);
+            let (discard, step) = connection.step(&mut self.incoming, &mut self.outgoing, &mut self.early);
             self.incoming.drain(..discard.min(self.incoming.len()));
             let Step::Again = step else { break };
         }
@@ -249,7 +264,7 @@ impl Shaker<'_> {
         let keys = Keys::new(connection)?;
         let update_wanted = Arc::new(AtomicBool::new(false));
         let sealer = Sealer::new(secrets.tx, &keys, &update_wanted)?;
-        let opener = Opener::new(secrets.rx, &keys, &update_wanted, &self.incoming)?;
+        let opener = Opener::new(secrets.rx, &keys, &update_wanted, &self.early, &self.incoming)?;
         Ok(Tls::new(sealer, opener, peer, super::binding::LaneSecrets { session, rejoin, lane }, suite))
     }
 }

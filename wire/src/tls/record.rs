@@ -228,21 +228,24 @@ impl Opener {
         secrets: (u64, ConnectionTrafficSecrets),
         keys: &Arc<Keys>,
         update_wanted: &Arc<AtomicBool>,
+        opened: &[u8],
         received: &[u8],
     ) -> Result<Self, TlsError> {
         let mut buffer = vec![0; BUFFER].into_boxed_slice();
-        let Some(front) = buffer.get_mut(..received.len()) else {
+        let (plain, end) = (opened.len(), opened.len() + received.len());
+        if end > BUFFER {
             return Err(TlsError::Internal("more was received than a handshake may leave"));
-        };
-        front.copy_from_slice(received);
+        }
+        buffer[..plain].copy_from_slice(opened);
+        buffer[plain..end].copy_from_slice(received);
         Ok(Self {
             cipher: Cipher::new(secrets)?,
             keys: Arc::clone(keys),
             update_wanted: Arc::clone(update_wanted),
             fruitless: 0,
             buffer,
-            sealed: 0..received.len(),
-            plain: 0..0,
+            sealed: plain..end,
+            plain: 0..plain,
             broken: false,
         })
     }
