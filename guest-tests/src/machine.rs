@@ -239,6 +239,29 @@ impl Machine {
         Holdings { files: count("fd"), threads: count("task") }
     }
 
+    /// Of each mapping of guest memory, how many bytes there are and how many of them are mapped as huge pages.
+    ///
+    /// # Panics
+    /// When it has ended.
+    #[must_use]
+    pub fn huge_mappings(&self) -> Vec<(u64, u64)> {
+        let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.child.id())).unwrap();
+        let kib = |line: &str, name: &str| line.strip_prefix(name)?.trim().strip_suffix(" kB")?.parse::<u64>().ok();
+        let (mut mappings, mut of_guest) = (Vec::new(), false);
+        for line in smaps.lines() {
+            // The first line of each mapping begins with its addresses, the others with a name and a colon.
+            if line.split_whitespace().next().is_some_and(|word| !word.ends_with(':')) {
+                of_guest = line.contains("memfd:guest-ram");
+            } else if !of_guest {
+            } else if let Some(size) = kib(line, "Size:") {
+                mappings.push((size << 10, 0));
+            } else if let (Some(huge), Some(last)) = (kib(line, "ShmemPmdMapped:"), mappings.last_mut()) {
+                last.1 = huge << 10;
+            }
+        }
+        mappings
+    }
+
     /// The names of its threads, for whoever finds one too many.
     ///
     /// # Panics

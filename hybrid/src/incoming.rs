@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, unbounded};
+use switchover_pager::collapse::Collapse;
 use switchover_pager::cpu::CpuMeter;
 use switchover_pager::destination::{DestinationPager, DestinationProgress};
 use switchover_wire::address::Address;
@@ -29,7 +30,8 @@ use crate::session::destination::DestinationEvent;
 use crate::settings::{Observer, Settings};
 use crate::status::MigrationStatus;
 
-/// A migration on its destination. Clones are handles to the same one; dropping them changes nothing.
+/// A migration on its destination. Clones are handles to the same one; dropping them changes nothing, but that with the last one
+/// a complete guest's memory is mapped as huge pages no further.
 #[derive(Clone)]
 pub struct Incoming {
     shared: Arc<Shared>,
@@ -55,6 +57,8 @@ struct Shared {
     /// The lanes of a source that has joined again, until the session takes them up.
     joined: Mutex<Option<reception::Lanes<Admitted>>>,
     pager: Mutex<Option<DestinationPager>>,
+    /// Maps the complete guest's memory as huge pages, for as long as somebody has a handle.
+    collapse: Mutex<Option<Collapse>>,
     /// The session's events, until its thread takes them.
     heard: Mutex<Option<Receiver<Told<DestinationEvent>>>>,
     cpu: CpuMeter,
@@ -90,6 +94,7 @@ impl Incoming {
             joined: Mutex::new(None),
             heard: Mutex::new(Some(receiver)),
             pager: Mutex::new(None),
+            collapse: Mutex::new(None),
             cpu: CpuMeter::default(),
         });
         shared.recorder.begin();

@@ -42,6 +42,8 @@ pub struct Settings {
     pub silence: Duration,
     /// Destination: do not reserve memory before the handoff. The guest is lost if memory runs out after it.
     pub lazy_memory: bool,
+    /// Destination: map memory as huge pages once it is complete, a little at a time.
+    pub collapse: bool,
 }
 
 /// Bounds on the bytes a second of all bulk lanes together; 0 means none.
@@ -91,6 +93,7 @@ impl Default for Settings {
             record_faults: false,
             silence: Duration::from_secs(5),
             lazy_memory: false,
+            collapse: true,
         }
     }
 }

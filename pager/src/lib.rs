@@ -29,6 +29,7 @@
 //!
 //! It knows nothing of KVM: RAM is a memfd mapped twice ([`ram::Ram`]), and lanes are sockets.
 
+pub mod collapse;
 pub mod cpu;
 pub mod destination;
 pub mod lane;

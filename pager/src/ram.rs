@@ -4,16 +4,22 @@
 //! only the pager writes: a page that arrives is received into the alias and then mapped into the guest mapping
 //! by `UFFDIO_CONTINUE`, with no copy between.
 
+mod huge;
+mod mapping;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
-use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use switchover_wire::types::{PAGE_SIZE, PageCount, PageIndex};
 use thiserror::Error;
+
+use self::huge::PIECE_BYTES;
+pub(crate) use self::huge::Refusals;
+use self::mapping::Mapping;
 
 /// What can go wrong with guest RAM.
 #[derive(Debug, Error)]
@@ -62,11 +68,13 @@ pub struct Ram {
 #[derive(Debug)]
 struct Mappings {
     file: File,
-    guest: MmapRaw,
-    alias: MmapRaw,
+    guest: Mapping,
+    alias: Mapping,
     pages: PageCount,
     /// One of the three below.
     watch: AtomicU8,
+    /// Which pieces of 2 MiB were reserved on a huge page.
+    huge: Box<[AtomicBool]>,
 }
 
 /// Nobody has watched it yet.
@@ -98,14 +106,16 @@ impl Ram {
         let size = file.metadata().map_err(|source| RamError::Map { size: 0, source })?.len();
         let length = usize::try_from(size).map_err(|_| RamError::Size { size })?;
         let pages = PageCount::from_bytes(size).filter(|pages| pages.0 > 0).ok_or(RamError::Size { size })?;
-        let map = || MmapOptions::new().len(length).map_raw(&file).map_err(|source| RamError::Map { size, source });
+        let map = || Mapping::new(&file, length).map_err(|source| RamError::Map { size, source });
         let (guest, alias) = (map()?, map()?);
         // A child process must not share the guest's memory, and a core dump of gigabytes helps nobody.
         for mapping in [&guest, &alias] {
-            let _ = mapping.advise(Advice::DontFork);
-            let _ = mapping.advise(Advice::DontDump);
+            let _ = mapping.advise(0, length, libc::MADV_DONTFORK);
+            let _ = mapping.advise(0, length, libc::MADV_DONTDUMP);
         }
-        Ok(Self { inner: Arc::new(Mappings { file, guest, alias, pages, watch: AtomicU8::new(NEVER_WATCHED) }) })
+        let huge = (0..length / PIECE_BYTES).map(|_| AtomicBool::new(false)).collect();
+        let watch = AtomicU8::new(NEVER_WATCHED);
+        Ok(Self { inner: Arc::new(Mappings { file, guest, alias, pages, watch, huge }) })
     }
 
     /// Its size.
@@ -129,13 +139,13 @@ impl Ram {
     /// First byte of the guest mapping: what KVM memory slots and device models use.
     #[must_use]
     pub fn guest_base(&self) -> *mut u8 {
-        self.inner.guest.as_mut_ptr()
+        self.inner.guest.base()
     }
 
     /// First byte of the alias.
     #[must_use]
     pub fn alias_base(&self) -> *mut u8 {
-        self.inner.alias.as_mut_ptr()
+        self.inner.alias.base()
     }
 
     /// The address of `page` in the alias, or `None` past the end of RAM. Whoever writes there must hold the
@@ -144,7 +154,7 @@ impl Ram {
     pub fn alias_of(&self, page: PageIndex) -> Option<*mut u8> {
         (page.0 < self.inner.pages.0).then(|| {
             let offset = usize::try_from(page.offset()).unwrap_or(usize::MAX);
-            self.inner.alias.as_mut_ptr().wrapping_add(offset)
+            self.inner.alias.base().wrapping_add(offset)
         })
     }
 
@@ -171,17 +181,19 @@ impl Ram {
         };
         (page.0 < self.inner.pages.0).then(|| {
             let offset = usize::try_from(page.offset()).unwrap_or(usize::MAX);
-            mapping.as_ptr().wrapping_add(offset)
+            mapping.base().cast_const().wrapping_add(offset)
         })
     }
 
-    /// Allocates every page now, so that none can be missing later.
+    /// Allocates every page now, so that none can be missing later. On huge pages where there are any, so that
+    /// [`Collapse`](crate::collapse::Collapse) has little to do.
     ///
     /// # Errors
     /// When the host has not the memory for it.
     pub fn populate(&self) -> Result<(), RamError> {
-        let size = self.inner.pages.bytes();
-        self.inner.alias.advise(Advice::PopulateWrite).map_err(|source| RamError::Populate { size, source })
+        self.populate_hugely();
+        let (size, alias) = (self.inner.pages.bytes(), &self.inner.alias);
+        alias.advise(0, alias.len(), libc::MADV_POPULATE_WRITE).map_err(|source| RamError::Populate { size, source })
     }
 
     /// Writes to every page without changing it. Where this host is itself a guest, pages that were populated some seconds
@@ -220,11 +232,27 @@ impl Ram {
     /// # Safety
     /// Nothing may hold a reference into either mapping, and no guest may run on it.
     pub unsafe fn clear(&self) -> Result<(), RamError> {
-        let size = self.inner.pages.bytes();
-        // SAFETY: the caller promises that nobody relies on the contents; on a shared mapping MADV_REMOVE
-        // frees the pages of the file, so both mappings read zeros afterwards.
-        unsafe { self.inner.alias.unchecked_advise(UncheckedAdvice::Remove) }
-            .map_err(|source| RamError::Populate { size, source })
+        let (size, alias) = (self.inner.pages.bytes(), &self.inner.alias);
+        // SAFETY: the range is the alias, which `self` keeps mapped, and the caller promises that nobody relies on the contents;
+        // on a shared mapping MADV_REMOVE frees the pages of the file, so both mappings read zeros afterwards.
+        let done = unsafe { libc::madvise(alias.base().cast(), alias.len(), libc::MADV_REMOVE) };
+        if done == 0 { Ok(()) } else { Err(RamError::Populate { size, source: io::Error::last_os_error() }) }
+    }
+}
+
+/// [`Ram`] that its last user may take away.
+#[derive(Clone, Debug)]
+pub(crate) struct WeakRam(Weak<Mappings>);
+
+impl Ram {
+    pub(crate) fn downgrade(&self) -> WeakRam {
+        WeakRam(Arc::downgrade(&self.inner))
+    }
+}
+
+impl WeakRam {
+    pub(crate) fn upgrade(&self) -> Option<Ram> {
+        self.0.upgrade().map(|inner| Ram { inner })
     }
 }
 

@@ -11,6 +11,7 @@ mod fault_lanes;
 mod figures;
 mod foreign;
 mod guests;
+mod huge_pages;
 mod impostors;
 mod moments;
 mod precopy;

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
+use switchover_pager::collapse::Collapse;
 use switchover_pager::cpu;
 use switchover_pager::destination::DestinationPager;
 use switchover_pager::lane::{Notify, PageLane, PagerEvent};
@@ -298,10 +299,10 @@ impl Shared {
                 }
             }
             DestinationAction::FinishPager => {
-                if let Some(pager) = self.pager().as_mut()
-                    && let Err(error) = pager.finish()
-                {
-                    tracing::error!(%error, "the pager goes on serving a complete guest");
+                match self.pager().as_mut().map(DestinationPager::finish) {
+                    Some(Err(error)) => tracing::error!(%error, "the pager goes on serving a complete guest"),
+                    Some(Ok(())) if self.settings.collapse => self.collapse(),
+                    Some(Ok(())) | None => {}
                 }
                 self.lanes.shut_down();
             }
@@ -351,6 +352,14 @@ impl Shared {
                 return entry;
             }
             thread::sleep(FIRST_ENTRY_PAUSE);
+        }
+    }
+
+    /// Maps the complete guest's memory as huge pages from now on.
+    fn collapse(&self) {
+        match Collapse::start(&self.machine.ram()) {
+            Ok(collapse) => *self.collapse.lock().unwrap_or_else(PoisonError::into_inner) = Some(collapse),
+            Err(error) => tracing::warn!(%error, "no thread could be started that maps guest memory as huge pages"),
         }
     }
 

@@ -54,6 +54,8 @@ pub struct Parameters {
     pub record_bitmaps: bool,
     /// Record each fault in the report; the destination's.
     pub record_faults: bool,
+    /// Map memory as huge pages once it is complete; the destination's.
+    pub collapse: bool,
     /// How long the other side may be silent, in milliseconds, before the link counts as lost.
     pub silence_ms: u64,
     /// The folder of this side's certificates and keys; empty for lanes without TLS.
@@ -99,6 +101,7 @@ impl Default for Parameters {
             time_budget_ms: 120_000,
             record_bitmaps: false,
             record_faults: false,
+            collapse: true,
             silence_ms: 5_000,
             tls_creds: String::new(),
             tls_hostname: String::new(),
@@ -131,7 +134,7 @@ const COMPRESSIONS: [(&str, Compression); 4] = [
 const MULTIFD_COMPRESSIONS: [(&str, MultifdCompression); 2] =
     [("none", MultifdCompression::None), ("zstd", MultifdCompression::Zstd)];
 
-const SETTABLE: [Entry; 25] = [
+const SETTABLE: [Entry; 26] = [
     Entry {
         name: "max-bandwidth",
         get: |all| json!(all.max_bandwidth),
@@ -263,6 +266,11 @@ const SETTABLE: [Entry; 25] = [
         set: |all, given| given.boolean().map(|value| all.record_faults = value),
     },
     Entry {
+        name: "x-switchover-collapse",
+        get: |all| json!(all.collapse),
+        set: |all, given| given.boolean().map(|value| all.collapse = value),
+    },
+    Entry {
         name: "x-switchover-silence",
         get: |all| json!(all.silence_ms),
         set: |all, given| given.within(SILENCES, " ms").map(|value| all.silence_ms = value),
@@ -287,7 +295,7 @@ const SETTABLE: [Entry; 25] = [
 /// Those that a migration takes along when it begins, and whose names are not QEMU's: changing one under way is refused.
 /// QEMU's own are accepted at any time, as QEMU accepts them; where they cannot take effect at once, the next migration
 /// has them.
-const FIXED_UNDER_WAY: [&str; 7] = [
+const FIXED_UNDER_WAY: [&str; 8] = [
     "x-switchover-mode",
     "x-switchover-compression",
     "x-switchover-same-as",
@@ -295,6 +303,7 @@ const FIXED_UNDER_WAY: [&str; 7] = [
     "x-switchover-fault-lanes",
     "x-switchover-record-bitmaps",
     "x-switchover-record-faults",
+    "x-switchover-collapse",
 ];
 
 const NO_AUTHZ: &str = "every certificate of the CA is let in";
@@ -424,6 +433,7 @@ mod tests {
             "x-switchover-record-bitmaps": true, "x-switchover-record-faults": true, "x-switchover-silence": 1000,
             "x-switchover-fault-lanes": 16, "tls-creds": "/etc/switchover", "tls-hostname": "b.example",
             "x-switchover-allow-plain": true,
+            "x-switchover-collapse": false,
         });
         let other = other.as_object().unwrap();
         assert_eq!(other.len(), SETTABLE.len());

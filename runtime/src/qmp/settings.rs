@@ -39,6 +39,7 @@ pub fn settings(capabilities: &Capabilities, parameters: &Parameters) -> Setting
         checksums: parameters.checksums,
         record_bitmaps: parameters.record_bitmaps,
         record_faults: parameters.record_faults,
+        collapse: parameters.collapse,
         silence: silence(parameters),
         ..Settings::default()
     }
@@ -208,6 +209,7 @@ mod tests {
         let parameters = Parameters {
             record_bitmaps: true,
             record_faults: true,
+            collapse: false,
             multifd_channels: 7,
             fault_lanes: 3,
             silence_ms: 1_500,
@@ -215,11 +217,11 @@ mod tests {
         };
         let settings = with(&["pause-before-switchover", "multifd"], &parameters);
         assert!(settings.pause_before_switchover && settings.record_bitmaps && settings.record_faults);
-        assert_eq!((settings.bulk_lanes, settings.fault_lanes), (7, 3));
+        assert_eq!((settings.bulk_lanes, settings.fault_lanes, settings.collapse), (7, 3, false));
         assert_eq!(settings.silence, Duration::from_millis(1_500));
         let settings = with(&[], &Parameters::default());
         assert!(!settings.pause_before_switchover && !settings.record_bitmaps && !settings.record_faults);
-        assert_eq!((settings.bulk_lanes, settings.fault_lanes), (1, 1));
+        assert_eq!((settings.bulk_lanes, settings.fault_lanes, settings.collapse), (1, 1, true));
         assert_eq!(settings.silence, Settings::default().silence);
     }
 }
