@@ -23,6 +23,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "it is all test code: a panic here is a test's failure")]
 
 pub mod capture;
+pub mod certificates;
 pub mod foreign;
 pub mod guest_log;
 pub mod journey;

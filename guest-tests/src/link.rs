@@ -8,7 +8,7 @@
 //! ```
 //!
 //! A lane is known by what it says in its handshake, and a control lane's messages by their number: nothing else is understood
-//! here, and nothing is changed. What follows a held message waits behind it; other lanes and the other direction go on.
+//! here, and nothing is changed. Of a lane over TLS nothing is understood at all: it can be cut, stalled and slowed down. What follows a held message waits behind it; other lanes and the other direction go on.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -20,6 +20,9 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::waiting::PATIENCE;
+
+/// What each record of TLS begins with, of whatever type.
+const TLS_RECORDS: std::ops::RangeInclusive<u8> = 20..=23;
 
 /// What a lane is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -349,7 +352,14 @@ impl Shared {
     fn relay(&self, pair: &Pair, toward: Toward) -> io::Result<()> {
         let (mut from, _) = pair.sockets(toward);
         let mut greeting = vec![0; 16];
-        if !fill(from, &mut greeting)? {
+        if !fill(from, &mut greeting[..1])? {
+            return Ok(());
+        }
+        if TLS_RECORDS.contains(&greeting[0]) {
+            self.pass(pair, toward, None, &greeting[..1])?;
+            return self.pass_sealed(pair, toward);
+        }
+        if !fill(from, &mut greeting[1..])? {
             return Ok(());
         }
         append(from, &mut greeting, 8)?;
@@ -382,6 +392,19 @@ impl Shared {
                 return Ok(());
             }
             self.pass_bytes(pair, role, toward, &bytes[..count])?;
+        }
+    }
+
+    /// Passes on what cannot be understood, to its end: a lane over TLS.
+    fn pass_sealed(&self, pair: &Pair, toward: Toward) -> io::Result<()> {
+        let (mut from, _) = pair.sockets(toward);
+        let mut bytes = vec![0; 64 << 10];
+        loop {
+            let count = from.read(&mut bytes)?;
+            if count == 0 {
+                return Ok(());
+            }
+            self.pass(pair, toward, None, &bytes[..count])?;
         }
     }
 

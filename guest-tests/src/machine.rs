@@ -32,6 +32,8 @@ pub struct Spec {
     pub incoming: Option<String>,
     /// Further arguments.
     pub more: Vec<String>,
+    /// `--tls-creds`.
+    pub tls_creds: Option<PathBuf>,
     /// Whether what it says on standard error finds no room: it says all that it can, then.
     pub no_room_for_logs: bool,
 }
@@ -46,6 +48,7 @@ impl Default for Spec {
             serial: "stdio".to_owned(),
             incoming: None,
             more: Vec::new(),
+            tls_creds: None,
             no_room_for_logs: false,
         }
     }
@@ -101,6 +104,9 @@ impl Machine {
             command.args(["--incoming", incoming]);
         }
         command.args(&spec.more);
+        if let Some(folder) = &spec.tls_creds {
+            command.arg("--tls-creds").arg(folder);
+        }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         if spec.no_room_for_logs {
             command.stderr(File::options().write(true).open("/dev/full").unwrap()).env("SWITCHOVER_LOG", "trace");

@@ -12,6 +12,7 @@ use switchover_hybrid::incoming::Incoming;
 use switchover_hybrid::machine::{Machine, MachineError, Paused};
 use switchover_hybrid::monitor::{Limits, Mode};
 use switchover_hybrid::outgoing::Outgoing;
+use switchover_hybrid::security::Security;
 use switchover_hybrid::settings::{Notice, Settings};
 use switchover_hybrid::status::MigrationStatus;
 use switchover_pager::ram::Ram;
@@ -172,17 +173,23 @@ fn main() -> Result<(), Box<dyn Error>> {
         Notice::Round(number) => println!("round {number}"),
         Notice::Happening(happening) => println!("{happening:?}"),
     });
-    let incoming = Incoming::listen(there.clone(), &"tcp:127.0.0.1:0".parse()?, Settings::default(), observer.clone())?;
+    let incoming = Incoming::listen(
+        there.clone(),
+        &"tcp:127.0.0.1:0".parse()?,
+        Settings::default(),
+        Security::default(),
+        observer.clone(),
+    )?;
     let hybrid = Limits { mode: Mode::Hybrid, ..Limits::default() };
     let settings = Settings { limits: hybrid, bulk_lanes: 2, ..Settings::default() };
-    let outgoing = Outgoing::start(here.clone(), incoming.address(), settings, observer)?;
+    let outgoing = Outgoing::start(here.clone(), incoming.address(), settings, Security::default(), observer)?;
 
     // It decides by itself when to hand off; a caller may hurry it, or call it off as long as the guest is here.
     loop {
         match outgoing.wait_for(|status| status.is_final() || status == MigrationStatus::PostcopyPaused) {
             MigrationStatus::Completed => break,
             // The link was lost after the handoff: the guest runs there with what it has, and the two can be joined again.
-            MigrationStatus::PostcopyPaused => outgoing.resume(incoming.address(), settings)?,
+            MigrationStatus::PostcopyPaused => outgoing.resume(incoming.address(), settings, Security::default())?,
             _ => {
                 let failure = outgoing.progress().failure;
                 let again = failure.is_some_and(|failure| failure.kind.is_retryable());

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use switchover_wire::address::Address;
 use switchover_wire::socket::SocketError;
 use thiserror::Error;
 
@@ -30,6 +31,15 @@ pub enum MigrationError {
     /// The destination cannot listen.
     #[error(transparent)]
     Listen(#[from] SocketError),
+    /// A destination that whoever reaches it could give a guest.
+    #[error(
+        "cannot listen at {at} without TLS: whoever reaches it could give this machine a guest, and everybody on the way read and change \
+         one; give it credentials (`tls-creds`), or allow plain lanes on both sides (`--allow-plain`, `x-switchover-allow-plain`)"
+    )]
+    Plain {
+        /// Where it was to listen.
+        at: Address,
+    },
     /// No thread.
     #[error("cannot start the migration's thread: {0}; is the number of threads limited (`ulimit -u`)?")]
     Thread(#[source] io::Error),

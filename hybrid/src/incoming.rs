@@ -15,6 +15,7 @@ use switchover_pager::destination::{DestinationPager, DestinationProgress};
 use switchover_wire::address::Address;
 use switchover_wire::clock::Nanos;
 use switchover_wire::socket::Listener;
+use switchover_wire::tls::SessionSecret;
 
 use self::connecting::Admitted;
 use self::gate::Gate;
@@ -27,6 +28,7 @@ use crate::progress::Progress;
 use crate::reception::{self, Reception};
 use crate::recorder::Recorder;
 use crate::report::{CpuSeconds, PageClasses, Side, SideReport, fault_report, rate_series};
+use crate::security::Security;
 use crate::session::destination::DestinationEvent;
 use crate::settings::{Observer, Settings};
 use crate::status::MigrationStatus;
@@ -41,6 +43,10 @@ pub struct Incoming {
 struct Shared {
     machine: Arc<dyn Machine>,
     settings: Settings,
+    /// What every lane must be protected by.
+    security: Security,
+    /// What lanes must prove to belong to the session, over TLS. Changed and looked at with the reception held.
+    secret: Mutex<Option<SessionSecret>>,
     /// How long the source may be silent; a link has what there was when it began.
     silence: Mutex<Duration>,
     recorder: Recorder,
@@ -72,15 +78,19 @@ impl Incoming {
         machine: Arc<dyn Machine>,
         at: &Address,
         settings: Settings,
+        security: Security,
         observer: Observer,
     ) -> Result<Self, MigrationError> {
         let (events, receiver) = unbounded();
+        let listener = Arc::new(listen_at(at, &security)?);
         let shared = Arc::new(Shared {
             machine,
             settings,
+            security,
+            secret: Mutex::new(None),
             silence: Mutex::new(settings.silence),
             recorder: Recorder::new(observer),
-            listener: Arc::new(Listener::bind(at)?),
+            listener,
             recovery: Mutex::new(None),
             reception: Mutex::new(Reception::Waiting),
             gate: Arc::default(),
@@ -125,7 +135,7 @@ impl Incoming {
         if let Some(last) = recovery.take() {
             last.close();
         }
-        let listener = Arc::new(Listener::bind(at)?);
+        let listener = Arc::new(listen_at(at, &shared.security)?);
         shared.accept_at(&listener).map_err(MigrationError::Thread)?;
         let address = listener.address();
         *recovery = Some(listener);
@@ -249,6 +259,16 @@ impl Incoming {
     }
 }
 
+/// Listens, where it may.
+fn listen_at(at: &Address, security: &Security) -> Result<Listener, MigrationError> {
+    let listener = Listener::bind(at)?;
+    if security.takes_others() || listener.is_within_host() {
+        Ok(listener)
+    } else {
+        Err(MigrationError::Plain { at: at.clone() })
+    }
+}
+
 impl Shared {
     fn pager(&self) -> MutexGuard<'_, Option<DestinationPager>> {
         self.pager.lock().unwrap_or_else(PoisonError::into_inner)
@@ -256,6 +276,10 @@ impl Shared {
 
     fn reception(&self) -> MutexGuard<'_, Reception<Admitted>> {
         self.reception.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn secret(&self) -> MutexGuard<'_, Option<SessionSecret>> {
+        self.secret.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn silence(&self) -> MutexGuard<'_, Duration> {

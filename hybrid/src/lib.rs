@@ -73,6 +73,7 @@ mod reception;
 mod recorder;
 pub mod report;
 mod rounds;
+pub mod security;
 pub mod session;
 pub mod settings;
 pub mod status;

@@ -11,6 +11,7 @@ use crossbeam::channel::unbounded;
 use switchover_pager::cpu::CpuMeter;
 use switchover_pager::source::{SourcePager, SourceProgress};
 use switchover_wire::address::Address;
+use switchover_wire::tls::SessionSecret;
 use switchover_wire::types::{PageCount, SessionId};
 
 use crate::error::MigrationError;
@@ -22,6 +23,7 @@ use crate::progress::Progress;
 use crate::recorder::Recorder;
 use crate::report::{CpuSeconds, Side, SideReport};
 use crate::rounds::Precopy;
+use crate::security::Security;
 use crate::session::source::{Plan, SourceEvent, SourceSession, WishRefused};
 use crate::settings::{Observer, Settings, Tunables};
 use crate::status::MigrationStatus;
@@ -36,6 +38,10 @@ pub struct Outgoing {
 struct Shared {
     machine: Arc<dyn Machine>,
     settings: Settings,
+    /// What the session's first lanes are protected by.
+    security: Security,
+    /// What lanes prove to belong to this session, over TLS.
+    secret: Mutex<Option<SessionSecret>>,
     recorder: Recorder,
     /// Its name, once it has one.
     name: OnceLock<SessionId>,
@@ -74,7 +80,7 @@ struct Past {
 #[derive(Clone, Debug)]
 enum LostWish {
     /// Join it again, there and so.
-    Rejoin { to: Address, settings: Settings },
+    Rejoin { to: Address, settings: Settings, security: Security },
     /// Run the guest here again.
     Reclaim,
 }
@@ -88,6 +94,7 @@ impl Outgoing {
         machine: Arc<dyn Machine>,
         to: Address,
         settings: Settings,
+        security: Security,
         observer: Observer,
     ) -> Result<Self, MigrationError> {
         settings.check()?;
@@ -97,6 +104,8 @@ impl Outgoing {
         let shared = Arc::new(Shared {
             machine,
             settings,
+            security,
+            secret: Mutex::new(None),
             recorder: Recorder::new(observer),
             name: OnceLock::new(),
             watchdog: Watchdog::start(Arc::clone(&lanes)).map_err(MigrationError::Thread)?,
@@ -216,9 +225,9 @@ impl Outgoing {
     ///
     /// # Errors
     /// When the link is not lost, another such wish is being carried out, or the settings ask for what cannot be.
-    pub fn resume(&self, to: Address, settings: Settings) -> Result<(), MigrationError> {
+    pub fn resume(&self, to: Address, settings: Settings, security: Security) -> Result<(), MigrationError> {
         settings.check()?;
-        self.shared.wish_for_lost("resume", LostWish::Rejoin { to, settings })?;
+        self.shared.wish_for_lost("resume", LostWish::Rejoin { to, settings, security })?;
         // At once: whoever looks after this has returned must not take the last loss for the outcome.
         self.shared.recorder.set_status(MigrationStatus::PostcopyRecover);
         self.shared.tell(SourceEvent::Rejoin).ok_or(MigrationError::NotLost { wish: "resume" })

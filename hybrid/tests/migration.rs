@@ -11,6 +11,7 @@ use switchover_hybrid::fake::FakeMachine;
 use switchover_hybrid::incoming::Incoming;
 use switchover_hybrid::machine::Machine;
 use switchover_hybrid::outgoing::Outgoing;
+use switchover_hybrid::security::Security;
 use switchover_hybrid::settings::{Settings, no_observer};
 use switchover_hybrid::status::MigrationStatus;
 use switchover_pager::ram::Ram;
@@ -60,13 +61,13 @@ fn pair() -> Pair {
 
 fn listen(to: &Arc<FakeMachine>) -> Incoming {
     let machine: Arc<dyn Machine> = Arc::clone(to) as _;
-    Incoming::listen(machine, &loopback(), Settings::default(), no_observer()).unwrap()
+    Incoming::listen(machine, &loopback(), Settings::default(), Security::default(), no_observer()).unwrap()
 }
 
 fn start(from: &Arc<FakeMachine>, to: Address, bulk_lanes: u8) -> Outgoing {
     let settings = Settings { bulk_lanes, ..Settings::default() };
     let machine: Arc<dyn Machine> = Arc::clone(from) as _;
-    Outgoing::start(machine, to, settings, no_observer()).unwrap()
+    Outgoing::start(machine, to, settings, Security::default(), no_observer()).unwrap()
 }
 
 fn both_complete(outgoing: &Outgoing, incoming: &Incoming) {

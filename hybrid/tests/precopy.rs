@@ -15,6 +15,7 @@ use switchover_hybrid::machine::Machine;
 use switchover_hybrid::monitor::{Choice, Limits, Mode};
 use switchover_hybrid::outgoing::Outgoing;
 use switchover_hybrid::report::PrecopyReport;
+use switchover_hybrid::security::Security;
 use switchover_hybrid::settings::{Bandwidth, Settings, no_observer};
 use switchover_hybrid::status::MigrationStatus;
 use switchover_pager::ram::Ram;
@@ -59,7 +60,7 @@ fn pair() -> Pair {
     until("the guest has worked", || from.visits() > 5_000);
     let machine: Arc<dyn Machine> = Arc::clone(&to) as _;
     let at = "tcp:127.0.0.1:0".parse().unwrap();
-    let incoming = Incoming::listen(machine, &at, Settings::default(), no_observer()).unwrap();
+    let incoming = Incoming::listen(machine, &at, Settings::default(), Security::default(), no_observer()).unwrap();
     Pair { from, to, incoming }
 }
 
@@ -69,7 +70,7 @@ fn settings(mode: Mode, bulk_lanes: u8) -> Settings {
 
 fn start(from: &Arc<FakeMachine>, to: Address, settings: Settings) -> Outgoing {
     let machine: Arc<dyn Machine> = Arc::clone(from) as _;
-    Outgoing::start(machine, to, settings, no_observer()).unwrap()
+    Outgoing::start(machine, to, settings, Security::default(), no_observer()).unwrap()
 }
 
 fn page(machine: &FakeMachine, page: PageIndex) -> Vec<u8> {

@@ -14,6 +14,7 @@ use switchover_hybrid::incoming::Incoming;
 use switchover_hybrid::machine::Machine;
 use switchover_hybrid::monitor::{Limits, Mode};
 use switchover_hybrid::outgoing::Outgoing;
+use switchover_hybrid::security::Security;
 use switchover_hybrid::settings::{Bandwidth, Settings, no_observer};
 use switchover_hybrid::status::MigrationStatus;
 use switchover_wire::address::Address;
@@ -48,9 +49,11 @@ fn in_postcopy(mode: Mode) -> Pair {
     from.resume().unwrap();
     until("the guest has worked", || from.visits() > 20_000);
     let machine: Arc<dyn Machine> = Arc::clone(&to) as _;
-    let incoming = Incoming::listen(machine, &loopback(), Settings::default(), no_observer()).unwrap();
+    let incoming =
+        Incoming::listen(machine, &loopback(), Settings::default(), Security::default(), no_observer()).unwrap();
     let machine: Arc<dyn Machine> = Arc::clone(&from) as _;
-    let outgoing = Outgoing::start(machine, incoming.address(), settings(SLOW, mode), no_observer()).unwrap();
+    let outgoing =
+        Outgoing::start(machine, incoming.address(), settings(SLOW, mode), Security::default(), no_observer()).unwrap();
     outgoing.start_postcopy().unwrap();
     let running = |status| status == MigrationStatus::PostcopyActive;
     until("post-copy", || running(outgoing.progress().status) && running(incoming.progress().status));
@@ -116,7 +119,7 @@ fn a_lost_link_is_joined_again_and_the_guest_completed() {
         // Over another address, with other lanes.
         let recovered = pair.incoming.recover(&loopback()).unwrap();
         assert_ne!(recovered, pair.incoming.address());
-        pair.outgoing.resume(recovered, Settings { bulk_lanes: 3, ..settings(0, mode) }).unwrap();
+        pair.outgoing.resume(recovered, Settings { bulk_lanes: 3, ..settings(0, mode) }, Security::default()).unwrap();
         pair.until_complete();
         pair.check();
         let (source, destination) = (pair.outgoing.report(), pair.incoming.report());
@@ -147,7 +150,11 @@ fn a_link_may_be_lost_again_and_again_from_either_side() {
         cuts += 1;
         // The side that did not cut may not have noticed when the other comes again.
         until("the source is paused", || pair.statuses().0 != MigrationStatus::PostcopyActive);
-        if pair.outgoing.resume(pair.incoming.address(), settings(SLOW / 2, Mode::Postcopy)).is_err() {
+        if pair
+            .outgoing
+            .resume(pair.incoming.address(), settings(SLOW / 2, Mode::Postcopy), Security::default())
+            .is_err()
+        {
             continue;
         }
         until("an end of the attempt", || {
@@ -167,7 +174,7 @@ fn an_attempt_that_fails_can_be_repeated() {
     }
     let pair = in_postcopy(Mode::Postcopy);
     assert!(matches!(
-        pair.outgoing.resume(loopback(), settings(0, Mode::Postcopy)),
+        pair.outgoing.resume(loopback(), settings(0, Mode::Postcopy), Security::default()),
         Err(MigrationError::NotLost { .. })
     ));
     assert!(matches!(pair.incoming.recover(&loopback()), Err(MigrationError::NotLost { .. })));
@@ -178,9 +185,10 @@ fn an_attempt_that_fails_can_be_repeated() {
     let nobody: Address = "tcp:127.0.0.1:1".parse().unwrap();
     let stranger = FakeMachine::incoming(PAGES).unwrap();
     let machine: Arc<dyn Machine> = Arc::clone(&stranger) as _;
-    let strange = Incoming::listen(machine, &loopback(), Settings::default(), no_observer()).unwrap();
+    let strange =
+        Incoming::listen(machine, &loopback(), Settings::default(), Security::default(), no_observer()).unwrap();
     for (to, why) in [(nobody, "refused"), (strange.address(), "is unknown here")] {
-        pair.outgoing.resume(to, settings(0, Mode::Postcopy)).unwrap();
+        pair.outgoing.resume(to, settings(0, Mode::Postcopy), Security::default()).unwrap();
         until("the attempt has failed", || {
             let progress = pair.outgoing.progress();
             progress.status == MigrationStatus::PostcopyPaused
@@ -189,7 +197,7 @@ fn an_attempt_that_fails_can_be_repeated() {
         assert!(!pair.from.runs() && pair.from.resume().is_err(), "no answer of a stranger brings the guest back");
     }
     strange.close();
-    pair.outgoing.resume(pair.incoming.address(), settings(0, Mode::Postcopy)).unwrap();
+    pair.outgoing.resume(pair.incoming.address(), settings(0, Mode::Postcopy), Security::default()).unwrap();
     pair.until_complete();
     assert_eq!(pair.outgoing.report().interruptions[0].attempts, 2);
     pair.check();
@@ -211,5 +219,5 @@ fn a_guest_is_reclaimed_only_by_its_controllers_word() {
     let seen = pair.from.visits();
     until("the guest goes on here", || pair.from.visits() > seen + 20_000);
     assert_eq!(pair.from.corrupt_visits(), 0);
-    assert!(pair.outgoing.resume(pair.incoming.address(), settings(0, Mode::Postcopy)).is_err());
+    assert!(pair.outgoing.resume(pair.incoming.address(), settings(0, Mode::Postcopy), Security::default()).is_err());
 }

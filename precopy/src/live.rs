@@ -4,18 +4,16 @@
 //! That is harmless, because pages are read only after they were rearmed: a write that was missed is noted, and the page is
 //! sent again.
 //!
-//! Memory is read through the alias, a mapping that nobody watches, and only with atomic loads or by the kernel, so that a
+//! Memory is read through the alias, a mapping that nobody watches, and only with atomic loads, here and where a lane is sealed, or by the kernel, so that a
 //! write at the same time is no undefined behaviour.
 
 use std::io::{self, IoSlice};
-use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use switchover_pager::ram::Ram;
 use switchover_pager::runs::{CHUNK_LEN, runs};
 use switchover_pager::sent::ChunkIndex;
-use switchover_wire::ring::{Ring, RingError};
-use switchover_wire::socket::Socket;
+use switchover_wire::ring::{RingError, Stream};
 use switchover_wire::types::{PAGE_SIZE, PageIndex};
 
 const WORDS: usize = PAGE_SIZE / 8;
@@ -36,14 +34,7 @@ pub fn is_zero(ram: &Ram, page: PageIndex) -> bool {
 }
 
 /// Sends `header`, and behind it the pages of `chunk` with a bit in `data`, straight from where they lie.
-pub fn send(
-    ram: &Ram,
-    ring: &mut Ring,
-    socket: &Socket,
-    header: &[u8],
-    chunk: ChunkIndex,
-    data: u64,
-) -> Result<(), RingError> {
+pub fn send(ram: &Ram, stream: &mut Stream, header: &[u8], chunk: ChunkIndex, data: u64) -> Result<(), RingError> {
     // A chunk has at most 32 runs: every other page.
     let mut parts = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; 1 + CHUNK_LEN / 2];
     parts[0] = libc::iovec { iov_base: header.as_ptr().cast_mut().cast(), iov_len: header.len() };
@@ -58,12 +49,12 @@ pub fn send(
     // SAFETY: the header is borrowed for the call. The other parts are runs of pages within RAM (a chunk's bits end with
     // RAM, and each run's first page was checked), in the alias, which `ram` keeps mapped; the guest may write them
     // meanwhile, and torn content is allowed: see the head of this file.
-    unsafe { ring.send_all_raw(socket.as_fd(), &mut parts[..used]) }.map(drop)
+    unsafe { stream.send_all_raw(&mut parts[..used]) }.map(drop)
 }
 
 /// Sends bytes of ours.
-pub fn send_bytes(ring: &mut Ring, socket: &Socket, bytes: &[u8]) -> Result<(), RingError> {
-    ring.send_all(socket.as_fd(), &[IoSlice::new(bytes)]).map(drop)
+pub fn send_bytes(stream: &mut Stream, bytes: &[u8]) -> Result<(), RingError> {
+    stream.send_all(&[IoSlice::new(bytes)]).map(drop)
 }
 
 fn words_of(ram: &Ram, page: PageIndex) -> Option<&[AtomicU64; WORDS]> {

@@ -23,19 +23,16 @@ pub mod probe;
 mod receipts;
 
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{AddressFamily, SockaddrLike as _, SockaddrStorage, getpeername};
 use switchover_pager::cpu::{CpuMeter, CpuTime};
 use switchover_pager::lane::{Notify, PageLane, PagerEvent};
 use switchover_pager::pace::Pacer;
 use switchover_pager::ram::Ram;
 use switchover_pager::source::{ChunkEncoder, UnderWay};
-use switchover_wire::socket::Socket;
 use switchover_wire::types::{LaneId, PageCount, PageIndex};
 use thiserror::Error;
 
@@ -165,7 +162,7 @@ impl Rounds {
             books: Books::new(pages, lanes, Arc::clone(&versions)),
             versions,
             packing,
-            within_host: lanes.iter().all(|lane| is_within_host(&lane.socket)),
+            within_host: lanes.iter().all(|lane| lane.socket.is_within_host()),
             pacer: Pacer::new(settings.bytes_per_second),
             bytes_per_second: AtomicU64::new(0),
             gate: Mutex::new(Gate { sending: lanes.len(), ..Gate::default() }),
@@ -403,16 +400,6 @@ impl Rounds {
 impl Drop for Rounds {
     fn drop(&mut self) {
         self.stop();
-    }
-}
-
-/// Whether `socket` reaches no farther than this host.
-fn is_within_host(socket: &Socket) -> bool {
-    let Ok(peer) = getpeername::<SockaddrStorage>(socket.as_fd().as_raw_fd()) else { return false };
-    match (peer.as_sockaddr_in(), peer.as_sockaddr_in6()) {
-        (Some(peer), _) => peer.ip().is_loopback(),
-        (None, Some(peer)) => peer.ip().is_loopback(),
-        (None, None) => peer.family() == Some(AddressFamily::Unix),
     }
 }
 

@@ -13,6 +13,7 @@ use switchover_hybrid::machine::Machine;
 use switchover_hybrid::outgoing::Outgoing;
 use switchover_hybrid::progress::Progress;
 use switchover_hybrid::report::SideReport;
+use switchover_hybrid::security::Security;
 use switchover_hybrid::settings::{Notice, Observer, Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
 use switchover_wire::address::Address;
@@ -154,7 +155,7 @@ impl Controller for VmController {
         self.vm.quit();
     }
 
-    fn migrate(&self, to: Address, settings: Settings) -> Result<(), ControlError> {
+    fn migrate(&self, to: Address, settings: Settings, security: Security) -> Result<(), ControlError> {
         let mut migration = self.migration();
         match self.vm.run_state() {
             RunState::Inmigrate => return Err(ControlError::NotArrived),
@@ -170,11 +171,12 @@ impl Controller for VmController {
         }
         // Moving the guest is worth more than knowing how fast it writes.
         self.meter.interrupt();
-        *migration = Migration::Outgoing(Outgoing::start(self.machine(), to, settings, self.observer("out"))?);
+        *migration =
+            Migration::Outgoing(Outgoing::start(self.machine(), to, settings, security, self.observer("out"))?);
         Ok(())
     }
 
-    fn listen(&self, at: &Address, settings: Settings) -> Result<(), ControlError> {
+    fn listen(&self, at: &Address, settings: Settings, security: Security) -> Result<(), ControlError> {
         let mut migration = self.migration();
         if matches!(*migration, Migration::Incoming(_)) {
             return Err(ControlError::ListensAlready);
@@ -183,7 +185,7 @@ impl Controller for VmController {
             return Err(ControlError::NotIncoming);
         }
         let settings = Settings { lazy_memory: self.lazy_memory, ..settings };
-        let incoming = Incoming::listen(self.machine(), at, settings, self.observer("in"))?;
+        let incoming = Incoming::listen(self.machine(), at, settings, security, self.observer("in"))?;
         let (vm, watched) = (Arc::clone(&self.vm), incoming.clone());
         thread::Builder::new()
             .name("incoming-end".to_owned())
@@ -218,9 +220,9 @@ impl Controller for VmController {
         paused.map_err(|_| ControlError::NothingToPause)
     }
 
-    fn resume_migration(&self, to: Address, settings: Settings) -> Result<(), ControlError> {
+    fn resume_migration(&self, to: Address, settings: Settings, security: Security) -> Result<(), ControlError> {
         match &*self.migration() {
-            Migration::Outgoing(outgoing) => outgoing.resume(to, settings).map_err(|error| match error {
+            Migration::Outgoing(outgoing) => outgoing.resume(to, settings, security).map_err(|error| match error {
                 MigrationError::NotLost { .. } => ControlError::NothingToResume,
                 other => other.into(),
             }),

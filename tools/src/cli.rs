@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::failure::Failure;
-use crate::{audit, bench, check, floor, migrate, run, simulate};
+use crate::{audit, bench, certs, check, floor, migrate, run, simulate};
 
 /// The environment variable that says what is logged.
 const LOG_VARIABLE: &str = "SWITCHOVER_LOG";
@@ -53,6 +53,8 @@ enum Command {
     Floor(floor::FloorArgs),
     /// Say whether this host can do it: kvm, userfaultfd, io_uring, limits; and what to change where not
     Check,
+    /// Make a CA and certificates for both sides, to try TLS with
+    Certs(certs::CertsArgs),
 }
 
 /// Does what the command line says.
@@ -67,6 +69,7 @@ pub fn main() -> ExitCode {
         Command::Audit(args) => audit::main(&args),
         Command::Floor(args) => floor::main(&args),
         Command::Check => check::main(),
+        Command::Certs(args) => certs::main(&args),
     });
     match done {
         Ok(()) => ExitCode::SUCCESS,

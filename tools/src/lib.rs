@@ -8,6 +8,7 @@
 //!  switchover audit    checks the audit log of a machine
 //!  switchover floor    what this host can do at best
 //!  switchover check    what this host lacks
+//!  switchover certs    certificates to try TLS with
 //! ```
 //!
 //! Commands promise: exit status 0 when what was asked for is done, 1 when it failed, 2 when it made no sense; errors on
@@ -17,6 +18,7 @@
 mod allocator;
 pub mod audit;
 pub mod bench;
+pub mod certs;
 pub mod check;
 pub mod cli;
 pub mod failure;

@@ -4,7 +4,7 @@ mod rate;
 mod summary;
 
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
@@ -77,6 +77,18 @@ pub struct MigrateArgs {
     /// What memory is compressed with before the handoff
     #[arg(long, value_enum)]
     compression: Option<Compression>,
+
+    /// Folder of the source's certificate and key, for TLS on every lane: as `run --tls-creds`, for this migration and later ones
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["recover", "allow_plain"])]
+    tls_creds: Option<PathBuf>,
+
+    /// The name that the destination's certificate must be for; the host of --to, if it is not given
+    #[arg(long, value_name = "NAME", conflicts_with = "recover")]
+    tls_hostname: Option<String>,
+
+    /// Without TLS: move to another host nevertheless
+    #[arg(long, conflicts_with = "recover")]
+    allow_plain: bool,
 }
 
 /// What a migration takes along when it begins, and a link that is joined again does not change.
@@ -87,9 +99,10 @@ const EXAMPLES: &str = "\
 Examples:
   A guest here, a destination there, and the move:
     switchover run --kernel guest.elf --memory 512M --qmp unix:/tmp/source.qmp
-    switchover run --incoming tcp:0.0.0.0:4444 --memory 512M --qmp unix:/tmp/destination.qmp
-    switchover migrate --qmp unix:/tmp/source.qmp --to tcp:10.0.0.2:4444
-  Over a link that others use too, by pre-copy alone, standing still for 50 ms at most:
+    switchover run --incoming tcp:0.0.0.0:4444 --memory 512M --qmp unix:/tmp/destination.qmp --tls-creds there/
+    switchover migrate --qmp unix:/tmp/source.qmp --to tcp:10.0.0.2:4444 --tls-creds here/ --tls-hostname there.example
+  Once the source has its --tls-creds it keeps them. Over a link that others use too, by pre-copy alone, standing still for
+  50 ms at most:
     switchover migrate --qmp unix:/tmp/source.qmp --to tcp:10.0.0.2:4444 \\
       --mode precopy --max-bandwidth 2Gbit --downtime-limit 50
   Over a fast link, on four connections:
@@ -157,7 +170,13 @@ impl MigrateArgs {
             ("multifd-channels", self.channels.map(Value::from)),
             ("x-switchover-compression", name(self.compression.and_then(|value| value.to_possible_value()))),
         ];
-        all.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect::<Map<_, _>>().into()
+        let folder = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        let all = all.into_iter().chain([
+            ("tls-creds", self.tls_creds.as_ref().map(|path| json!(folder(path)))),
+            ("tls-hostname", self.tls_hostname.as_ref().map(|name| json!(name))),
+            ("x-switchover-allow-plain", self.allow_plain.then_some(json!(true))),
+        ]);
+        all.filter_map(|(name, value)| Some((name.to_owned(), value?))).collect::<Map<_, _>>().into()
     }
 }
 

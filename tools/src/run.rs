@@ -1,6 +1,6 @@
 //! `switchover run`: a machine in this process, from its start to its end.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -13,10 +13,13 @@ use switchover_runtime::config::{DirtyTracking, SerialTarget, VmConfig};
 use switchover_runtime::controller::VmController;
 use switchover_runtime::qmp::controller::Controller as _;
 use switchover_runtime::qmp::endpoint::Endpoint;
+use switchover_runtime::qmp::parameters::Parameters;
+use switchover_runtime::qmp::security::security;
 use switchover_runtime::qmp::server::{Bound, Server};
 use switchover_runtime::run_state::ExitReason;
 use switchover_runtime::vm::Vm;
 use switchover_wire::address::{Address, AddressError};
+use switchover_wire::tls::Role;
 
 use crate::allocator;
 use crate::failure::{Failure, say};
@@ -73,6 +76,15 @@ pub struct RunArgs {
     /// limit of vCPUs' dirty rates needs, or by what is there, bitmaps first (auto)
     #[arg(long, value_name = "auto|log|ring", default_value = "auto", hide_possible_values = true)]
     dirty_tracking: Tracking,
+
+    /// Folder of this machine's certificates and keys (see `switchover certs --help`): guests move over TLS only, and only
+    /// between machines with certificates of the same CA
+    #[arg(long, value_name = "DIR")]
+    tls_creds: Option<PathBuf>,
+
+    /// Without TLS: let guests move to and from other hosts nevertheless. Whoever is on the way can read and change them
+    #[arg(long, conflicts_with = "tls_creds")]
+    allow_plain: bool,
 }
 
 const EXAMPLES: &str = "\
@@ -81,7 +93,9 @@ Examples:
     switchover run --kernel guest.elf --append 'size=256M seed=1' --memory 512M
   Two machines that a guest can move between (then see `switchover migrate --help`):
     switchover run --kernel guest.elf --qmp unix:/tmp/source.qmp
-    switchover run --incoming tcp:0.0.0.0:4444 --qmp unix:/tmp/destination.qmp
+    switchover run --incoming tcp:127.0.0.1:4444 --qmp unix:/tmp/destination.qmp
+  The same for a guest that comes from another host, over TLS:
+    switchover run --incoming tcp:0.0.0.0:4444 --tls-creds /etc/switchover --qmp unix:/tmp/destination.qmp
   Talk to one by hand:
     printf '%s\\n' '{\"execute\":\"qmp_capabilities\"}' '{\"execute\":\"query-status\"}' | nc -U -q1 /tmp/source.qmp
 
@@ -153,6 +167,7 @@ pub fn main(args: RunArgs) -> Result<(), Failure> {
             "--incoming defer waits for `migrate-incoming` on a QMP socket, and there is none: add --qmp unix:PATH",
         ));
     }
+    let parameters = parameters(args.tls_creds.as_deref(), args.allow_plain)?;
     allocator::keep_large_blocks();
     let (asked, ends) = crossbeam::channel::unbounded();
     // Before the machine has threads: they inherit that these signals are not theirs.
@@ -182,8 +197,8 @@ pub fn main(args: RunArgs) -> Result<(), Failure> {
     let (ended, path) = (Arc::clone(&controller), args.qmp.as_ref().map(|endpoint| endpoint.path().to_owned()));
     let take_ends = move || ends.into_iter().for_each(|number: u32| end(&ended, number, path.as_deref()));
     std::thread::Builder::new().name("end".to_owned()).spawn(take_ends).map_err(no_threads)?;
-    begin(&vm, &controller, args.incoming.as_ref())?;
-    let serve = |socket| Server::start(socket, Arc::<VmController>::clone(&controller), events);
+    begin(&vm, &controller, args.incoming.as_ref(), &parameters)?;
+    let serve = |socket| Server::start(socket, Arc::<VmController>::clone(&controller), parameters, events);
     let server = socket.map(serve).transpose().map_err(Failure::failed)?;
     let exit = vm.wait_exit();
     controller.finish(&exit);
@@ -191,12 +206,29 @@ pub fn main(args: RunArgs) -> Result<(), Failure> {
     judge(exit)
 }
 
-fn begin(vm: &Vm, controller: &VmController, incoming: Option<&IncomingAt>) -> Result<(), Failure> {
+/// What the machine's migrations are protected by, unless its clients say otherwise.
+fn parameters(tls_creds: Option<&Path>, allow_plain: bool) -> Result<Parameters, Failure> {
+    let mut parameters = Parameters { allow_plain, ..Parameters::default() };
+    if let Some(folder) = tls_creds {
+        let text =
+            folder.to_str().ok_or_else(|| Failure::usage("the folder of --tls-creds has a name that is no text"))?;
+        text.clone_into(&mut parameters.tls_creds);
+    }
+    Ok(parameters)
+}
+
+fn begin(
+    vm: &Vm,
+    controller: &VmController,
+    incoming: Option<&IncomingAt>,
+    parameters: &Parameters,
+) -> Result<(), Failure> {
     match incoming {
         None => vm.cont().map_err(Failure::failed),
         Some(IncomingAt::Deferred) => Ok(()),
         Some(IncomingAt::Address(address)) => {
-            controller.listen(address, Settings::default()).map_err(Failure::failed)?;
+            let security = security(parameters, Role::Destination).map_err(Failure::failed)?;
+            controller.listen(address, Settings::default(), security).map_err(Failure::failed)?;
             if let Some(at) = controller.migration().and_then(|migration| migration.listening_at) {
                 tracing::info!("waiting for a guest to move here, at {at}");
             }

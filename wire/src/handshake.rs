@@ -13,6 +13,7 @@
 //! allocated, and a side that says nothing, or one byte a second, is given up after [`TIME_LIMIT`].
 
 mod envelope;
+pub(crate) mod patient;
 
 use std::time::Duration;
 use std::{fmt, io};
@@ -20,10 +21,11 @@ use std::{fmt, io};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use self::envelope::Deadline;
+use self::patient::Deadline;
 use crate::clock::HostClock;
 use crate::description::MachineDescription;
 use crate::socket::Socket;
+use crate::tls::{self, Credentials, LaneProof};
 use crate::types::{LaneId, LaneRole, SessionId};
 
 /// The oldest protocol version that is spoken here.
@@ -36,6 +38,15 @@ pub const VERSION_MAX: u16 = 2;
 
 /// How long a side waits for the other in each of this module's calls. Long for any network, short for a person.
 pub const TIME_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long a side that refuses waits for the other to read why.
+pub(crate) const LINGER_LIMIT: Duration = Duration::from_secs(1);
+
+/// What a TLS handshake begins with.
+const TLS_HANDSHAKE: u8 = 22;
+
+/// A TLS alert in the clear, `handshake_failure`: what a source with TLS understands of a destination without.
+const TLS_REFUSAL: [u8; 7] = [21, 3, 3, 0, 2, 2, 40];
 
 /// The longest reason of a refusal, in bytes. Longer ones are cut.
 pub const MAX_REASON: usize = 1024;
@@ -74,6 +85,9 @@ pub struct Hello {
     pub clock: HostClock,
     /// One bit for each capability that this migration uses.
     pub capabilities: u64,
+    /// On a TLS lane: the proof that it belongs to the session. On the wire it follows the rest, for those who know of it.
+    #[serde(skip)]
+    pub proof: Option<LaneProof>,
 }
 
 /// A destination's answer to a lane that it takes.
@@ -226,6 +240,23 @@ pub enum HandshakeError {
         /// What is spoken here.
         ours: Versions,
     },
+    /// TLS does not come about.
+    #[error("no TLS with {peer}: {reason}")]
+    Tls {
+        /// The other side.
+        peer: String,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// A lane that others could read, which nobody has allowed.
+    #[error(
+        "lanes with {peer} would cross the network as they are, for everybody on the way to read and change; give both sides \
+         credentials (`tls-creds`), or allow plain lanes on both (`--allow-plain`, `x-switchover-allow-plain`)"
+    )]
+    Plain {
+        /// The other side.
+        peer: String,
+    },
     /// The destination says no.
     #[error("{peer} refused: {reason}")]
     Refused {
@@ -234,6 +265,34 @@ pub enum HandshakeError {
         /// Why.
         reason: String,
     },
+}
+
+/// Source: makes the connection a TLS one, with a destination whose certificate is for `name`. Before [`greet`].
+///
+/// # Errors
+/// When the two do not come together, with why, and what to do.
+pub fn secure_as_source(socket: &Socket, credentials: &Credentials, name: &str) -> Result<(), HandshakeError> {
+    tls::connect(socket, credentials, name, &Deadline::after(TIME_LIMIT))
+}
+
+/// Destination: makes the connection a TLS one, with a source that shows a certificate of the CA. Before [`read_hello`]. A source
+/// without TLS is refused in its own language, and what is neither is not talked to.
+///
+/// # Errors
+/// When the two do not come together, with why. The source has been told, where it listens.
+pub fn secure_as_destination(socket: &Socket, credentials: &Credentials) -> Result<(), HandshakeError> {
+    let deadline = Deadline::after(TIME_LIMIT);
+    let failed = |reason: &str| HandshakeError::Tls { peer: socket.peer().to_owned(), reason: reason.to_owned() };
+    match patient::look_ahead(socket, &deadline)? {
+        TLS_HANDSHAKE => tls::accept(socket, credentials, &deadline),
+        first if first == envelope::HELLO[0] => {
+            let reason = "this destination takes TLS lanes only; give the source its credentials (`tls-creds`)";
+            let _ = refuse(socket, reason);
+            patient::linger(socket, envelope::MAX_BODY, &Deadline::after(LINGER_LIMIT));
+            Err(failed("the source has no TLS; give it its credentials (`tls-creds`)"))
+        }
+        first => Err(failed(&format!("what comes begins with {first:#04x}, which is not TLS"))),
+    }
 }
 
 /// Source: says `hello` and waits for the answer.
@@ -274,7 +333,8 @@ fn greet_within(socket: &Socket, hello: &Hello, limit: Duration) -> Result<Welco
     let peer = || socket.peer().to_owned();
     let malformed = |reason: String| HandshakeError::Malformed { peer: peer(), reason };
     let deadline = Deadline::after(limit);
-    let body = postcard::to_stdvec(hello).map_err(|error| malformed(error.to_string()))?;
+    let mut body = postcard::to_stdvec(hello).map_err(|error| malformed(error.to_string()))?;
+    body.extend(postcard::to_stdvec(&hello.proof).map_err(|error| malformed(error.to_string()))?);
     envelope::write(socket, envelope::HELLO, &body, &deadline)?;
     let body = envelope::read(socket, envelope::ANSWER, &deadline)?;
     match postcard::take_from_bytes(&body) {
@@ -298,7 +358,14 @@ fn greet_within(socket: &Socket, hello: &Hello, limit: Duration) -> Result<Welco
 
 fn read_hello_within(socket: &Socket, limit: Duration) -> Result<Hello, HandshakeError> {
     let peer = || socket.peer().to_owned();
-    let body = envelope::read(socket, envelope::HELLO, &Deadline::after(limit))?;
+    let deadline = Deadline::after(limit);
+    if socket.tls().is_none() && patient::look_ahead(socket, &deadline)? == TLS_HANDSHAKE {
+        let _ = patient::send_all(socket, &TLS_REFUSAL, &deadline);
+        patient::linger(socket, envelope::MAX_BODY, &Deadline::after(LINGER_LIMIT));
+        let reason = "it speaks TLS, and this destination has no credentials; give it some (`tls-creds`)".to_owned();
+        return Err(HandshakeError::Tls { peer: peer(), reason });
+    }
+    let body = envelope::read(socket, envelope::HELLO, &deadline)?;
     let hello = understand(&body).map_err(|wrong| match wrong {
         Wrong::Version(theirs) => HandshakeError::Version { peer: peer(), theirs, ours: OURS },
         Wrong::Sense(reason) => HandshakeError::Malformed { peer: peer(), reason },
@@ -333,7 +400,10 @@ fn understand(body: &[u8]) -> Result<Hello, Wrong> {
     if theirs.common(OURS).is_none() {
         return Err(Wrong::Version(theirs));
     }
-    let (hello, _) = postcard::take_from_bytes::<Hello>(body).map_err(sense)?;
+    let (mut hello, rest) = postcard::take_from_bytes::<Hello>(body).map_err(sense)?;
+    if !rest.is_empty() {
+        hello.proof = postcard::take_from_bytes(rest).map_err(sense)?.0;
+    }
     hello.check().map_err(Wrong::Sense)?;
     Ok(hello)
 }

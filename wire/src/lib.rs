@@ -51,4 +51,5 @@ pub mod handshake;
 pub mod message;
 pub mod ring;
 pub mod socket;
+pub mod tls;
 pub mod types;

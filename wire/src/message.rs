@@ -4,7 +4,6 @@
 //! postcard. The length has a checksum of its own because a damaged one would be waited for, perhaps for ever.
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -12,7 +11,7 @@ use thiserror::Error;
 
 use crate::clock::HostClock;
 use crate::handshake::tame;
-use crate::ring::{Ring, RingError};
+use crate::ring::{RingError, Stream};
 use crate::socket::Socket;
 use crate::types::{PageCount, PageIndex};
 
@@ -210,7 +209,7 @@ impl ControlMessage {
 /// The sending half of a control lane.
 pub struct ControlWriter {
     socket: Arc<Socket>,
-    ring: Ring,
+    stream: Stream,
 }
 
 impl ControlWriter {
@@ -219,8 +218,8 @@ impl ControlWriter {
     /// # Errors
     /// When the kernel gives no ring.
     pub fn new(socket: Arc<Socket>) -> Result<Self, MessageError> {
-        let ring = new_ring(&socket)?;
-        Ok(Self { socket, ring })
+        let stream = new_stream(&socket)?;
+        Ok(Self { socket, stream })
     }
 
     /// Hands `message` to the socket.
@@ -236,10 +235,7 @@ impl ControlWriter {
         let Some(length) = length else { return Err(MessageError::TooLong { peer: peer(), length: body.len() }) };
         let header = header(length, &body);
         let parts = [IoSlice::new(&header), IoSlice::new(&body)];
-        let sent = self
-            .ring
-            .send_all(self.socket.as_fd(), &parts)
-            .map_err(|source| MessageError::Io { peer: peer(), source })?;
+        let sent = self.stream.send_all(&parts).map_err(|source| MessageError::Io { peer: peer(), source })?;
         self.socket.counters().add_sent(sent as u64);
         Ok(())
     }
@@ -248,7 +244,7 @@ impl ControlWriter {
 /// The receiving half of a control lane.
 pub struct ControlReader {
     socket: Arc<Socket>,
-    ring: Ring,
+    stream: Stream,
 }
 
 impl ControlReader {
@@ -257,8 +253,8 @@ impl ControlReader {
     /// # Errors
     /// When the kernel gives no ring.
     pub fn new(socket: Arc<Socket>) -> Result<Self, MessageError> {
-        let ring = new_ring(&socket)?;
-        Ok(Self { socket, ring })
+        let stream = new_stream(&socket)?;
+        Ok(Self { socket, stream })
     }
 
     /// Waits for the next message.
@@ -289,7 +285,7 @@ impl ControlReader {
         let mut pieces = buffer.chunks_mut(PIECE);
         let mut got_before = 0;
         let received = pieces.try_for_each(|piece| {
-            self.ring.recv_exact(self.socket.as_fd(), &mut [IoSliceMut::new(piece)])?;
+            self.stream.recv_exact(&mut [IoSliceMut::new(piece)])?;
             counters.add_received(piece.len() as u64);
             got_before += piece.len();
             Ok(())
@@ -328,8 +324,8 @@ fn check_sum(part: &'static str, bytes: &[u8], announced: u32, peer: &str) -> Re
     Err(MessageError::Checksum { peer: peer.to_owned(), part, actual, announced })
 }
 
-fn new_ring(socket: &Socket) -> Result<Ring, MessageError> {
-    Ring::new(1).map_err(|source| MessageError::Io { peer: socket.peer().to_owned(), source })
+fn new_stream(socket: &Arc<Socket>) -> Result<Stream, MessageError> {
+    Stream::new(Arc::clone(socket)).map_err(|source| MessageError::Io { peer: socket.peer().to_owned(), source })
 }
 
 #[cfg(test)]
@@ -348,8 +344,7 @@ mod tests {
     /// Puts raw bytes on the wire, closes it, and receives.
     fn receive(bytes: &[u8]) -> Result<ControlMessage, MessageError> {
         let (near, far) = lane();
-        Ring::new(1).unwrap().send_all(near.as_fd(), &[IoSlice::new(bytes)]).unwrap();
-        drop(near);
+        Stream::new(near).unwrap().send_all(&[IoSlice::new(bytes)]).unwrap();
         ControlReader::new(far).unwrap().recv()
     }
 

@@ -1,7 +1,7 @@
 //! The one module that hands memory to io_uring, and so the one unsafe module of this crate.
 //!
 //! Two rings for two ways of working. [`Ring`] is for a thread that does one transfer at a time and waits for it:
-//! bulk lanes, control messages. [`EventRing`] is for a thread that waits for many things at once: the fault thread.
+//! bulk lanes, control messages; lanes use it by way of [`Stream`], which seals what is sent where the lane is a TLS one. [`EventRing`] is for a thread that waits for many things at once: the fault thread.
 //!
 //! # Invariants
 //!
@@ -23,6 +23,7 @@ mod blocking;
 mod event;
 pub mod maker;
 mod spin;
+mod stream;
 
 use std::io;
 
@@ -32,6 +33,8 @@ use thiserror::Error;
 
 pub use self::blocking::Ring;
 pub use self::event::{Completion, EventRing};
+pub use self::stream::Stream;
+use crate::tls::TlsError;
 
 /// What can go wrong with a ring.
 #[derive(Debug, Error)]
@@ -63,6 +66,9 @@ pub enum RingError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// What came is not what the other side sent, or it ended the lane.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
 }
 
 /// All that a ring may be asked to do.

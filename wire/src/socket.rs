@@ -7,13 +7,13 @@ use std::io;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, UnixAddr, connect, recv, setsockopt, shutdown, socket,
-    sockopt,
+    AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, connect,
+    getpeername, recv, setsockopt, shutdown, socket, sockopt,
 };
 use nix::sys::time::TimeVal;
 use thiserror::Error;
@@ -21,6 +21,7 @@ use thiserror::Error;
 pub use self::listener::Listener;
 use crate::address::Address;
 use crate::counters::LaneCounters;
+use crate::tls::Tls;
 use crate::types::LaneRole;
 
 /// Buffer asked for on each end of a bulk lane over a unix socket, whose default (208 KiB) holds three 64 KiB
@@ -102,6 +103,8 @@ pub struct Socket {
     peer: String,
     family: Family,
     counters: Arc<LaneCounters>,
+    /// Once its handshake is over, where there is one.
+    tls: OnceLock<Tls>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -148,11 +151,38 @@ impl Socket {
         Some(address.ip().to_canonical())
     }
 
+    /// Whether it reaches no farther than this host: a unix socket, or one to a loopback address.
+    #[must_use]
+    pub fn is_within_host(&self) -> bool {
+        let Ok(peer) = getpeername::<SockaddrStorage>(self.fd.as_raw_fd()) else { return false };
+        match (peer.as_sockaddr_in(), peer.as_sockaddr_in6()) {
+            (Some(peer), _) => peer.ip().is_loopback(),
+            // A listener on every interface has its IPv4 peers as mapped addresses.
+            (None, Some(peer)) => peer.ip().to_canonical().is_loopback(),
+            (None, None) => peer.family() == Some(AddressFamily::Unix),
+        }
+    }
+
     /// The bytes that crossed it so far. Handshake and control messages are counted by themselves; whoever
     /// transfers on the descriptor adds their own.
     #[must_use]
     pub fn counters(&self) -> &Arc<LaneCounters> {
         &self.counters
+    }
+
+    /// What the bytes are sealed with; `None` where they go as they are.
+    pub fn tls(&self) -> Option<&Tls> {
+        self.tls.get()
+    }
+
+    /// From now on its bytes are sealed; `false` where they are already.
+    pub(crate) fn secure(&self, tls: Tls) -> bool {
+        self.tls.set(tls).is_ok()
+    }
+
+    /// Ends what this side sends: the other reads all of it, and then the end.
+    pub(crate) fn say_no_more(&self) {
+        let _ = shutdown(self.fd.as_raw_fd(), Shutdown::Write);
     }
 
     /// Ends the connection in both directions: whoever waits on it, in any thread, is woken with the end of the
@@ -227,7 +257,7 @@ impl Socket {
     }
 
     fn new(fd: OwnedFd, peer: String, family: Family) -> Self {
-        Self { fd, peer, family, counters: Arc::default() }
+        Self { fd, peer, family, counters: Arc::default(), tls: OnceLock::new() }
     }
 
     fn set<O: nix::sys::socket::SetSockOpt>(

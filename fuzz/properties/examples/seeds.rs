@@ -90,6 +90,7 @@ fn handshake() {
         description,
         clock: clock.clone(),
         capabilities: 5,
+        proof: None,
     };
     let body = |value: &Hello| postcard::to_stdvec(value).unwrap();
     let wrapped = |how: u8, body: &[u8]| [&[how], body].concat();

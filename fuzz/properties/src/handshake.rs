@@ -83,5 +83,6 @@ fn hello() -> Hello {
         description: None,
         clock: HostClock { boot_id: "here".to_owned() },
         capabilities: 0,
+        proof: None,
     }
 }

@@ -23,6 +23,7 @@ mod qmp_together;
 mod refusing;
 mod running;
 mod strangers;
+mod tls;
 
 /// The test's corner of the host, or its end where the host cannot do it.
 macro_rules! lab {

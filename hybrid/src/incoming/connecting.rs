@@ -11,6 +11,7 @@ use switchover_wire::description::describe_mismatches;
 use switchover_wire::handshake::{Hello, LaneCounts, Welcome, accept, read_hello, refuse};
 use switchover_wire::message::ControlMessage;
 use switchover_wire::socket::{Listener, Socket};
+use switchover_wire::tls::SessionSecret;
 use switchover_wire::types::{LaneId, LaneRole};
 
 use super::Shared;
@@ -96,6 +97,7 @@ impl Shared {
     }
 
     fn shake_hands(self: &Arc<Self>, socket: &Arc<Socket>, place: &Place) -> Result<(), String> {
+        self.security.secure_destination(socket).map_err(|error| error.to_string())?;
         let hello = read_hello(socket).map_err(|error| error.to_string())?;
         // It has spoken: it can no longer be dropped for its silence.
         place.is_known();
@@ -127,11 +129,20 @@ impl Shared {
         let checksums = hello.capabilities & capability::CHECKSUMS != 0;
         let admitted = Admitted { socket: Arc::clone(socket), checksums };
         if lane.role != LaneRole::Control {
-            return self.reception().page_lane(session, lane, admitted);
+            let mut reception = self.reception();
+            if let Some(secret) = &*self.secret() {
+                check_proof(secret, hello, socket)?;
+            }
+            return reception.page_lane(session, lane, admitted);
         }
         let again = hello.capabilities & capability::REJOIN != 0;
         if again {
-            self.reception().knows(session)?;
+            let reception = self.reception();
+            reception.knows(session)?;
+            // Before anything is done for it: whoever knows the session's name alone must not be able to cut its link.
+            if let Some(secret) = &*self.secret() {
+                check_proof(secret, hello, socket)?;
+            }
         }
         let unknown = hello.capabilities & !capability::KNOWN;
         if unknown != 0 {
@@ -151,9 +162,20 @@ impl Shared {
         }
         if again {
             self.lose_old_link()?;
-            return self.reception().control_again(session, hello.lanes, admitted, Instant::now());
         }
-        self.reception().control(session, hello.lanes, admitted, Instant::now(), |control| control.socket.is_open())
+        let mut reception = self.reception();
+        let mut secret = self.secret();
+        let now = Instant::now();
+        if again {
+            reception.control_again(session, hello.lanes, admitted, now)?;
+        } else {
+            reception.control(session, hello.lanes, admitted, now, |control| control.socket.is_open())?;
+        }
+        *secret = socket.tls().map(|tls| match &*secret {
+            Some(before) if again => tls.session_secret_again(before),
+            _ => tls.session_secret(),
+        });
+        Ok(())
     }
 
     /// A source joins again because it has lost its link, which may seem whole from here. Waits until the session has let go of
@@ -248,5 +270,13 @@ impl Shared {
             self.close_listeners();
             self.recorder.fail(NO_THREAD, format!("cannot start the migration's thread: {error}"));
         }
+    }
+}
+
+/// Over TLS: whether a lane belongs to the session that it names.
+fn check_proof(secret: &SessionSecret, hello: &Hello, socket: &Socket) -> Result<(), String> {
+    match (socket.tls(), hello.proof) {
+        (Some(tls), Some(proof)) => tls.verify(secret, proof, hello.session, hello.lane),
+        _ => Err(format!("the {} does not prove that it belongs to session {}", hello.lane, hello.session.hint())),
     }
 }

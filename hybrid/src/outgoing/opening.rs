@@ -2,7 +2,7 @@
 
 use std::error::Error;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,7 @@ use switchover_wire::clock::{HostClock, Nanos};
 use switchover_wire::handshake::{HandshakeError, Hello, LaneCounts, VERSION_MAX, VERSION_MIN, greet};
 use switchover_wire::message::ControlMessage;
 use switchover_wire::socket::Socket;
+use switchover_wire::tls::SessionSecret;
 use switchover_wire::types::{LaneId, LaneRole, SessionId};
 
 use super::{LostWish, Shared};
@@ -26,6 +27,7 @@ use crate::link::LinkTeller;
 use crate::missing::MissingPages;
 use crate::monitor::Mode;
 use crate::rounds::Precopy;
+use crate::security::Security;
 use crate::session::source::SourceEvent;
 use crate::settings::Settings;
 
@@ -52,11 +54,19 @@ impl Unopened {
 
     fn handshake(lane: LaneId, error: &HandshakeError) -> Self {
         let kind = match error {
-            HandshakeError::Refused { .. } => FailureKind::Refused,
+            HandshakeError::Refused { .. } | HandshakeError::Tls { .. } | HandshakeError::Plain { .. } => {
+                FailureKind::Refused
+            }
             _ => FailureKind::Unreachable,
         };
         Self { kind, reason: format!("cannot open the {lane}: {error}") }
     }
+}
+
+/// Where to, and how protected.
+struct Way<'a> {
+    to: &'a Address,
+    security: &'a Security,
 }
 
 /// Open lanes.
@@ -74,7 +84,7 @@ impl Shared {
         let session = *self.name.get_or_init(|| session);
         self.recorder.write(|record| record.session = Some(session.to_string()));
         let Opened { control, pages, round_trip } =
-            self.open_lanes(to, session, &self.settings, capability::POSTCOPY)?;
+            self.open_lanes(to, session, &self.settings, &self.security, capability::POSTCOPY)?;
         let events = self.events.of_link();
         let notify = notify(events.clone());
         let tunables = self.tunables();
@@ -96,14 +106,14 @@ impl Shared {
     /// Opens new lanes in place of those that were lost, to a destination that is to say first where it stands.
     pub(super) fn open_again(self: &Arc<Self>) -> Result<Control, Unopened> {
         let wish = self.wish.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(LostWish::Rejoin { to, settings }) = wish else {
+        let Some(LostWish::Rejoin { to, settings, security }) = wish else {
             return Err("nobody has said where the destination is now".to_owned().into());
         };
         let session = *self.name.get().ok_or_else(|| "the session was never begun".to_owned())?;
         let capabilities = capability::POSTCOPY | capability::REJOIN;
         // Memory is divided for the lanes that there were.
         let settings = Settings { fault_lanes: self.settings.fault_lanes, ..settings };
-        let Opened { control, pages, .. } = self.open_lanes(&to, session, &settings, capabilities)?;
+        let Opened { control, pages, .. } = self.open_lanes(&to, session, &settings, &security, capabilities)?;
         let events = self.events.of_link();
         let mut tunables = self.tunables();
         tunables.bandwidth = settings.bandwidth;
@@ -134,10 +144,12 @@ impl Shared {
         to: &Address,
         session: SessionId,
         settings: &Settings,
+        security: &Security,
         capabilities: u64,
     ) -> Result<Opened, Unopened> {
         let lanes = LaneCounts { fault: settings.fault_lanes, bulk: settings.bulk_lanes };
-        let checksums = settings.checksums;
+        // A TLS record notices whatever happened to it on the way.
+        let checksums = settings.checksums && security.tls.is_none();
         let capabilities = capabilities | if checksums { capability::CHECKSUMS } else { 0 };
         let hello = |role, index| Hello {
             version_min: VERSION_MIN,
@@ -148,17 +160,27 @@ impl Shared {
             description: (role == LaneRole::Control).then(|| self.machine.describe()),
             clock: HostClock::here(),
             capabilities,
+            proof: None,
         };
-        let control = self.open_lane(to, &hello(LaneRole::Control, 0))?;
+        let way = Way { to, security };
+        // What a link that is joined again is proved with is that of the first.
+        let again = capabilities & capability::REJOIN != 0;
+        let first = self.secret().clone().filter(|_| again);
+        let (control, _) = self.open_lane(&way, hello(LaneRole::Control, 0), first.as_ref())?;
+        let secret = control.tls().map(|tls| match &first {
+            Some(first) => tls.session_secret_again(first),
+            None => tls.session_secret(),
+        });
+        if !again {
+            (*self.secret()).clone_from(&secret);
+        }
         let mut pages = Vec::new();
         let fault = (0..lanes.fault).map(|index| (LaneRole::Fault, index));
         let bulk = (0..lanes.bulk).map(|index| (LaneRole::Bulk, index));
         let mut round_trip = Duration::MAX;
         for (role, index) in fault.chain(bulk) {
-            let began = Instant::now();
-            let socket = self.open_lane(to, &hello(role, index))?;
-            // Connecting and the handshake are a round trip each.
-            round_trip = round_trip.min(began.elapsed() / 2);
+            let (socket, took) = self.open_lane(&way, hello(role, index), secret.as_ref())?;
+            round_trip = round_trip.min(took);
             pages.push(PageLane { id: LaneId { role, index }, socket, checksums });
         }
         Ok(Opened { control, pages, round_trip })
@@ -184,18 +206,37 @@ impl Shared {
         Ok(control)
     }
 
-    fn open_lane(&self, to: &Address, hello: &Hello) -> Result<Arc<Socket>, Unopened> {
+    fn secret(&self) -> MutexGuard<'_, Option<SessionSecret>> {
+        self.secret.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Opens a lane, which proves that it knows `secret`. Says how long a round trip took.
+    fn open_lane(
+        &self,
+        &Way { to, security }: &Way<'_>,
+        mut hello: Hello,
+        secret: Option<&SessionSecret>,
+    ) -> Result<(Arc<Socket>, Duration), Unopened> {
         if self.cancelled.load(Ordering::Acquire) && hello.capabilities & capability::REJOIN == 0 {
             return Err("cancelled".to_owned().into());
         }
+        let began = Instant::now();
         let socket = Arc::new(Socket::connect(to, CONNECT_PATIENCE).map_err(|error| Unopened::unreachable(&error))?);
         self.lanes.add(hello.lane, Arc::clone(&socket));
         socket.tune(hello.lane.role).map_err(|error| error.to_string())?;
-        let welcome = greet(&socket, hello).map_err(|error| Unopened::handshake(hello.lane, &error))?;
+        let failed = |error| Unopened::handshake(hello.lane, &error);
+        security.secure_source(&socket, to).map_err(failed)?;
+        let secured = Instant::now();
+        if let (Some(tls), Some(secret)) = (socket.tls(), secret) {
+            hello.proof = Some(tls.prove(secret, hello.session, hello.lane));
+        }
+        let welcome = greet(&socket, &hello).map_err(failed)?;
+        // Connecting and the handshake are a round trip each; that of TLS has much to compute.
+        let round_trip = if socket.tls().is_some() { secured.elapsed() } else { began.elapsed() / 2 };
         let same_clock = welcome.clock.same_host(&hello.clock);
         self.recorder.write(|record| record.same_clock = same_clock);
         self.recorder.tell(Happening::opened(hello.lane, hello.session, socket.peer()));
-        Ok(socket)
+        Ok((socket, round_trip))
     }
 
     /// The control lane's thread: turns what the destination says into events.

@@ -1,7 +1,6 @@
 //! Receiving pushed pages on a `bulk` lane, straight into the alias.
 
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
@@ -10,7 +9,7 @@ use switchover_wire::clock::Nanos;
 use switchover_wire::encoding::{Encoding, EncodingError, Page, PageDecoder, Payload};
 use switchover_wire::frame::FrameError;
 use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, Taken};
-use switchover_wire::ring::{Ring, RingError};
+use switchover_wire::ring::{RingError, Stream};
 use switchover_wire::types::{LaneId, PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 use thiserror::Error;
 
@@ -22,9 +21,6 @@ use crate::runs::{CHUNK_LEN, bits, runs};
 use crate::state::{Arrival, Claim, LaneTag};
 use crate::stats::RateSeries;
 use crate::uffd::WatchError;
-
-/// One operation at a time: two entries are one more than needed.
-const RING_ENTRIES: u32 = 2;
 
 /// Why a bulk lane ended on the destination.
 #[derive(Debug, Error)]
@@ -74,7 +70,7 @@ pub struct BulkReceiver {
     lane: PageLane,
     tag: LaneTag,
     shared: Arc<Shared>,
-    ring: Ring,
+    stream: Stream,
     /// Where pages go whose claim was lost: nothing may write the alias of a page that is here. Room for all of a frame, each
     /// of whose pages has a place of its own, since the checksum is of all of them.
     scratch: Box<[u8]>,
@@ -110,11 +106,12 @@ impl BulkReceiver {
     /// # Errors
     /// When there is no ring for it.
     pub(super) fn new(lane: PageLane, tag: LaneTag, shared: &Arc<Shared>) -> Result<Self, BulkError> {
+        let stream = Stream::new(Arc::clone(&lane.socket))?;
         Ok(Self {
             lane,
             tag,
             shared: Arc::clone(shared),
-            ring: Ring::new(RING_ENTRIES)?,
+            stream,
             scratch: vec![0; CHUNK_LEN * PAGE_SIZE].into_boxed_slice(),
             announced: None,
             received: 0,
@@ -146,7 +143,7 @@ impl BulkReceiver {
     fn receive(&mut self) -> Result<(), BulkError> {
         let mut header = [0; BulkFrame::LEN];
         loop {
-            self.ring.recv_exact(self.lane.socket.as_fd(), &mut [IoSliceMut::new(&mut header)])?;
+            self.stream.recv_exact(&mut [IoSliceMut::new(&mut header)])?;
             self.lane.socket.counters().add_received(BulkFrame::LEN as u64);
             let (frame, flags, checksum) = BulkFrame::decode(&header, self.shared.states.pages())?;
             self.announced = self.lane.checksums.then_some((checksum, frame.name()));
@@ -199,7 +196,7 @@ impl BulkReceiver {
             self.frames += 1;
             if flags.acknowledge {
                 let taken = Taken { frames: self.frames }.encode();
-                self.ring.send_all(self.lane.socket.as_fd(), &[IoSlice::new(&taken)])?;
+                self.stream.send_all(&[IoSlice::new(&taken)])?;
                 self.lane.socket.counters().add_sent(taken.len() as u64);
             }
         }
@@ -290,7 +287,7 @@ impl BulkReceiver {
     ) -> Result<(), BulkError> {
         let Unpacker { decoder, payload } = self.unpacker.get_or_insert_with(Box::default).as_mut();
         payload.resize(length, 0);
-        self.ring.recv_exact(self.lane.socket.as_fd(), &mut [IoSliceMut::new(payload)])?;
+        self.stream.recv_exact(&mut [IoSliceMut::new(payload)])?;
         if let Some((announced, frame)) = self.announced {
             announced.check(frame, [&payload[..]])?;
         }
@@ -402,7 +399,7 @@ impl BulkReceiver {
         // in the alias whose claim this lane has won: nobody else writes them before `arrived`, and the guest does
         // not have them mapped. The frame was checked against RAM's size, so the runs lie inside the mapping, which
         // the watch keeps alive. The call returns only when the kernel is done with all parts.
-        unsafe { self.ring.recv_exact_raw(self.lane.socket.as_fd(), &mut parts[..used])? };
+        unsafe { self.stream.recv_exact_raw(&mut parts[..used])? };
         if let Some((announced, frame)) = self.announced {
             // While the frame is still in the cache, and before anybody else may see any of it.
             announced.check(

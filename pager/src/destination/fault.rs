@@ -13,14 +13,15 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use switchover_wire::clock::Nanos;
-use switchover_wire::frame::FrameError;
 use switchover_wire::frame::fault::FaultRequest;
 use switchover_wire::ring::{EventRing, RingError};
+use switchover_wire::tls::TlsError;
+use switchover_wire::tls::record::{MAX_PLAINTEXT, Sealed};
 use switchover_wire::types::{PageCount, PageIndex};
 use thiserror::Error;
 
 use super::Shared;
-use super::replies::{Replies, Reply, Wanted};
+use super::replies::{Replies, Reply, ReplyError, Wanted};
 use super::shard::Shard;
 use crate::cpu;
 use crate::lane::{PageLane, PagerEvent};
@@ -58,7 +59,9 @@ pub enum FaultError {
 #[derive(Debug, Error)]
 enum LaneError {
     #[error(transparent)]
-    Frame(#[from] FrameError),
+    Reply(#[from] ReplyError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("the source answered for {got} (tag {got_tag}) where the answer for {wanted} (tag {tag}) was due")]
     OutOfOrder { got: PageIndex, got_tag: u32, wanted: PageIndex, tag: u32 },
     #[error("the source answered for {0}, which nobody asked for")]
@@ -91,6 +94,8 @@ pub struct FaultService {
     ring: EventRing,
     replies: Replies,
     outgoing: Vec<u8>,
+    /// On a TLS lane, what goes out of it.
+    sealed: Sealed,
     lane: PageLane,
     /// The claims of whatever fault lane there is: one ends before the next begins.
     tag: LaneTag,
@@ -131,6 +136,7 @@ impl FaultService {
         Ok(Self {
             ring: EventRing::new(RING_ENTRIES)?,
             replies: Replies::new(lane.checksums),
+            sealed: Sealed::with_room_for(ROOM * FaultRequest::LEN),
             outgoing: Vec::with_capacity(ROOM * FaultRequest::LEN),
             lane,
             tag,
@@ -159,7 +165,7 @@ impl FaultService {
         cpu::be_prompt();
         self.ring.poll_multishot(self.shared.watch.fd(self.shard.index), FAULTS_READY)?;
         self.ring.poll_multishot(self.woken_poll.as_fd(), WOKEN)?;
-        self.receive()?;
+        self.begin_lane()?;
         while !self.shared.stopping.load(Ordering::Acquire) {
             self.wait()?;
             while let Some(completion) = self.ring.next() {
@@ -216,8 +222,18 @@ impl FaultService {
             }
         }
         self.unsubmitted = self.asked.len();
-        self.replies.begin_anew(self.lane.checksums);
-        self.receive()
+        self.begin_lane()
+    }
+
+    /// The answers of the lane that there is now come next.
+    fn begin_lane(&mut self) -> Result<(), FaultError> {
+        match self.replies.begin(&self.lane.socket, self.lane.checksums) {
+            Ok(()) => self.receive(),
+            Err(error) => {
+                self.lane_failed(&error.into());
+                Ok(())
+            }
+        }
     }
 
     /// Asks for the pages whose lanes do not bring them after all.
@@ -284,22 +300,41 @@ impl FaultService {
             asked.submitted = now;
         }
         self.unsubmitted = 0;
+        if let Err(error) = self.seal_requests() {
+            self.lane_failed(&error);
+            return Ok(());
+        }
         self.sending = true;
-        let outgoing = &self.outgoing;
-        // SAFETY: `outgoing` is not touched again before this operation's completion clears `sending`, and it is dropped
-        // after the ring, which waits for what is under way.
+        let outgoing = self.on_the_wire();
+        // SAFETY: neither `outgoing` nor `sealed` is touched again before this operation's completion clears `sending`, and both
+        // are dropped after the ring, which waits for what is under way.
         unsafe { self.ring.send(self.lane.socket.as_fd(), outgoing.as_ptr(), outgoing.len(), REQUESTS_SENT)? };
         self.ring.submit()?;
         Ok(())
     }
 
+    fn seal_requests(&mut self) -> Result<(), LaneError> {
+        let Some(tls) = self.lane.socket.tls() else { return Ok(()) };
+        self.sealed.make_room_for(self.outgoing.len());
+        let mut sealer = tls.sealer();
+        for piece in self.outgoing.chunks(MAX_PLAINTEXT) {
+            sealer.seal(&mut self.sealed, piece.len(), |room| room.copy_from_slice(piece))?;
+        }
+        Ok(())
+    }
+
+    /// The requests as they go to the socket.
+    fn on_the_wire(&self) -> &[u8] {
+        if self.lane.socket.tls().is_some() { self.sealed.bytes() } else { &self.outgoing }
+    }
+
     fn requests_sent(&mut self, result: io::Result<u32>) -> Result<(), LaneError> {
         self.sending = false;
         let sent = moved("send page requests", result)?;
-        if sent < self.outgoing.len() {
+        if sent < self.on_the_wire().len() {
             return Err(LaneError::Closed);
         }
-        self.lane.socket.counters().add_sent(sent as u64);
+        self.lane.socket.counters().add_sent(self.outgoing.len() as u64);
         Ok(())
     }
 

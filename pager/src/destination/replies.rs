@@ -3,10 +3,17 @@
 //! An answer is received whole, header and page in one step, and its page copied into the alias when it is claimed. Receiving the
 //! header first and the page into its place saves the copy, 0.2 µs, and costs a second step of the ring, five times as much
 //! (docs/performance.md). Several answers may come in one step too.
+//!
+//! On a TLS lane they are opened where their records lie, and a page is copied from there: an answer is in one record, unless a
+//! source cuts it otherwise.
 
 use switchover_wire::frame::FrameError;
 use switchover_wire::frame::fault::FaultReply;
+use switchover_wire::socket::Socket;
+use switchover_wire::tls::record::Opener;
+use switchover_wire::tls::{Tls, TlsError};
 use switchover_wire::types::{PAGE_SIZE, PageCount};
+use thiserror::Error;
 
 /// One answer at the most.
 const LONGEST: usize = FaultReply::LEN + PAGE_SIZE;
@@ -22,6 +29,19 @@ pub struct Replies {
     come: usize,
     /// Whether pages have checksums.
     checksums: bool,
+    /// On a TLS lane, what comes first. Only an answer that is cut in two comes into `bytes`.
+    opener: Option<Box<Opener>>,
+}
+
+/// What has come is no answer.
+#[derive(Debug, Error)]
+pub enum ReplyError {
+    /// A frame that cannot be.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// A record that cannot be, or the lane's end.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
 }
 
 /// An answer that is here whole.
@@ -29,7 +49,9 @@ pub struct Replies {
 pub struct Reply {
     /// Its header.
     pub header: FaultReply,
+    /// Where its page begins: within the opened record, or `bytes`.
     page: usize,
+    in_record: bool,
 }
 
 /// What is to be received next.
@@ -44,19 +66,29 @@ pub enum Wanted {
 impl Replies {
     /// Nothing has come of a lane whose pages have `checksums`, or none.
     pub fn new(checksums: bool) -> Self {
-        Self { bytes: Box::new([0; ROOM]), taken: 0, come: 0, checksums }
+        Self { bytes: Box::new([0; ROOM]), taken: 0, come: 0, checksums, opener: None }
     }
 
-    /// Forgets what has come: the lane is another one.
-    pub fn begin_anew(&mut self, checksums: bool) {
+    /// Forgets what has come: the answers of `lane` come next, whose pages have `checksums` or none.
+    ///
+    /// # Errors
+    /// When somebody else reads from it.
+    pub fn begin(&mut self, lane: &Socket, checksums: bool) -> Result<(), TlsError> {
         (self.taken, self.come, self.checksums) = (0, 0, checksums);
+        self.opener = lane.tls().map(Tls::take_opener).transpose()?;
+        Ok(())
     }
 
     /// Where the next bytes go, and what is wanted of them. There is always room for the rest of an answer.
     pub fn room(&mut self) -> (&mut [u8], Wanted) {
-        self.bytes.copy_within(self.taken..self.come, 0);
-        (self.taken, self.come) = (0, self.come - self.taken);
-        match self.lacking() {
+        self.tidy();
+        let lacking = self.lacking();
+        if let Some(opener) = &mut self.opener {
+            let partial = opener.is_within_a_record();
+            let (space, needed) = opener.space(1);
+            return if partial { (&mut space[..needed], Wanted::Rest(needed)) } else { (space, Wanted::Any) };
+        }
+        match lacking {
             Some(rest) => (&mut self.bytes[self.come..self.come + rest], Wanted::Rest(rest)),
             None => (&mut self.bytes[self.come..], Wanted::Any),
         }
@@ -64,14 +96,63 @@ impl Replies {
 
     /// So many bytes have come into that [room](Self::room).
     pub fn came(&mut self, count: usize) {
-        self.come = (self.come + count).min(ROOM);
+        match &mut self.opener {
+            Some(opener) => opener.received(count),
+            None => self.come = (self.come + count).min(ROOM),
+        }
+    }
+
+    fn tidy(&mut self) {
+        self.bytes.copy_within(self.taken..self.come, 0);
+        (self.taken, self.come) = (0, self.come - self.taken);
     }
 
     /// Takes the next answer that is here whole, and as it was sent, for a machine with `ram` pages.
     ///
     /// # Errors
     /// When what has come is no answer, or a damaged one.
-    pub fn next(&mut self, ram: PageCount) -> Result<Option<Reply>, FrameError> {
+    pub fn next(&mut self, ram: PageCount) -> Result<Option<Reply>, ReplyError> {
+        while let Some(opener) = &mut self.opener {
+            let length = opener.plaintext()?.len();
+            if length == 0 {
+                break;
+            }
+            let position = opener.position();
+            let plain = opener.opened_at(position);
+            if self.come == self.taken
+                && let Some(bytes) = plain.first_chunk()
+            {
+                let (header, checksum) = FaultReply::decode(bytes, ram)?;
+                let whole = FaultReply::LEN + header.payload();
+                if whole <= length {
+                    if self.checksums {
+                        checksum.check("fault reply", [&plain[FaultReply::LEN..whole]])?;
+                    }
+                    opener.take(whole);
+                    return Ok(Some(Reply { header, page: position + FaultReply::LEN, in_record: true }));
+                }
+            }
+            // A part of an answer: what follows it is in another record.
+            let count = length.min(self.wanting());
+            self.tidy();
+            let Some(opener) = &mut self.opener else { break };
+            self.bytes[self.come..self.come + count].copy_from_slice(&opener.opened_at(position)[..count]);
+            self.come += count;
+            opener.take(count);
+            if let Some(reply) = self.next_of_bytes(ram)? {
+                return Ok(Some(reply));
+            }
+        }
+        if self.opener.is_some() { Ok(None) } else { self.next_of_bytes(ram) }
+    }
+
+    /// How much of an answer that is cut in two may come next, at most.
+    fn wanting(&self) -> usize {
+        let here = self.come - self.taken;
+        if here < FaultReply::LEN { FaultReply::LEN - here } else { LONGEST - here.min(LONGEST) }
+    }
+
+    fn next_of_bytes(&mut self, ram: PageCount) -> Result<Option<Reply>, ReplyError> {
         let Some(bytes) = self.header() else { return Ok(None) };
         let (header, checksum) = FaultReply::decode(bytes, ram)?;
         if self.come - self.taken < FaultReply::LEN + header.payload() {
@@ -83,12 +164,16 @@ impl Replies {
             checksum.check("fault reply", [&self.bytes[page..end]])?;
         }
         self.taken = end;
-        Ok(Some(Reply { header, page }))
+        Ok(Some(Reply { header, page, in_record: false }))
     }
 
     /// The page of an answer that has one, until there is [room](Self::room) for others.
     pub fn page(&self, reply: Reply) -> Option<&[u8; PAGE_SIZE]> {
-        self.bytes.get(reply.page..)?.first_chunk().filter(|_| reply.header.payload() == PAGE_SIZE)
+        let bytes = match &self.opener {
+            Some(opener) if reply.in_record => opener.opened_at(reply.page),
+            _ => self.bytes.get(reply.page..)?,
+        };
+        bytes.first_chunk().filter(|_| reply.header.payload() == PAGE_SIZE)
     }
 
     /// How much is missing of the page whose header has come.
@@ -170,7 +255,7 @@ mod tests {
         replies.came(100);
         assert!(replies.next(RAM).unwrap().is_none());
         assert_eq!(replies.room().1, Wanted::Rest(LONGEST - 100));
-        replies.begin_anew(true);
+        replies.begin(&Socket::pair().unwrap().0, true).unwrap();
         let (room, wanted) = replies.room();
         assert_eq!((room.len(), wanted), (ROOM, Wanted::Any));
         room[..FaultReply::LEN].fill(0xff);
@@ -178,7 +263,7 @@ mod tests {
         assert!(replies.next(RAM).is_err());
         // A page that was damaged on the way.
         for (checksums, at) in [(true, FaultReply::LEN), (true, LONGEST - 1), (false, LONGEST - 1)] {
-            replies.begin_anew(checksums);
+            replies.begin(&Socket::pair().unwrap().0, checksums).unwrap();
             let (room, _) = replies.room();
             room[..LONGEST].copy_from_slice(&stream);
             room[at] ^= 0x10;

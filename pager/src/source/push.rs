@@ -1,7 +1,6 @@
 //! Pushing pages on a `bulk` lane: most wanted first, zeros in a bit, everything once.
 
 use std::io::IoSlice;
-use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
@@ -9,7 +8,7 @@ use std::time::Instant;
 use switchover_wire::checksum::Checksum;
 use switchover_wire::clock::Nanos;
 use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, FrameFlags};
-use switchover_wire::ring::{Ring, RingError};
+use switchover_wire::ring::{RingError, Stream};
 use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 use thiserror::Error;
 
@@ -20,9 +19,6 @@ use crate::lane::PageLane;
 use crate::runs::{CHUNK_LEN, bits, lowest, runs};
 use crate::sent::ChunkIndex;
 use crate::zero::{Holes, is_zero};
-
-/// One operation at a time: two entries are one more than needed.
-const RING_ENTRIES: u32 = 2;
 
 /// Why a bulk lane ended early on the source.
 #[derive(Debug, Error)]
@@ -39,7 +35,7 @@ pub enum PushError {
 pub struct Pusher {
     lane: PageLane,
     shared: Arc<Shared>,
-    ring: Ring,
+    stream: Stream,
     encoder: Option<Box<dyn ChunkEncoder>>,
     pushed: u64,
     /// The sweep has not been waited for yet.
@@ -52,8 +48,8 @@ impl Pusher {
     /// # Errors
     /// When there is no ring for it.
     pub(super) fn new(lane: PageLane, shared: &Arc<Shared>) -> Result<Self, PushError> {
-        let ring = Ring::new(RING_ENTRIES)?;
-        Ok(Self { lane, shared: Arc::clone(shared), ring, encoder: None, pushed: 0, sweep_closed: true })
+        let stream = Stream::new(Arc::clone(&lane.socket))?;
+        Ok(Self { lane, shared: Arc::clone(shared), stream, encoder: None, pushed: 0, sweep_closed: true })
     }
 
     /// Pushes until nothing is left, and says so on the lane.
@@ -192,7 +188,7 @@ impl Pusher {
         if self.shared.pacer.stopped_before(bytes, |span| self.shared.queue.pause(span)) {
             return Err(PushError::Stopped);
         }
-        self.ring.send_all(self.lane.socket.as_fd(), &[IoSlice::new(frame)])?;
+        self.stream.send_all(&[IoSlice::new(frame)])?;
         encoder.sent(bytes, began.elapsed());
         self.count(data, zero, bytes);
         Ok(true)
@@ -236,7 +232,7 @@ impl Pusher {
             if self.lane.checksums { Checksum::of(parts[1..used].iter().map(|part| &**part)) } else { Checksum::NONE };
         let header = frame.encode(FrameFlags::default(), checksum);
         parts[0] = IoSlice::new(&header);
-        self.ring.send_all(self.lane.socket.as_fd(), &parts[..used])?;
+        self.stream.send_all(&parts[..used])?;
         self.lane.socket.counters().add_sent(bytes);
         Ok(())
     }

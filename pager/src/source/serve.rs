@@ -1,7 +1,6 @@
 //! Answering the destination's requests on a `fault` lane.
 
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -9,7 +8,7 @@ use switchover_wire::checksum::Checksum;
 use switchover_wire::clock::Nanos;
 use switchover_wire::frame::FrameError;
 use switchover_wire::frame::fault::{FaultReply, FaultRequest, ReplyContent};
-use switchover_wire::ring::{Ring, RingError};
+use switchover_wire::ring::{RingError, Stream};
 use switchover_wire::types::{PAGE_SIZE, PageIndex};
 use thiserror::Error;
 
@@ -18,9 +17,6 @@ use super::order::Fault;
 use crate::cpu;
 use crate::lane::PageLane;
 use crate::zero::is_zero;
-
-/// One operation at a time: two entries are one more than needed.
-const RING_ENTRIES: u32 = 2;
 
 /// Why a fault lane ended on the source.
 #[derive(Debug, Error)]
@@ -40,7 +36,7 @@ pub enum ServeError {
 pub struct FaultServer {
     lane: PageLane,
     shared: Arc<Shared>,
-    ring: Ring,
+    stream: Stream,
 }
 
 impl FaultServer {
@@ -49,7 +45,8 @@ impl FaultServer {
     /// # Errors
     /// When there is no ring for it.
     pub(super) fn new(lane: PageLane, shared: &Arc<Shared>) -> Result<Self, ServeError> {
-        Ok(Self { lane, shared: Arc::clone(shared), ring: Ring::new(RING_ENTRIES)? })
+        let stream = Stream::new(Arc::clone(&lane.socket))?;
+        Ok(Self { lane, shared: Arc::clone(shared), stream })
     }
 
     /// Serves until the lane ends, which is always an error to this function; whoever stops the pager knows better.
@@ -61,8 +58,8 @@ impl FaultServer {
         let mut request = [0; FaultRequest::LEN];
         loop {
             // Only the next request can tell that a vCPU waits: it comes soon, or not for a while.
-            self.ring.spin_for(self.shared.idleness.spin(self.shared.servers, self.shared.pushers, Nanos::now()));
-            self.ring.recv_exact(self.lane.socket.as_fd(), &mut [IoSliceMut::new(&mut request)])?;
+            self.stream.spin_for(self.shared.idleness.spin(self.shared.servers, self.shared.pushers, Nanos::now()));
+            self.stream.recv_exact(&mut [IoSliceMut::new(&mut request)])?;
             self.lane.socket.counters().add_received(FaultRequest::LEN as u64);
             let request = FaultRequest::decode(&request, self.shared.ram.pages())?;
             if !self.shared.serving.load(Ordering::Acquire) {
@@ -86,7 +83,7 @@ impl FaultServer {
         let parts = [IoSlice::new(&header), IoSlice::new(bytes)];
         let parts = if zero { &parts[..1] } else { &parts[..] };
         self.shared.sent.mark(request.page);
-        let sent = self.ring.send_all(self.lane.socket.as_fd(), parts)?;
+        let sent = self.stream.send_all(parts)?;
         self.lane.socket.counters().add_sent(sent as u64);
         let counts = &self.shared.counts;
         counts.requests.fetch_add(1, Ordering::Relaxed);

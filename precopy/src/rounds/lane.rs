@@ -2,7 +2,6 @@
 
 use std::io::IoSlice;
 use std::ops::Range;
-use std::os::fd::AsFd as _;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,7 +13,7 @@ use switchover_pager::sent::ChunkIndex;
 use switchover_pager::zero::Holes;
 use switchover_wire::checksum::Checksum;
 use switchover_wire::frame::bulk::{BulkFrame, CHUNK_PAGES, FrameFlags};
-use switchover_wire::ring::{Ring, RingError};
+use switchover_wire::ring::{RingError, Stream};
 use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 use thiserror::Error;
 
@@ -23,9 +22,6 @@ use super::{SPAN_CHUNKS, Shared};
 use crate::dirty::DirtyLogError;
 use crate::live;
 use crate::pack::Packer;
-
-/// One operation at a time: two entries are one more than needed.
-const RING_ENTRIES: u32 = 2;
 
 /// Bytes after which the destination is asked for a receipt, besides at the end of each span. Each receipt costs both sides a
 /// system call and a wake-up.
@@ -52,7 +48,7 @@ pub struct LaneSender {
     index: usize,
     lane: PageLane,
     shared: Arc<Shared>,
-    ring: Ring,
+    stream: Stream,
     packer: Packer,
     round: u32,
     /// Bytes since the last frame that asked for a receipt.
@@ -68,10 +64,10 @@ impl LaneSender {
     /// When there is no ring for it.
     pub(super) fn new(index: usize, lane: PageLane, shared: &Arc<Shared>) -> Result<Self, LaneError> {
         let packer = Packer::new(shared.packing, Arc::clone(&shared.versions));
-        let ring = Ring::new(RING_ENTRIES)?;
+        let stream = Stream::new(Arc::clone(&lane.socket))?;
         let copied = if lane.checksums { CHUNK_LEN * PAGE_SIZE } else { 0 };
         let copy = vec![0; copied].into_boxed_slice();
-        Ok(Self { index, lane, shared: Arc::clone(shared), ring, packer, round: 0, unreceipted: 0, copy })
+        Ok(Self { index, lane, shared: Arc::clone(shared), stream, packer, round: 0, unreceipted: 0, copy })
     }
 
     /// Sends round after round until a halt.
@@ -111,7 +107,7 @@ impl LaneSender {
         let bytes = header.len() as u64;
         let frame = Frame { chunk: ChunkIndex(0), data: 0, zero: 0, chunks: 1, bytes, pinned: Vec::new() };
         self.shared.books.send(self.index, frame);
-        live::send_bytes(&mut self.ring, &self.lane.socket, &header)?;
+        live::send_bytes(&mut self.stream, &header)?;
         self.sent(bytes);
         Ok(())
     }
@@ -158,7 +154,7 @@ impl LaneSender {
         for index in chunk.0..chunk.0 + chunks {
             self.packer.sent_as_is(ChunkIndex(index).first(), 0, u64::MAX);
         }
-        live::send_bytes(&mut self.ring, &self.lane.socket, &header)?;
+        live::send_bytes(&mut self.stream, &header)?;
         self.sent(header.len() as u64);
         Ok(())
     }
@@ -208,7 +204,7 @@ impl LaneSender {
                 return Ok(false);
             }
             shared.books.send(self.index, frame(bytes, packed.pinned.to_vec()));
-            live::send_bytes(&mut self.ring, &self.lane.socket, packed.bytes)?;
+            live::send_bytes(&mut self.stream, packed.bytes)?;
             bytes
         } else {
             if !pace(&shared, raw_bytes) {
@@ -235,7 +231,7 @@ impl LaneSender {
         let frame = BulkFrame::Chunk { first: chunk.first(), data, zero };
         if !self.lane.checksums {
             let header = frame.encode(flags, Checksum::NONE);
-            return Ok(live::send(&self.shared.ram, &mut self.ring, &self.lane.socket, &header, chunk, data)?);
+            return Ok(live::send(&self.shared.ram, &mut self.stream, &header, chunk, data)?);
         }
         let mut places = self.copy.chunks_exact_mut(PAGE_SIZE);
         for (bit, place) in bits(data).zip(&mut places) {
@@ -245,7 +241,7 @@ impl LaneSender {
         }
         let pages = &self.copy[..frame.payload()];
         let header = frame.encode(flags, Checksum::of([pages]));
-        self.ring.send_all(self.lane.socket.as_fd(), &[IoSlice::new(&header), IoSlice::new(pages)])?;
+        self.stream.send_all(&[IoSlice::new(&header), IoSlice::new(pages)])?;
         Ok(())
     }
 

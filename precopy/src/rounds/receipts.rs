@@ -1,6 +1,5 @@
 //! Reading what the destination says it has taken.
 
-use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,6 +12,8 @@ use nix::sys::socket::{MsgFlags, recv};
 use switchover_pager::cpu::CpuMeter;
 use switchover_pager::lane::{Notify, PageLane, PagerEvent};
 use switchover_wire::frame::bulk::Taken;
+use switchover_wire::ring::RingError;
+use switchover_wire::tls::record::Opener;
 
 use super::{RoundsError, Shared};
 
@@ -31,6 +32,8 @@ struct Inbox {
     bytes: [u8; Taken::LEN * AT_ONCE],
     filled: usize,
     open: bool,
+    /// On a TLS lane, taken when the first receipt comes.
+    opener: Option<Box<Opener>>,
 }
 
 impl Receipts {
@@ -75,12 +78,27 @@ impl Drop for Receipts {
 
 impl Inbox {
     fn new(lane: PageLane) -> Self {
-        Self { lane, bytes: [0; Taken::LEN * AT_ONCE], filled: 0, open: true }
+        Self { lane, bytes: [0; Taken::LEN * AT_ONCE], filled: 0, open: true, opener: None }
     }
 
     /// Takes what has come. `false` when the destination has closed the lane.
-    fn read(&mut self) -> io::Result<bool> {
+    fn read(&mut self) -> Result<bool, RingError> {
+        let failed = |errno: Errno| RingError::Io { operation: "receive", source: errno.into() };
         let fd = self.lane.socket.as_fd().as_raw_fd();
+        if let Some(tls) = self.lane.socket.tls() {
+            let opener = match &mut self.opener {
+                Some(opener) => opener,
+                none => none.insert(tls.take_opener()?),
+            };
+            let count = match recv(fd, opener.space(1).0, MsgFlags::MSG_DONTWAIT) {
+                Ok(0) => return Ok(false),
+                Ok(count) => count,
+                Err(Errno::EAGAIN | Errno::EINTR) => return Ok(true),
+                Err(errno) => return Err(failed(errno)),
+            };
+            opener.received(count);
+            return self.open().map(|()| true);
+        }
         match recv(fd, &mut self.bytes[self.filled..], MsgFlags::MSG_DONTWAIT) {
             Ok(0) => Ok(false),
             Ok(count) => {
@@ -89,7 +107,28 @@ impl Inbox {
                 Ok(true)
             }
             Err(Errno::EAGAIN | Errno::EINTR) => Ok(true),
-            Err(errno) => Err(errno.into()),
+            Err(errno) => Err(failed(errno)),
+        }
+    }
+
+    /// Opens what has come of a TLS lane. Of more receipts than there is room for the last one is kept: each says what those
+    /// before it say.
+    fn open(&mut self) -> Result<(), RingError> {
+        let Some(opener) = &mut self.opener else { return Ok(()) };
+        loop {
+            let plain = opener.plaintext()?;
+            if plain.is_empty() {
+                return Ok(());
+            }
+            if self.filled == self.bytes.len() {
+                self.bytes.copy_within(self.filled - Taken::LEN.., 0);
+                self.filled = Taken::LEN;
+            }
+            let count = plain.len().min(self.bytes.len() - self.filled);
+            self.bytes[self.filled..self.filled + count].copy_from_slice(&plain[..count]);
+            self.filled += count;
+            opener.take(count);
+            self.lane.socket.counters().add_received(count as u64);
         }
     }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde_json::{Value, json};
 use switchover_hybrid::settings::{Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
+use switchover_wire::tls::Role;
 
 use super::arguments::Arguments;
 use super::capabilities::Capabilities;
@@ -12,6 +13,7 @@ use super::channel::{parse_uri, take_address};
 use super::controller::Controller;
 use super::parameters::Parameters;
 use super::refusal::Refusal;
+use super::security::security;
 use super::{dirty, query, settings};
 use crate::run_state::RunState;
 
@@ -24,7 +26,7 @@ pub struct Commands {
     options: Mutex<Options>,
 }
 
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Default)]
 struct Options {
     capabilities: Capabilities,
     parameters: Parameters,
@@ -79,7 +81,14 @@ impl Commands {
     /// Commands that act on `controller`.
     #[must_use]
     pub fn new(controller: Arc<dyn Controller>) -> Self {
-        Self { controller, options: Mutex::default() }
+        Self::with(controller, Parameters::default())
+    }
+
+    /// The same, with these parameters to begin with.
+    #[must_use]
+    pub fn with(controller: Arc<dyn Controller>, parameters: Parameters) -> Self {
+        let options = Options { parameters, ..Options::default() };
+        Self { controller, options: Mutex::new(options) }
     }
 
     /// Carries the command `name` out. `quit` is only checked: [`end`](Self::end) does it, when its reply is out.
@@ -138,12 +147,20 @@ impl Commands {
         arguments.optional::<bool>("detach")?;
         arguments.finish()?;
         if resume {
-            let settings = self.options().settings();
-            return self.controller.resume_migration(to, settings).map_err(Refusal::generic).map(|()| json!({}));
+            let options = self.options();
+            let (settings, security) =
+                (options.settings(), security(&options.parameters, Role::Source).map_err(Refusal::generic)?);
+            drop(options);
+            return self
+                .controller
+                .resume_migration(to, settings, security)
+                .map_err(Refusal::generic)
+                .map(|()| json!({}));
         }
         // Held until it has begun: from then on, options that hold from its beginning cannot be changed.
         let options = self.options();
-        self.controller.migrate(to, options.settings()).map_err(Refusal::generic).map(|()| json!({}))
+        let security = security(&options.parameters, Role::Source).map_err(Refusal::generic)?;
+        self.controller.migrate(to, options.settings(), security).map_err(Refusal::generic).map(|()| json!({}))
     }
 
     fn migrate_recover(&self, mut arguments: Arguments) -> Result<Value, Refusal> {
@@ -173,7 +190,11 @@ impl Commands {
                  the handoff",
             ));
         }
-        self.controller.listen(&at, self.options().settings()).map_err(Refusal::generic).map(|()| json!({}))
+        let options = self.options();
+        let (settings, security) =
+            (options.settings(), security(&options.parameters, Role::Destination).map_err(Refusal::generic)?);
+        drop(options);
+        self.controller.listen(&at, settings, security).map_err(Refusal::generic).map(|()| json!({}))
     }
 
     fn start_postcopy(&self, arguments: Arguments) -> Result<Value, Refusal> {
@@ -232,11 +253,11 @@ impl Commands {
         if options.parameters.silence_ms != after.silence_ms {
             self.controller.set_silence(settings::silence(&after));
         }
-        options.parameters = after;
         if under_way {
             let tunables = Tunables { limits: settings::limits(&after), bandwidth: settings::bandwidth(&after) };
             self.controller.set_tunables(tunables);
         }
+        options.parameters = after;
         Ok(json!({}))
     }
 
@@ -268,7 +289,8 @@ impl Commands {
 
     fn query_migrate(&self, arguments: Arguments) -> Result<Value, Refusal> {
         arguments.finish()?;
-        let Options { capabilities, parameters } = *self.options();
+        let options = self.options();
+        let Options { capabilities, parameters } = &*options;
         let around = query::Surroundings {
             vcpus: self.controller.vcpus(),
             blockers: self.controller.blockers(),

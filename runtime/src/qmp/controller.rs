@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 use switchover_hybrid::error::MigrationError;
 use switchover_hybrid::progress::Progress;
 use switchover_hybrid::report::SideReport;
+use switchover_hybrid::security::Security;
 use switchover_hybrid::settings::{Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
 use switchover_wire::address::Address;
@@ -51,13 +52,13 @@ pub trait Controller: Send + Sync + 'static {
     ///
     /// # Errors
     /// When it cannot begin. Whatever fails later is seen in [`migration`](Self::migration).
-    fn migrate(&self, to: Address, settings: Settings) -> Result<(), ControlError>;
+    fn migrate(&self, to: Address, settings: Settings, security: Security) -> Result<(), ControlError>;
 
     /// Listens at `at` for a source.
     ///
     /// # Errors
     /// When this machine waits for none, or the address cannot be had.
-    fn listen(&self, at: &Address, settings: Settings) -> Result<(), ControlError>;
+    fn listen(&self, at: &Address, settings: Settings, security: Security) -> Result<(), ControlError>;
 
     /// Hands the guest over now.
     ///
@@ -81,7 +82,7 @@ pub trait Controller: Send + Sync + 'static {
     ///
     /// # Errors
     /// When no link is lost.
-    fn resume_migration(&self, to: Address, settings: Settings) -> Result<(), ControlError>;
+    fn resume_migration(&self, to: Address, settings: Settings, security: Security) -> Result<(), ControlError>;
 
     /// On a destination: listens at `at` too for the source to join a lost link again.
     ///

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use switchover_hybrid::progress::Progress;
 use switchover_hybrid::report::SideReport;
+use switchover_hybrid::security::Security;
 use switchover_hybrid::settings::{Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
 use switchover_wire::address::Address;
@@ -106,14 +107,14 @@ impl Controller for Fake {
         self.note("quit".to_owned());
     }
 
-    fn migrate(&self, to: Address, settings: Settings) -> Result<(), ControlError> {
+    fn migrate(&self, to: Address, settings: Settings, _: Security) -> Result<(), ControlError> {
         self.note(format!("migrate to {to} over {} at {}", settings.bulk_lanes, settings.bandwidth.postcopy));
         self.state.lock().unwrap().began = Some(settings);
         self.stand(MigrationStatus::Active);
         Ok(())
     }
 
-    fn listen(&self, at: &Address, _: Settings) -> Result<(), ControlError> {
+    fn listen(&self, at: &Address, _: Settings, _: Security) -> Result<(), ControlError> {
         self.note(format!("listen at {at}"));
         if self.run_state() == RunState::Inmigrate { Ok(()) } else { Err(ControlError::NotIncoming) }
     }
@@ -142,7 +143,7 @@ impl Controller for Fake {
         }
     }
 
-    fn resume_migration(&self, to: Address, settings: Settings) -> Result<(), ControlError> {
+    fn resume_migration(&self, to: Address, settings: Settings, _: Security) -> Result<(), ControlError> {
         if self.migration().is_none_or(|view| view.progress.status != MigrationStatus::PostcopyPaused) {
             return Err(ControlError::NothingToResume);
         }

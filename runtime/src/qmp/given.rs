@@ -69,6 +69,17 @@ impl Given<'_> {
         self.value.as_bool().ok_or_else(|| self.mistyped("boolean"))
     }
 
+    /// A text; null is QEMU's way to clear one.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn string(&self) -> Result<String, Refusal> {
+        if self.value.is_null() {
+            return Ok(String::new());
+        }
+        self.value.as_str().map(str::to_owned).ok_or_else(|| self.mistyped("string"))
+    }
+
     /// One of these names.
     ///
     /// # Errors

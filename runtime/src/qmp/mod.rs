@@ -22,6 +22,7 @@ mod given;
 pub mod parameters;
 pub mod query;
 pub mod refusal;
+pub mod security;
 pub mod server;
 pub mod session;
 pub mod settings;

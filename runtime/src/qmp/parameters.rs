@@ -10,7 +10,7 @@ use super::given::Given;
 use super::refusal::Refusal;
 
 /// The parameters that change something. What each means to a migration is in [`super::settings`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Parameters {
     /// Bound on bytes a second before the handoff; 0 means none.
     pub max_bandwidth: u64,
@@ -58,6 +58,12 @@ pub struct Parameters {
     pub collapse: bool,
     /// How long the other side may be silent, in milliseconds, before the link counts as lost.
     pub silence_ms: u64,
+    /// The folder of this side's certificates and keys; empty for lanes without TLS.
+    pub tls_creds: String,
+    /// The name that the destination's certificate must be for; empty for the host of its address.
+    pub tls_hostname: String,
+    /// Lanes without TLS to and from other hosts.
+    pub allow_plain: bool,
 }
 
 /// QEMU's `multifd-compression`, as far as it is built.
@@ -97,6 +103,9 @@ impl Default for Parameters {
             record_faults: false,
             collapse: true,
             silence_ms: 5_000,
+            tls_creds: String::new(),
+            tls_hostname: String::new(),
+            allow_plain: false,
         }
     }
 }
@@ -125,7 +134,7 @@ const COMPRESSIONS: [(&str, Compression); 4] = [
 const MULTIFD_COMPRESSIONS: [(&str, MultifdCompression); 2] =
     [("none", MultifdCompression::None), ("zstd", MultifdCompression::Zstd)];
 
-const SETTABLE: [Entry; 23] = [
+const SETTABLE: [Entry; 26] = [
     Entry {
         name: "max-bandwidth",
         get: |all| json!(all.max_bandwidth),
@@ -266,6 +275,21 @@ const SETTABLE: [Entry; 23] = [
         get: |all| json!(all.silence_ms),
         set: |all, given| given.within(SILENCES, " ms").map(|value| all.silence_ms = value),
     },
+    Entry {
+        name: "tls-creds",
+        get: |all| json!(all.tls_creds),
+        set: |all, given| given.string().map(|value| all.tls_creds = value),
+    },
+    Entry {
+        name: "tls-hostname",
+        get: |all| json!(all.tls_hostname),
+        set: |all, given| given.string().map(|value| all.tls_hostname = value),
+    },
+    Entry {
+        name: "x-switchover-allow-plain",
+        get: |all| json!(all.allow_plain),
+        set: |all, given| given.boolean().map(|value| all.allow_plain = value),
+    },
 ];
 
 /// Those that a migration takes along when it begins, and whose names are not QEMU's: changing one under way is refused.
@@ -282,17 +306,15 @@ const FIXED_UNDER_WAY: [&str; 8] = [
     "x-switchover-collapse",
 ];
 
-const NO_TLS: &str = "lanes are not encrypted yet";
+const NO_AUTHZ: &str = "every certificate of the CA is let in";
 const NO_NETWORK: &str = "this machine has no network card to announce";
 const NOT_THIS_COMPRESSION: &str = "pages can be compressed with zstd or LZ4";
 
 /// QEMU's parameters that hold one value here: they may be set to it, and to nothing else.
-fn fixed() -> [(&'static str, Value, &'static str); 9] {
+fn fixed() -> [(&'static str, Value, &'static str); 7] {
     [
         ("mode", json!("normal"), "only normal migrations are built"),
-        ("tls-creds", json!(""), NO_TLS),
-        ("tls-hostname", json!(""), NO_TLS),
-        ("tls-authz", json!(""), NO_TLS),
+        ("tls-authz", json!(""), NO_AUTHZ),
         ("avail-switchover-bandwidth", json!(0), "what the lanes carry is always measured"),
         ("cpu-throttle-tailslow", json!(false), "the last step is as large as the others"),
         ("throttle-trigger-threshold", json!(50), "vCPUs are slowed down when a round does not shrink"),
@@ -321,7 +343,7 @@ impl Parameters {
     /// # Errors
     /// When one is unknown, mistyped, out of bounds, or would change nothing if it were accepted.
     pub fn set(&self, arguments: Arguments) -> Result<Self, Refusal> {
-        let mut after = *self;
+        let mut after = self.clone();
         for (name, value) in arguments.rest() {
             let given = Given { name: &name, value: &value };
             match SETTABLE.iter().find(|entry| entry.name == name) {
@@ -409,7 +431,9 @@ mod tests {
             "x-switchover-checksums": false,
             "x-switchover-max-rounds": 1, "x-switchover-time-budget": 4_294_967_295_u32,
             "x-switchover-record-bitmaps": true, "x-switchover-record-faults": true, "x-switchover-silence": 1000,
-            "x-switchover-fault-lanes": 16, "x-switchover-collapse": false,
+            "x-switchover-fault-lanes": 16, "tls-creds": "/etc/switchover", "tls-hostname": "b.example",
+            "x-switchover-allow-plain": true,
+            "x-switchover-collapse": false,
         });
         let other = other.as_object().unwrap();
         assert_eq!(other.len(), SETTABLE.len());
@@ -514,8 +538,8 @@ mod tests {
                 "Parameter 'x-switchover-silence' expects an integer in the range of 1000 to 3600000 ms",
             ),
             (
-                json!({"tls-creds": "tls0"}),
-                "Parameter 'tls-creds' cannot be set to \"tls0\": lanes are not encrypted yet",
+                json!({"tls-authz": "authz0"}),
+                "Parameter 'tls-authz' cannot be set to \"authz0\": every certificate of the CA is let in",
             ),
             (
                 json!({"multifd-channels": 4, "throttle-trigger-threshold": 20}),

@@ -20,6 +20,7 @@ use super::commands::Commands;
 use super::controller::{Controller, Event, TimedEvent};
 use super::endpoint::Endpoint;
 use super::framing::Framing;
+use super::parameters::Parameters;
 use super::session::{Session, Then, greeting};
 
 /// Longest command taken. The longest sensible one is a few hundred bytes.
@@ -85,16 +86,18 @@ impl Bound {
 }
 
 impl Server {
-    /// Serves `controller` on a socket, and tells whoever is connected of `events`.
+    /// Serves `controller` on a socket, with these parameters to begin with, and tells whoever is connected of `events`.
     ///
     /// # Errors
     /// When no thread can be started.
     pub fn start(
         Bound(listener): Bound,
         controller: Arc<dyn Controller>,
+        parameters: Parameters,
         events: Receiver<TimedEvent>,
     ) -> Result<Self, ServerError> {
-        let shared = Arc::new(Shared { listener, commands: Commands::new(controller), connections: Mutex::default() });
+        let commands = Commands::with(controller, parameters);
+        let shared = Arc::new(Shared { listener, commands, connections: Mutex::default() });
         let mut server = Self { shared: Arc::clone(&shared), announcing: None, accepting: None };
         let (goes_on, ends) = bounded(0);
         let announcer = Arc::clone(&shared);

@@ -30,7 +30,8 @@ fn serve(run_state: RunState) -> Setup {
     let endpoint = Endpoint::at(directory.path().join("qmp"));
     let fake = Arc::new(Fake::new(run_state));
     let (events, told) = unbounded();
-    let server = Server::start(Bound::at(&endpoint).unwrap(), Arc::<Fake>::clone(&fake), told).unwrap();
+    let server =
+        Server::start(Bound::at(&endpoint).unwrap(), Arc::<Fake>::clone(&fake), Parameters::default(), told).unwrap();
     Setup { server, fake, events, endpoint, _directory: directory }
 }
 

@@ -84,6 +84,10 @@ pub struct BenchArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "matrix")]
     trace: Option<PathBuf>,
 
+    /// Move it over TLS too, in turn with the same modes as they are: their names end in -tls
+    #[arg(long)]
+    tls: bool,
+
     /// Another VMM to measure beside this one, in the same runs and by the same guest: qemu
     #[arg(long, value_name = "NAME")]
     peer: Option<String>,
@@ -118,6 +122,7 @@ Examples:
   The same, shaped by the kernel:      switchover bench --modes postcopy,hybrid --bandwidth 1G --link veth
   Remote faults as the guest feels them: switchover bench --guest once --warmup 1 --hold-push 1.5 --append \
                                            'gaps=fine pace=50000'
+  What TLS costs:                      switchover bench --tls --modes postcopy,hybrid
   Is the hybrid the best of both:      switchover bench --matrix
   Beside QEMU, ten runs of each mode:  switchover bench --peer qemu
   Only what one asks about:            switchover bench --peer qemu --modes postcopy,postcopy-preempt
@@ -215,6 +220,8 @@ pub struct Plan {
     pub period_ms: u64,
     /// What the two sides talk over.
     pub link: Link,
+    /// Whether each of this VMM's modes is measured over TLS too.
+    pub tls: bool,
     /// Seconds before the move.
     pub warmup_s: f64,
     /// Seconds after it.
@@ -309,6 +316,7 @@ impl BenchArgs {
             memory,
             vcpus: self.vcpus,
             period_ms: self.period,
+            tls: self.tls,
             link: self.link,
             warmup_s: self.warmup.unwrap_or(defaults.warmup_s),
             after_s: self.after.unwrap_or(defaults.after_s),

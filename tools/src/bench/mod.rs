@@ -56,7 +56,8 @@ pub use self::args::BenchArgs;
 use self::hdr_files::{write_all, write_file};
 use self::measure::Entry;
 use self::schema::{PeerInfo, Report, RunReport};
-use self::vmm::Switchover;
+use self::vmm::{Lanes, Switchover};
+use crate::certs;
 use crate::failure::{Failure, say};
 use crate::signals::EndRequests;
 
@@ -84,8 +85,14 @@ pub fn main(args: &BenchArgs) -> Result<(), Failure> {
     let executable = std::env::current_exe().map_err(|error| {
         Failure::failed(format_args!("cannot find out which program this is: {error}; is /proc there?"))
     })?;
-    let ours = Switchover { executable };
+    let ours = Switchover { executable: executable.clone(), lanes: Lanes::Plain };
+    let credentials = plan.tls.then(credentials).transpose()?;
+    let over_tls =
+        credentials.as_ref().map(|folder| Switchover { executable, lanes: Lanes::Tls(folder.path().to_owned()) });
     let mut entries: Vec<_> = plan.modes.iter().map(|mode| Entry { vmm: &ours, mode: *mode }).collect();
+    if let Some(vmm) = &over_tls {
+        entries.extend(plan.modes.iter().filter_map(|mode| Some(Entry { vmm, mode: modes::secured(*mode)? })));
+    }
     if let Some((_, found)) = &peer {
         entries.extend(plan.peer_modes.iter().map(|mode| Entry { vmm: &*found.vmm, mode: *mode }));
     }
@@ -107,6 +114,15 @@ pub fn main(args: &BenchArgs) -> Result<(), Failure> {
     // A closed stdout is no reason to fail: the report is written.
     let _ = std::io::stdout().lock().write_all(shown.as_bytes());
     judge(&report)
+}
+
+/// Certificates for the machines of this bench, gone when it is over.
+fn credentials() -> Result<tempfile::TempDir, Failure> {
+    let failed = |error| Failure::failed(format_args!("cannot make a temporary directory: {error}; set TMPDIR"));
+    let folder = tempfile::Builder::new().prefix("switchover-bench-creds").tempdir().map_err(failed)?;
+    let names = ["localhost", "127.0.0.1", network::DESTINATION_ADDRESS].map(str::to_owned);
+    certs::write_set(folder.path(), &names)?;
+    Ok(folder)
 }
 
 /// The run that is written down: the hybrid's first where there is one, else one that tells of its pre-copy, else of its faults.

@@ -1,17 +1,11 @@
-//! What a handshake's texts are wrapped in: magic (8 bytes), length (4, little-endian), CRC-32 (4), body.
-//!
-//! Plain system calls: a handshake happens once, before there is a ring.
-
-use std::io;
-use std::os::fd::{AsFd, AsRawFd};
-use std::time::{Duration, Instant};
-
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, recv, send};
+//! What a handshake's texts are wrapped in: magic (8 bytes), length (4, little-endian), CRC-32 (4), body. On a TLS connection, in
+//! its records.
 
 use super::HandshakeError;
+use super::patient::{self, Deadline};
 use crate::socket::Socket;
+use crate::tls::record::{MAX_PLAINTEXT, Sealed};
+use crate::tls::{Tls, TlsError};
 
 /// What a text of the handshake begins with. The first byte is in no text of another protocol, and the last ones change
 /// where something on the way takes the stream for text. The two directions differ: a source that is connected to an echo
@@ -32,37 +26,6 @@ const REST_OF_HEADER: usize = 8;
 /// How much of a strange greeting is shown.
 const SHOWN: usize = 48;
 
-/// The end of one side's patience.
-pub struct Deadline {
-    end: Instant,
-    limit: Duration,
-}
-
-impl Deadline {
-    /// From now on.
-    pub fn after(limit: Duration) -> Self {
-        Self { end: Instant::now() + limit, limit }
-    }
-
-    /// Waits until the socket is ready for `events`.
-    fn wait(&self, socket: &Socket, events: PollFlags) -> Result<(), HandshakeError> {
-        loop {
-            let left = self.end.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(HandshakeError::Timeout { peer: socket.peer().to_owned(), limit: self.limit });
-            }
-            // Rounded up, so that the last millisecond is not spent spinning.
-            let millis = left.as_millis().saturating_add(1);
-            let timeout = PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX);
-            match poll(&mut [PollFd::new(socket.as_fd(), events)], timeout) {
-                Ok(0) | Err(Errno::EINTR) => {}
-                Ok(_) => return Ok(()),
-                Err(errno) => return Err(failed(socket, errno)),
-            }
-        }
-    }
-}
-
 /// Sends `body` in its wrapping.
 pub fn write(socket: &Socket, magic: Magic, body: &[u8], deadline: &Deadline) -> Result<(), HandshakeError> {
     let length = u32::try_from(body.len()).ok().filter(|_| body.len() <= MAX_BODY);
@@ -70,21 +33,15 @@ pub fn write(socket: &Socket, magic: Magic, body: &[u8], deadline: &Deadline) ->
         return Err(HandshakeError::TooLong { peer: socket.peer().to_owned(), length: body.len() });
     };
     let bytes = [&magic, &length.to_le_bytes()[..], &crc32fast::hash(body).to_le_bytes(), body].concat();
-    let mut rest = &bytes[..];
-    while !rest.is_empty() {
-        deadline.wait(socket, PollFlags::POLLOUT)?;
-        match send(socket.as_fd().as_raw_fd(), rest, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
-            Ok(count) => {
-                socket.counters().add_sent(count as u64);
-                rest = &rest[count..];
-            }
-            Err(Errno::EAGAIN | Errno::EINTR) => {}
-            // The other side may have said why before it closed: reading will tell.
-            Err(Errno::EPIPE | Errno::ECONNRESET) => break,
-            Err(errno) => return Err(failed(socket, errno)),
-        }
+    let Some(tls) = socket.tls() else { return patient::send_all(socket, &bytes, deadline) };
+    let mut sealed = Sealed::with_room_for(bytes.len());
+    // Held until it is sent: records go in the order in which they were sealed.
+    let mut sealer = tls.sealer();
+    for piece in bytes.chunks(MAX_PLAINTEXT) {
+        let filled = sealer.seal(&mut sealed, piece.len(), |room| room.copy_from_slice(piece));
+        filled.map_err(|error| broken(socket, &error))?;
     }
-    Ok(())
+    patient::send_all(socket, sealed.bytes(), deadline)
 }
 
 /// Receives a body.
@@ -113,7 +70,9 @@ fn read_magic(socket: &Socket, magic: Magic, deadline: &Deadline) -> Result<(), 
         got += some(socket, &mut seen[got..magic.len()], deadline)?;
         if !magic.starts_with(&seen[..got]) {
             // What is there already makes the message clearer.
-            got += recv(socket.as_fd().as_raw_fd(), &mut seen[got..], MsgFlags::MSG_DONTWAIT).unwrap_or(0);
+            if socket.tls().is_none() {
+                got += patient::receive_at_once(socket, &mut seen[got..]);
+            }
             let first = seen[..got].escape_ascii().to_string();
             return Err(HandshakeError::NotSwitchover { peer: socket.peer().to_owned(), first });
         }
@@ -131,22 +90,43 @@ fn fill(socket: &Socket, buffer: &mut [u8], deadline: &Deadline) -> Result<(), H
 
 /// At least one byte.
 fn some(socket: &Socket, buffer: &mut [u8], deadline: &Deadline) -> Result<usize, HandshakeError> {
-    loop {
-        deadline.wait(socket, PollFlags::POLLIN)?;
-        match recv(socket.as_fd().as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
-            Ok(0) | Err(Errno::ECONNRESET) => {
-                return Err(HandshakeError::Closed { peer: socket.peer().to_owned() });
-            }
-            Ok(count) => {
-                socket.counters().add_received(count as u64);
-                return Ok(count);
-            }
-            Err(Errno::EAGAIN | Errno::EINTR) => {}
-            Err(errno) => return Err(failed(socket, errno)),
-        }
+    match socket.tls() {
+        None => patient::receive_some(socket, buffer, deadline),
+        Some(tls) => some_of_records(socket, tls, buffer, deadline),
     }
 }
 
-fn failed(socket: &Socket, errno: Errno) -> HandshakeError {
-    HandshakeError::Io { peer: socket.peer().to_owned(), source: io::Error::from(errno) }
+fn some_of_records(
+    socket: &Socket,
+    tls: &Tls,
+    buffer: &mut [u8],
+    deadline: &Deadline,
+) -> Result<usize, HandshakeError> {
+    let mut opener = tls.take_opener().map_err(|error| broken(socket, &error))?;
+    let result = loop {
+        match opener.plaintext() {
+            Ok([]) => {
+                let (space, _) = opener.space(buffer.len());
+                match patient::receive_some(socket, space, deadline) {
+                    Ok(count) => opener.received(count),
+                    Err(error) => break Err(error),
+                }
+            }
+            Ok(plain) => {
+                let count = plain.len().min(buffer.len());
+                buffer[..count].copy_from_slice(&plain[..count]);
+                opener.take(count);
+                break Ok(count);
+            }
+            Err(TlsError::Closed) => break Err(HandshakeError::Closed { peer: socket.peer().to_owned() }),
+            Err(error) => break Err(broken(socket, &error)),
+        }
+    };
+    tls.give_back(opener);
+    result
+}
+
+/// A side that does not take the other's certificate says so in an alert, which may come only after the other's handshake is over.
+fn broken(socket: &Socket, error: &TlsError) -> HandshakeError {
+    HandshakeError::Tls { peer: socket.peer().to_owned(), reason: error.explain() }
 }

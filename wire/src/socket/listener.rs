@@ -72,6 +72,15 @@ impl Listener {
         self.address.clone()
     }
 
+    /// Whether only this host can connect: a unix socket, or one at a loopback address.
+    #[must_use]
+    pub fn is_within_host(&self) -> bool {
+        match &self.kind {
+            Kind::Tcp(listener) => listener.local_addr().is_ok_and(|at| at.ip().to_canonical().is_loopback()),
+            Kind::Unix(_) => true,
+        }
+    }
+
     /// Waits for the next connection; `None` once [`close`](Self::close) has been called.
     ///
     /// # Errors

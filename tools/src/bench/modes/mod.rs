@@ -18,8 +18,10 @@ mod hold;
 mod hybrid;
 mod postcopy;
 mod precopy;
+mod secured;
 
 pub use self::hold::Hold;
+pub use self::secured::secured;
 
 /// Connecting, comparing and reserving memory takes well under a second; more is a hang.
 pub const SETUP_TIMEOUT: Duration = Duration::from_secs(60);

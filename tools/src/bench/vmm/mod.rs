@@ -17,7 +17,7 @@ use crate::size::Size;
 mod qemu;
 mod switchover;
 
-pub use switchover::Switchover;
+pub use switchover::{Lanes, Switchover};
 
 /// A machine to be started, twice.
 #[derive(Clone, Debug)]

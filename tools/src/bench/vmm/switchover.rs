@@ -18,6 +18,17 @@ const REPORT: &str = "x-switchover-report";
 pub struct Switchover {
     /// The executable.
     pub executable: PathBuf,
+    /// What its lanes are protected by.
+    pub lanes: Lanes,
+}
+
+/// What lanes are protected by.
+#[derive(Clone, Debug)]
+pub enum Lanes {
+    /// Nothing; they stay within this host, though perhaps not within one of its networks.
+    Plain,
+    /// TLS, with credentials from this folder.
+    Tls(PathBuf),
 }
 
 impl Vmm for Switchover {
@@ -57,6 +68,10 @@ impl Switchover {
         let mut command = Command::new(&self.executable);
         command.args(["run", "--serial", "stdio", "--memory", &machine.memory.to_string()]);
         command.args(["--vcpus", &machine.vcpus.to_string()]);
+        match &self.lanes {
+            Lanes::Plain => command.arg("--allow-plain"),
+            Lanes::Tls(folder) => command.arg("--tls-creds").arg(folder),
+        };
         command.arg("--qmp").arg(format!("unix:{}", qmp.display()));
         command
     }
