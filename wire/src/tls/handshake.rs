@@ -59,8 +59,16 @@ pub fn connect(
     config.key_log = Arc::new(exporter.clone());
     let connection =
         UnbufferedClientConnection::new(Arc::new(config), name).map_err(|error| failed(error.to_string()))?;
-    Shaker { socket, deadline, role: Role::Source, incoming: Vec::new(), outgoing: Vec::new(), early: Vec::new(), total: 0 }
-        .finish(connection, &exporter)
+    Shaker {
+        socket,
+        deadline,
+        role: Role::Source,
+        incoming: Vec::new(),
+        outgoing: Vec::new(),
+        early: Vec::new(),
+        total: 0,
+    }
+    .finish(connection, &exporter)
 }
 
 /// Destination: makes the connection a TLS one with a source that has a certificate of the CA.
@@ -76,8 +84,16 @@ pub fn accept(socket: &Socket, credentials: &Credentials, deadline: &Deadline) -
     let mut config = (**config).clone();
     config.key_log = Arc::new(exporter.clone());
     let connection = UnbufferedServerConnection::new(Arc::new(config)).map_err(|error| failed(error.to_string()))?;
-    Shaker { socket, deadline, role: Role::Destination, incoming: Vec::new(), outgoing: Vec::new(), early: Vec::new(), total: 0 }
-        .finish(connection, &exporter)
+    Shaker {
+        socket,
+        deadline,
+        role: Role::Destination,
+        incoming: Vec::new(),
+        outgoing: Vec::new(),
+        early: Vec::new(),
+        total: 0,
+    }
+    .finish(connection, &exporter)
 }
 
 /// A handshake under way.
@@ -199,6 +215,7 @@ impl Shaker<'_> {
     }
 
     fn shake<C: Shaking>(&mut self, connection: &mut C) -> Result<(), HandshakeError> {
+        self.socket.send_at_once().map_err(|error| self.failed(error.to_string()))?;
         loop {
             let (discard, step) = connection.step(&mut self.incoming, &mut self.outgoing, &mut self.early);
             self.incoming.drain(..discard.min(self.incoming.len()));
