@@ -30,6 +30,7 @@ fn write(target: &str, name: &str, bytes: &[u8]) {
 fn main() {
     frames();
     handshake();
+    tls();
     control();
     pages();
     sets();
@@ -59,6 +60,20 @@ fn frames() {
         write("frames", name, &[&ram[..], &FaultReply { page, tag: 3, content }.encode(sum)].concat());
     }
     write("frames", "taken", &[&ram[..], &Taken { frames: 12 }.encode()].concat());
+}
+
+/// The first byte says who hears it: a destination (which has heard the type of a first record), a source, or one that has had its
+/// handshake.
+fn tls() {
+    let random: Vec<u8> = (0..32).collect();
+    // A ClientHello and a ServerHello of TLS 1.3, without extensions.
+    let client = [&[0, 0, 3, 1, 0, 0x2f, 1, 0, 0, 0x2b, 3, 3][..], &random, &[0, 0, 2, 0x13, 2, 1, 0, 0, 0]].concat();
+    write("tls", "client-hello", &client);
+    let server = [&[1, 0, 22, 3, 3, 0, 0x2c, 2, 0, 0, 0x28, 3, 3][..], &random, &[0, 0x13, 2, 0, 0, 0]].concat();
+    write("tls", "server-hello", &server);
+    write("tls", "alert", &[1, 0, 21, 3, 3, 0, 2, 2, 40]);
+    write("tls", "record", &[&[2, 7, 23, 3, 3, 0, 40][..], &[0; 40]].concat());
+    write("tls", "nothing-more", &[2, 200]);
 }
 
 fn machine() -> MachineDescription {

@@ -16,6 +16,7 @@ mod missing;
 mod payload;
 mod qmp;
 mod state;
+mod tls;
 mod trace;
 
 pub use bitmap::bitmap;
@@ -27,13 +28,14 @@ pub use missing::missing;
 pub use payload::{pages, payload};
 pub use qmp::{arguments, framing};
 pub use state::state;
+pub use tls::tls;
 pub use trace::trace;
 
 /// A property: it panics where it does not hold.
 pub type Property = fn(&[u8]);
 
 /// All properties, by the names of their targets and of their folders in `fuzz/corpus`.
-pub const TARGETS: [(&str, Property); 12] = [
+pub const TARGETS: [(&str, Property); 13] = [
     ("arguments", arguments),
     ("bitmap", bitmap),
     ("control", control),
@@ -45,5 +47,6 @@ pub const TARGETS: [(&str, Property); 12] = [
     ("pages", pages),
     ("payload", payload),
     ("state", state),
+    ("tls", tls),
     ("trace", trace),
 ];

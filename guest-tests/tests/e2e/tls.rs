@@ -217,9 +217,6 @@ fn every_lane_needs_the_certificate_and_the_secret_of_its_session() {
     let second = lab.path("second");
     fs::rename(&good, &second).unwrap();
     let good = folders.good();
-    for file in fs::read_dir(&good).unwrap().map(Result::unwrap) {
-        assert_ne!(fs::read(file.path()).unwrap(), Vec::<u8>::new());
-    }
     for role in [LaneRole::Fault, LaneRole::Bulk] {
         let lane = LaneId { role, index: 0 };
         let hello = Hello { lane, description: None, ..hello.clone() };

@@ -219,6 +219,7 @@ impl Shaker<'_> {
     }
 
     fn shake<C: Shaking>(&mut self, connection: &mut C) -> Result<(), HandshakeError> {
+        self.socket.send_at_once().map_err(|error| self.failed(error.to_string()))?;
         loop {
             let (discard, step) = connection.step(&mut self.incoming, &mut self.outgoing, &mut self.early);
             self.incoming.drain(..discard.min(self.incoming.len()));
