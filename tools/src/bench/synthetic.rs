@@ -344,6 +344,7 @@ pub fn report(modes: Vec<super::schema::ModeReport>) -> Report {
             after_s: 2.0,
             patience_s: None,
             hold_push_s: None,
+            parameters: serde_json::Map::new(),
             seed: 7,
             peer: None,
         },
