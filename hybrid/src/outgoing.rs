@@ -13,6 +13,7 @@ use switchover_pager::source::{SourcePager, SourceProgress};
 use switchover_wire::address::Address;
 use switchover_wire::types::{PageCount, SessionId};
 
+use crate::comparison::Comparer;
 use crate::error::MigrationError;
 use crate::lanes::Lanes;
 use crate::link::Teller;
@@ -53,6 +54,7 @@ struct Shared {
     /// What the pagers of lost links had done.
     past: Mutex<Past>,
     precopy: Mutex<Option<Arc<Precopy>>>,
+    comparer: Comparer,
     /// The thread that conducts the rounds.
     conductor: Mutex<Option<JoinHandle<()>>>,
     tunables: Mutex<Tunables>,
@@ -109,6 +111,7 @@ impl Outgoing {
             pager: Mutex::new(None),
             past: Mutex::default(),
             precopy: Mutex::new(None),
+            comparer: Comparer::default(),
             conductor: Mutex::new(None),
             tunables: Mutex::new(settings.tunables()),
             cpu: CpuMeter::default(),
@@ -281,6 +284,7 @@ impl Outgoing {
             failure: record.failure,
             phases: record.phases,
             interruptions: record.interruptions,
+            comparison: record.comparison,
         }
     }
 

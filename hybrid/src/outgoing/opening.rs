@@ -138,7 +138,10 @@ impl Shared {
     ) -> Result<Opened, Unopened> {
         let lanes = LaneCounts { fault: settings.fault_lanes, bulk: settings.bulk_lanes };
         let checksums = settings.checksums;
-        let capabilities = capabilities | if checksums { capability::CHECKSUMS } else { 0 };
+        let compare = self.settings.verify_memory;
+        let capabilities = capabilities
+            | if checksums { capability::CHECKSUMS } else { 0 }
+            | if compare { capability::COMPARE } else { 0 };
         let hello = |role, index| Hello {
             version_min: VERSION_MIN,
             version_max: VERSION_MAX,
@@ -223,6 +226,12 @@ impl Shared {
                         Err(reason) => SourceEvent::Lost(reason),
                     }
                 }
+                Ok(ControlMessage::Digests { first, digests }) if self.settings.verify_memory => {
+                    match self.comparer.hear(first, &digests, self.machine.ram().pages()) {
+                        Ok(()) => continue,
+                        Err(reason) => SourceEvent::Lost(reason),
+                    }
+                }
                 Ok(ControlMessage::Prepared { .. }) => SourceEvent::Prepared,
                 Ok(ControlMessage::Restored) => SourceEvent::Restored,
                 Ok(ControlMessage::Refused { reason }) => SourceEvent::Refused(reason),
@@ -262,7 +271,11 @@ fn notify(events: LinkTeller<SourceEvent>) -> Notify {
     Arc::new(move |event| {
         let event = match event {
             PagerEvent::AllPushed | PagerEvent::Complete => return,
-            PagerEvent::LaneFailed { lane, reason } => SourceEvent::LaneLost(format!("the {lane} failed: {reason}")),
+            PagerEvent::LaneFailed { lane, reason } => {
+                // Where the guest turns out to be complete, nobody else says it.
+                tracing::warn!(%lane, reason, "a lane has failed");
+                SourceEvent::LaneLost(format!("the {lane} failed: {reason}"))
+            }
             PagerEvent::Broken { reason } => SourceEvent::Lost(reason),
         };
         let _ = events.tell(event);

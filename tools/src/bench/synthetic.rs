@@ -108,6 +108,7 @@ pub fn sides(seed: u64) -> (SideReport, SideReport) {
         precopy: None,
         interruptions: Vec::new(),
         unacknowledged: None,
+        comparison: None,
     };
     let destination = SideReport {
         side: Side::Destination,
