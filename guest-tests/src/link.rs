@@ -8,7 +8,8 @@
 //! ```
 //!
 //! A lane is known by what it says in its handshake, and a control lane's messages by their number: nothing else is understood
-//! here, and nothing is changed. Of a lane over TLS nothing is understood at all: it can be cut, stalled and slowed down. What follows a held message waits behind it; other lanes and the other direction go on.
+//! here, and nothing is changed, but for a bit that [`Link::damage`] names. Of a lane over TLS nothing is understood at all: it can be
+//! cut, stalled, slowed down and damaged. What follows a held message waits behind it; other lanes and the other direction go on.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -19,7 +20,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::socket::{setsockopt, sockopt};
 
-use crate::waiting::PATIENCE;
+use crate::waiting::{PATIENCE, until};
 
 /// What each record of TLS begins with, of whatever type.
 const TLS_RECORDS: std::ops::RangeInclusive<u8> = 20..=23;
@@ -103,6 +104,8 @@ struct State {
     door: Door,
     delay: Duration,
     hold: Hold,
+    /// A bit to be flipped, counted from what crosses its way next.
+    damage: Option<(Role, Toward, u64)>,
     /// By role and direction.
     crossed: [u64; 6],
     /// Lanes that were begun.
@@ -158,6 +161,7 @@ impl Link {
             door: Door::Open,
             delay: Duration::ZERO,
             hold: Hold::Nothing,
+            damage: None,
             crossed: [0; 6],
             lanes: 0,
             struck: None,
@@ -242,6 +246,19 @@ impl Link {
     /// Everything takes so much longer from now on, each way.
     pub fn delay(&self, by: Duration) {
         self.shared.state().delay = by;
+    }
+
+    /// Flips one bit of what crosses the lanes of a role, so many bits from now.
+    pub fn damage(&self, role: Role, toward: Toward, bit: u64) {
+        self.shared.state().damage = Some((role, toward, bit));
+    }
+
+    /// Waits until that bit was flipped.
+    ///
+    /// # Panics
+    /// When so much does not cross.
+    pub fn wait_damaged(&self) {
+        until("a bit is flipped", || self.shared.state().damage.is_none().then_some(()));
     }
 
     /// When it was last cut, or began to stall.
@@ -428,7 +445,9 @@ impl Shared {
         self.pass(pair, toward, mark, behind)
     }
 
-    fn pass(&self, pair: &Pair, toward: Toward, mark: Option<Mark>, mut bytes: &[u8]) -> io::Result<()> {
+    fn pass(&self, pair: &Pair, toward: Toward, mark: Option<Mark>, bytes: &[u8]) -> io::Result<()> {
+        let damaged = self.damaged(pair, toward, bytes);
+        let mut bytes = damaged.as_deref().unwrap_or(bytes);
         let delay = {
             let mut state = self.state();
             if mark.is_some_and(|mark| state.hold == Hold::At(mark)) {
@@ -458,6 +477,26 @@ impl Shared {
             }
         }
         Ok(())
+    }
+}
+
+impl Shared {
+    /// The bytes with the bit flipped that is to be flipped, where that is among them.
+    fn damaged(&self, pair: &Pair, toward: Toward, bytes: &[u8]) -> Option<Vec<u8>> {
+        let mut state = self.state();
+        let (role, way, left) = state.damage.as_mut()?;
+        if pair.role.get() != Some(role) || *way != toward {
+            return None;
+        }
+        let (byte, bit) = (usize::try_from(*left / 8).unwrap(), *left % 8);
+        if byte >= bytes.len() {
+            *left -= bytes.len() as u64 * 8;
+            return None;
+        }
+        state.damage = None;
+        let mut damaged = bytes.to_vec();
+        damaged[byte] ^= 1 << bit;
+        Some(damaged)
     }
 }
 

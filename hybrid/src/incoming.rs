@@ -16,6 +16,7 @@ use switchover_wire::address::Address;
 use switchover_wire::clock::Nanos;
 use switchover_wire::socket::Listener;
 use switchover_wire::tls::SessionSecret;
+use switchover_wire::types::SessionId;
 
 use self::connecting::Admitted;
 use self::gate::Gate;
@@ -64,6 +65,8 @@ struct Shared {
     pager: Mutex<Option<DestinationPager>>,
     /// Maps the complete guest's memory as huge pages, for as long as somebody has a handle.
     collapse: Mutex<Option<Collapse>>,
+    /// The session whose guest's memory is to be compared.
+    compared: Mutex<Option<SessionId>>,
     /// The session's events, until its thread takes them.
     heard: Mutex<Option<Receiver<Told<DestinationEvent>>>>,
     cpu: CpuMeter,
@@ -98,6 +101,7 @@ impl Incoming {
             lanes: Arc::default(),
             events: Teller::new(events),
             joined: Mutex::new(None),
+            compared: Mutex::new(None),
             heard: Mutex::new(Some(receiver)),
             pager: Mutex::new(None),
             collapse: Mutex::new(None),
@@ -210,6 +214,7 @@ impl Incoming {
             failure: record.failure,
             phases: record.phases,
             interruptions: record.interruptions,
+            comparison: record.comparison,
             ..Progress::default()
         }
     }

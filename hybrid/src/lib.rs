@@ -52,6 +52,7 @@
 //! ```
 
 pub mod capability;
+pub mod comparison;
 mod control;
 pub mod error;
 pub mod failure;

@@ -14,6 +14,7 @@ use switchover_wire::address::Address;
 use switchover_wire::tls::SessionSecret;
 use switchover_wire::types::{PageCount, SessionId};
 
+use crate::comparison::Comparer;
 use crate::error::MigrationError;
 use crate::lanes::Lanes;
 use crate::link::Teller;
@@ -59,6 +60,7 @@ struct Shared {
     /// What the pagers of lost links had done.
     past: Mutex<Past>,
     precopy: Mutex<Option<Arc<Precopy>>>,
+    comparer: Comparer,
     /// The thread that conducts the rounds.
     conductor: Mutex<Option<JoinHandle<()>>>,
     tunables: Mutex<Tunables>,
@@ -80,7 +82,7 @@ struct Past {
 #[derive(Clone, Debug)]
 enum LostWish {
     /// Join it again, there and so.
-    Rejoin { to: Address, settings: Settings, security: Security },
+    Rejoin { to: Address, settings: Box<Settings>, security: Security },
     /// Run the guest here again.
     Reclaim,
 }
@@ -118,6 +120,7 @@ impl Outgoing {
             pager: Mutex::new(None),
             past: Mutex::default(),
             precopy: Mutex::new(None),
+            comparer: Comparer::default(),
             conductor: Mutex::new(None),
             tunables: Mutex::new(settings.tunables()),
             cpu: CpuMeter::default(),
@@ -227,7 +230,7 @@ impl Outgoing {
     /// When the link is not lost, another such wish is being carried out, or the settings ask for what cannot be.
     pub fn resume(&self, to: Address, settings: Settings, security: Security) -> Result<(), MigrationError> {
         settings.check()?;
-        self.shared.wish_for_lost("resume", LostWish::Rejoin { to, settings, security })?;
+        self.shared.wish_for_lost("resume", LostWish::Rejoin { to, settings: Box::new(settings), security })?;
         // At once: whoever looks after this has returned must not take the last loss for the outcome.
         self.shared.recorder.set_status(MigrationStatus::PostcopyRecover);
         self.shared.tell(SourceEvent::Rejoin).ok_or(MigrationError::NotLost { wish: "resume" })
@@ -290,6 +293,7 @@ impl Outgoing {
             failure: record.failure,
             phases: record.phases,
             interruptions: record.interruptions,
+            comparison: record.comparison,
         }
     }
 

@@ -2,6 +2,7 @@
 
 use switchover_pager::stats::WaitCounts;
 
+use crate::comparison::Comparison;
 use crate::failure::FailureView;
 use crate::report::{EncodingCounts, Interruption, PhaseSpan};
 use crate::status::MigrationStatus;
@@ -59,4 +60,6 @@ pub struct Progress {
     pub phases: Vec<PhaseSpan>,
     /// Where the link was lost after the commit, in order.
     pub interruptions: Vec<Interruption>,
+    /// What came of comparing guest memory, where that was asked for.
+    pub comparison: Option<Comparison>,
 }

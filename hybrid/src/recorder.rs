@@ -6,6 +6,7 @@ use std::time::Instant;
 use switchover_wire::clock::{HostClock, Nanos};
 use switchover_wire::types::PageCount;
 
+use crate::comparison::Comparison;
 use crate::failure::FailureView;
 use crate::happening::Happening;
 use crate::lanes::Lanes;
@@ -58,6 +59,8 @@ pub struct Record {
     pub interruptions: Vec<Interruption>,
     /// Destination: the guest is complete, but the link was lost, for this reason, before its source could say that it knows.
     pub unacknowledged: Option<String>,
+    /// What came of comparing guest memory, where that was asked for.
+    pub comparison: Option<Comparison>,
     /// The open span of the current status.
     status_span: Option<usize>,
 }
@@ -83,6 +86,7 @@ impl Recorder {
             bytes_at_running: None,
             interruptions: Vec::new(),
             unacknowledged: None,
+            comparison: None,
             status_span: None,
         };
         Self { record: Mutex::new(record), changed: Condvar::new(), observer }
@@ -128,6 +132,9 @@ impl Recorder {
             record.status = status;
             if matches!(status, MigrationStatus::PostcopyActive | MigrationStatus::Completed) {
                 (record.error, record.failure) = (None, None);
+                if status == MigrationStatus::Completed {
+                    record.error = record.comparison.as_ref().and_then(Comparison::sentence);
+                }
                 if let Some(last) = record.interruptions.last_mut().filter(|last| last.joined_ns.is_none()) {
                     last.joined_ns = Some(now.0);
                 }
@@ -184,6 +191,19 @@ impl Recorder {
         });
         self.tell(Happening::Trouble { reason: sentence });
         self.set_status(MigrationStatus::PostcopyPaused);
+    }
+
+    /// Guest memory was compared.
+    pub fn compared(&self, comparison: Comparison) {
+        if let Some(sentence) = comparison.sentence() {
+            tracing::error!("{sentence}");
+        }
+        self.write(|record| {
+            if record.status == MigrationStatus::Completed {
+                record.error = comparison.sentence();
+            }
+            record.comparison = Some(comparison);
+        });
     }
 
     /// Ends with a failure.
@@ -247,6 +267,7 @@ impl Record {
             precopy: None,
             interruptions: self.interruptions,
             unacknowledged: self.unacknowledged,
+            comparison: self.comparison,
         }
     }
 

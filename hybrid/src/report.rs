@@ -15,6 +15,7 @@ use switchover_pager::trace::{Answer, TracedFault};
 use switchover_wire::clock::{HostClock, Nanos};
 use thiserror::Error;
 
+use crate::comparison::Comparison;
 use crate::failure::FailureView;
 use crate::monitor::{Sample, Verdict};
 use crate::status::MigrationStatus;
@@ -370,6 +371,9 @@ pub struct SideReport {
     /// destination's.
     #[serde(default)]
     pub unacknowledged: Option<String>,
+    /// What came of comparing guest memory, where that was asked for.
+    #[serde(default)]
+    pub comparison: Option<Comparison>,
 }
 
 /// A link that was lost after the commit.

@@ -35,6 +35,8 @@ pub struct Settings {
     /// Let the pages that are sent carry checksums, which the destination checks. Without them a page that was damaged on the way
     /// may go unnoticed.
     pub checksums: bool,
+    /// Digest guest memory on both sides, and compare. What was here at the handoff is digested while the guest stands still.
+    pub verify_memory: bool,
     /// Record each round's bitmap in the report.
     pub record_bitmaps: bool,
     /// Destination: record each fault in the report.
@@ -90,6 +92,7 @@ impl Default for Settings {
             throttling: Throttling::Off,
             pause_before_switchover: false,
             checksums: true,
+            verify_memory: false,
             record_bitmaps: false,
             record_faults: false,
             silence: Duration::from_secs(5),

@@ -32,6 +32,7 @@
 pub mod collapse;
 pub mod cpu;
 pub mod destination;
+pub mod digest;
 pub mod lane;
 pub mod pace;
 pub mod ram;

@@ -97,7 +97,26 @@ pub enum ControlMessage {
         /// It has every page.
         complete: bool,
     },
+    /// Destination, where memory is to be compared, and before [`ControlMessage::Drained`]: digests of what the guest was given
+    /// there, in several messages where there are many.
+    Digests {
+        /// Of this chunk of 64 pages on: where the one before ended.
+        first: u64,
+        /// 16 bytes a chunk.
+        digests: Vec<u8>,
+    },
+    /// Source, before [`ControlMessage::DrainedAck`]: what the comparison came to.
+    Compared {
+        /// Where memory differs: the first page and how many of each stretch, [`RANGES_TOLD`] at most.
+        differing: Vec<(PageIndex, PageCount)>,
+    },
 }
+
+/// The most bytes of digests in one [`ControlMessage::Digests`].
+pub const DIGEST_BYTES: usize = 8 << 20;
+
+/// The most stretches that a [`ControlMessage::Compared`] names.
+pub const RANGES_TOLD: usize = 256;
 
 /// The most pages that one [`ControlMessage::Missing`] tells about: at most 8 MiB of bits, and so within [`MAX_MESSAGE`].
 pub const MISSING_PAGES: u64 = MISSING_WORDS as u64 * 64;
@@ -123,6 +142,8 @@ impl ControlMessage {
             Self::Missing { .. } => "Missing",
             Self::Heartbeat => "Heartbeat",
             Self::Standing { .. } => "Standing",
+            Self::Digests { .. } => "Digests",
+            Self::Compared { .. } => "Compared",
         }
     }
 }
@@ -371,6 +392,10 @@ mod tests {
             Just(ControlMessage::Heartbeat),
             (any::<bool>(), any::<bool>())
                 .prop_map(|(committed, complete)| ControlMessage::Standing { committed, complete }),
+            (any::<u64>(), any::<Vec<u8>>()).prop_map(|(first, digests)| ControlMessage::Digests { first, digests }),
+            any::<Vec<(u64, u64)>>().prop_map(|ranges| ControlMessage::Compared {
+                differing: ranges.into_iter().map(|(first, pages)| (PageIndex(first), PageCount(pages))).collect(),
+            }),
             (any::<u64>(), any::<u64>(), any::<Vec<u8>>(), any::<bool>()).prop_map(
                 |(first, pages, set, complete_first)| ControlMessage::Missing {
                     first: PageIndex(first),
@@ -450,6 +475,8 @@ mod tests {
             (ControlMessage::Round { number: 3 }, &[9, 3]),
             (ControlMessage::Heartbeat, &[11]),
             (ControlMessage::Standing { committed: true, complete: false }, &[12, 1, 0]),
+            (ControlMessage::Digests { first: 2, digests: vec![9] }, &[13, 2, 1, 9]),
+            (ControlMessage::Compared { differing: vec![(PageIndex(5), PageCount(6))] }, &[14, 1, 5, 6]),
         ] {
             assert_eq!(postcard::to_stdvec(&message).unwrap(), bytes, "{}", message.name());
         }

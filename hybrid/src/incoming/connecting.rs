@@ -18,6 +18,7 @@ use super::Shared;
 use super::driver::NO_THREAD;
 use super::gate::{Displaced, Place};
 use crate::capability;
+use crate::comparison::Comparison;
 use crate::control::Control;
 use crate::happening::Happening;
 use crate::lanes::BULK_LANES_LIMIT;
@@ -35,6 +36,8 @@ pub(super) struct Admitted {
     pub socket: Arc<Socket>,
     /// The source has said that what it sends on it carries checksums.
     pub checksums: bool,
+    /// And that guest memory is to be compared.
+    compare: bool,
 }
 
 impl Admitted {
@@ -127,7 +130,8 @@ impl Shared {
     fn admit(&self, hello: &Hello, socket: &Arc<Socket>) -> Result<(), String> {
         let (session, lane) = (hello.session, hello.lane);
         let checksums = hello.capabilities & capability::CHECKSUMS != 0;
-        let admitted = Admitted { socket: Arc::clone(socket), checksums };
+        let compare = hello.capabilities & capability::COMPARE != 0;
+        let admitted = Admitted { socket: Arc::clone(socket), checksums, compare };
         if lane.role != LaneRole::Control {
             let mut reception = self.reception();
             if let Some(secret) = &*self.secret() {
@@ -238,10 +242,13 @@ impl Shared {
     fn tell_complete(&self, lane: &Arc<Socket>) -> Result<(), String> {
         let (mut control, mut listener) = Control::open(lane, &self.lanes, *self.silence(), || {})?;
         let standing = ControlMessage::Standing { committed: true, complete: true };
-        let mut told = control.send(&standing).map_err(|error| error.to_string());
+        let digests = self.digests().into_iter();
+        let mut said = digests.chain([standing]);
+        let mut told = said.try_for_each(|message| control.send(&message)).map_err(|error| error.to_string());
         while told.is_ok() {
             match listener.next() {
                 Ok(ControlMessage::DrainedAck) => break,
+                Ok(ControlMessage::Compared { differing }) => self.recorder.compared(Comparison::of(&differing)),
                 Ok(_) => {}
                 Err(reason) => told = Err(reason),
             }
@@ -254,6 +261,7 @@ impl Shared {
     /// All lanes are open: the session's thread takes over.
     fn begin(self: &Arc<Self>, lanes: reception::Lanes<Admitted>) {
         self.lanes.add(LaneId { role: LaneRole::Control, index: 0 }, Arc::clone(&lanes.control.socket));
+        *self.compared.lock().unwrap_or_else(PoisonError::into_inner) = lanes.control.compare.then_some(lanes.session);
         let session = lanes.session.to_string();
         self.recorder.begin_again(session);
         let pages: Vec<PageLane> = lanes.pages.into_iter().map(|(id, lane)| lane.into_page_lane(id)).collect();

@@ -17,6 +17,7 @@ use switchover_wire::socket::Socket;
 use switchover_wire::types::{LaneId, LaneRole};
 
 use super::Shared;
+use crate::comparison::{Comparison, tell_digests};
 use crate::control::{Control, Listener};
 use crate::failure::{FailureKind, FailureView, GuestAfter};
 use crate::happening::Happening;
@@ -124,12 +125,20 @@ impl Shared {
                 PagerEvent::Complete => events.tell(DestinationEvent::Complete),
                 // Of the link that there is: a lost one's lanes have said all that they say before the next begins.
                 PagerEvent::LaneFailed { lane, reason } => {
+                    // Where the guest turns out to be complete, nobody else says it.
+                    tracing::warn!(%lane, reason, "a lane has failed");
                     events.of_link().tell(DestinationEvent::LaneLost(format!("the {lane} failed: {reason}")))
                 }
                 PagerEvent::Broken { reason } => events.tell(DestinationEvent::PagerBroken(reason)),
             };
         });
-        match DestinationPager::start(self.machine.ram(), pages, self.settings.lazy_memory, &notify) {
+        let (ram, lazy) = (self.machine.ram(), self.settings.lazy_memory);
+        let compared = *self.compared.lock().unwrap_or_else(PoisonError::into_inner);
+        let started = match compared {
+            Some(session) => DestinationPager::start_digesting(ram, pages, lazy, session, &notify),
+            None => DestinationPager::start(ram, pages, lazy, &notify),
+        };
+        match started {
             Ok(pager) => {
                 if self.settings.record_faults {
                     pager.trace_faults();
@@ -176,6 +185,10 @@ impl Shared {
                     self.recorder.write(|record| record.instants.drained_ns = Some(now.0));
                     self.recorder.tell(Happening::Drained);
                     DestinationEvent::DrainedAcknowledged
+                }
+                Ok(ControlMessage::Compared { differing }) => {
+                    self.recorder.compared(Comparison::of(&differing));
+                    continue;
                 }
                 Ok(ControlMessage::Abort { reason }) => DestinationEvent::Aborted(reason),
                 Ok(other) => {
@@ -288,8 +301,9 @@ impl Shared {
                 let last_page =
                     self.pager().as_ref().and_then(DestinationPager::last_placed).unwrap_or_else(Nanos::now);
                 self.recorder.write(|record| record.instants.first_entry_ns = first_entry_ns);
-                return send(&session.link, &ControlMessage::Drained { first_entry_ns, last_page_ns: last_page.0 })
-                    .err();
+                let drained = ControlMessage::Drained { first_entry_ns, last_page_ns: last_page.0 };
+                let said = self.digests().into_iter().chain([drained]);
+                return said.map(|message| send(&session.link, &message)).find_map(Result::err);
             }
             DestinationAction::EndWatch => {
                 let ended = self.pager().as_ref().map(|pager| self.recorder.timed("end-watch", || pager.end_watch()));
@@ -338,6 +352,9 @@ impl Shared {
         session.link = self.begin_link(&joined.control.socket, &session.state).map_err(lost)?;
         let missing = self.pager().as_ref().map(DestinationPager::missing).unwrap_or_default();
         let complete = missing.iter().all(|word| *word == 0);
+        if complete {
+            self.digests().iter().try_for_each(|message| send(&session.link, message))?;
+        }
         send(&session.link, &ControlMessage::Standing { committed, complete })?;
         if !complete {
             for message in tell_missing(&missing, self.machine.ram().pages(), false) {
@@ -345,6 +362,11 @@ impl Shared {
             }
         }
         Ok(())
+    }
+
+    /// The digests of what the guest was given, where they are asked for and all of it is here.
+    pub(super) fn digests(&self) -> Vec<ControlMessage> {
+        self.pager().as_ref().and_then(DestinationPager::digest).map(tell_digests).unwrap_or_default()
     }
 
     /// When the guest entered. A small guest's memory can be complete before its vCPUs have woken up.

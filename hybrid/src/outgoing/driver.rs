@@ -12,6 +12,7 @@ use switchover_pager::source::Rest;
 use switchover_wire::address::Address;
 use switchover_wire::clock::Nanos;
 use switchover_wire::message::ControlMessage;
+use switchover_wire::types::{PageCount, PageIndex};
 
 use super::Shared;
 use super::opening::Unopened;
@@ -128,11 +129,13 @@ impl Shared {
                     pager.push_first(&hottest);
                     pager.start_sweep();
                 }
+                self.begin_comparison();
             }
             SourceAction::SendState => return Some(self.send_state(session)),
             SourceAction::SurrenderRightToRun => self.machine.surrender_right_to_run(),
             SourceAction::TakeBackRightToRun => {
                 tracing::warn!("the destination does not run the guest and never will: it goes on here");
+                self.comparer.call_off();
                 self.machine.take_back_right_to_run();
                 self.recorder.tell(Happening::TakenBack);
             }
@@ -149,6 +152,7 @@ impl Shared {
             SourceAction::AcknowledgeDrained => {
                 self.recorder.write(|record| record.instants.drained_ns = Some(Nanos::now().0));
                 self.recorder.tell(Happening::Drained);
+                self.compare(session);
                 if let Err(error) = session.link.send(&ControlMessage::DrainedAck) {
                     tracing::warn!(%error, "the destination has everything, but could not be told that we know");
                 }
@@ -263,6 +267,31 @@ impl Shared {
         Ok(())
     }
 
+    /// Begins to digest what the guest was handed off with, where that is to be compared. The guest runs on the destination: it
+    /// waits for none of this.
+    fn begin_comparison(&self) {
+        if let Some(session) = self.name.get().filter(|_| self.settings.verify_memory) {
+            self.comparer.begin(*session, self.machine.ram());
+        }
+    }
+
+    /// Compares, where that was asked for, and says on the link what came of it.
+    fn compare(&self, session: &Session) {
+        if !self.settings.verify_memory {
+            return;
+        }
+        // Where the guest was complete before anybody could be told that it runs.
+        self.begin_comparison();
+        let comparison = self.recorder.timed("compare", || self.comparer.compare());
+        let differing = comparison.differing.iter();
+        let differing = differing.map(|stretch| (PageIndex(stretch.first_page), PageCount(stretch.pages))).collect();
+        let told = comparison.failed.is_none().then(|| session.link.send(&ControlMessage::Compared { differing }));
+        self.recorder.compared(comparison);
+        if let Some(Err(error)) = told {
+            tracing::warn!(%error, "the destination could not be told what came of the comparison of memory");
+        }
+    }
+
     fn pause(&self) -> SourceEvent {
         match self.recorder.timed("pause", || self.machine.pause()) {
             Ok(paused) => {
@@ -294,6 +323,7 @@ impl Shared {
     fn finish(&self, outcome: Outcome, left_paused: Option<MachineError>) {
         self.watchdog.end();
         self.release_rounds();
+        self.comparer.call_off();
         match (outcome, left_paused) {
             (Outcome::Completed | Outcome::Unacknowledged(_), _) => {
                 self.recorder.set_status(MigrationStatus::Completed);

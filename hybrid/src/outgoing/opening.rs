@@ -112,7 +112,7 @@ impl Shared {
         let session = *self.name.get().ok_or_else(|| "the session was never begun".to_owned())?;
         let capabilities = capability::POSTCOPY | capability::REJOIN;
         // Memory is divided for the lanes that there were.
-        let settings = Settings { fault_lanes: self.settings.fault_lanes, ..settings };
+        let settings = Settings { fault_lanes: self.settings.fault_lanes, ..*settings };
         let Opened { control, pages, .. } = self.open_lanes(&to, session, &settings, &security, capabilities)?;
         let events = self.events.of_link();
         let mut tunables = self.tunables();
@@ -150,7 +150,10 @@ impl Shared {
         let lanes = LaneCounts { fault: settings.fault_lanes, bulk: settings.bulk_lanes };
         // A TLS record notices whatever happened to it on the way.
         let checksums = settings.checksums && security.tls.is_none();
-        let capabilities = capabilities | if checksums { capability::CHECKSUMS } else { 0 };
+        let compare = self.settings.verify_memory;
+        let capabilities = capabilities
+            | if checksums { capability::CHECKSUMS } else { 0 }
+            | if compare { capability::COMPARE } else { 0 };
         let hello = |role, index| Hello {
             version_min: VERSION_MIN,
             version_max: VERSION_MAX,
@@ -264,6 +267,12 @@ impl Shared {
                         Err(reason) => SourceEvent::Lost(reason),
                     }
                 }
+                Ok(ControlMessage::Digests { first, digests }) if self.settings.verify_memory => {
+                    match self.comparer.hear(first, &digests, self.machine.ram().pages()) {
+                        Ok(()) => continue,
+                        Err(reason) => SourceEvent::Lost(reason),
+                    }
+                }
                 Ok(ControlMessage::Prepared { .. }) => SourceEvent::Prepared,
                 Ok(ControlMessage::Restored) => SourceEvent::Restored,
                 Ok(ControlMessage::Refused { reason }) => SourceEvent::Refused(reason),
@@ -303,7 +312,11 @@ fn notify(events: LinkTeller<SourceEvent>) -> Notify {
     Arc::new(move |event| {
         let event = match event {
             PagerEvent::AllPushed | PagerEvent::Complete => return,
-            PagerEvent::LaneFailed { lane, reason } => SourceEvent::LaneLost(format!("the {lane} failed: {reason}")),
+            PagerEvent::LaneFailed { lane, reason } => {
+                // Where the guest turns out to be complete, nobody else says it.
+                tracing::warn!(%lane, reason, "a lane has failed");
+                SourceEvent::LaneLost(format!("the {lane} failed: {reason}"))
+            }
             PagerEvent::Broken { reason } => SourceEvent::Lost(reason),
         };
         let _ = events.tell(event);

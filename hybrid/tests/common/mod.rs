@@ -1,6 +1,8 @@
 //! What the tests of whole migrations share.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod relay;
+
 use std::thread;
 use std::time::{Duration, Instant};
 

@@ -354,6 +354,7 @@ impl BulkReceiver {
         let mut present = 0_u64;
         for bit in bits(won) {
             let page = page_at(first, bit);
+            self.shared.digest(page);
             match self.shared.states.arrived(page, self.tag) {
                 // A fault that came meanwhile asked for nothing: mapping wakes it, and nobody keeps its time.
                 Arrival::Present { .. } => present |= 1 << bit,

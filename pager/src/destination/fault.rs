@@ -414,6 +414,7 @@ impl FaultService {
             }
             Some(bytes) => {
                 self.shared.fill(asked.page, bytes);
+                self.shared.digest(asked.page);
                 self.place(asked, arrived)
             }
         }

@@ -7,8 +7,10 @@
 //! A lane looks at the phase under the lock when it claims a frame's pages, and again when they have landed: a frame of
 //! pre-copy that is still landing at the handoff makes nothing present. The fault thread never takes this lock.
 
+use std::num::NonZero;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 
 use switchover_wire::types::{PageCount, PageIndex};
 
@@ -149,6 +151,9 @@ pub fn hand_over(shared: &Shared, missing: &[u64]) -> Result<(), DestinationPage
     // First this one: the mapper must not map what is about to be forgotten.
     let mapped = shared.ahead.hold();
     let Crossed { to_come, nothing_came } = shared.handoff.cross(&shared.states, &shared.missing, missing)?;
+    if shared.digest.is_some() {
+        digest_kept(shared, missing);
+    }
     shared.counts.kept.store(shared.states.pages().0 - to_come, Ordering::Relaxed);
     // What is mapped would be read, old as it is. Nobody runs or loads a state before this returns. A lane that brings a new
     // version meanwhile may see it unmapped again: then a fault finds it here and maps it.
@@ -165,6 +170,34 @@ pub fn hand_over(shared: &Shared, missing: &[u64]) -> Result<(), DestinationPage
         (shared.notify)(crate::lane::PagerEvent::Complete);
     }
     Ok(())
+}
+
+/// Digests what is here, with as many threads as there are processors: the guest stands still.
+fn digest_kept(shared: &Shared, missing: &[u64]) {
+    let words: Vec<_> = within(missing, shared.states.pages()).collect();
+    let threads = thread::available_parallelism().map_or(1, NonZero::get);
+    let digest = |(first, missing): (u64, u64)| {
+        let pages = 64.min(shared.states.pages().0 - first);
+        for page in (0..pages).filter(|bit| missing >> bit & 1 == 0).map(|bit| PageIndex(first + bit)) {
+            if shared.stains.has(page) {
+                shared.digest(page);
+            } else if let Some(digest) = &shared.digest {
+                // It came as zero, and nobody has ever written it.
+                digest.add_zero(page);
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let mut parts = words.chunks(words.len().div_ceil(threads).max(1));
+        let own = parts.next();
+        for part in parts {
+            let all = move || part.iter().copied().for_each(digest);
+            if thread::Builder::new().spawn_scoped(scope, all).is_err() {
+                all();
+            }
+        }
+        own.into_iter().flatten().copied().for_each(digest);
+    });
 }
 
 /// The words of a set of pages, each with its first page, without bits past the end of RAM.

@@ -30,7 +30,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use switchover_wire::clock::Nanos;
-use switchover_wire::types::{LaneRole, PAGE_SIZE, PageIndex};
+use switchover_wire::types::{LaneRole, PAGE_SIZE, PageIndex, SessionId};
 use thiserror::Error;
 
 use self::bulk::{BulkError, BulkReceiver};
@@ -40,6 +40,7 @@ use self::mapper::{MappedAhead, UnmappedZeros};
 use self::shard::Shard;
 use self::stains::Stains;
 use crate::cpu::{self, CpuMeter, CpuTime};
+use crate::digest::MemoryDigest;
 use crate::lane::{FAULT_LANES_LIMIT, Notify, PageLane, PagerEvent};
 use crate::ram::{Ram, RamError};
 use crate::source::thread_name;
@@ -126,6 +127,8 @@ struct Shared {
     stains: Stains,
     /// As many as the watch has.
     shards: Box<[Arc<Shard>]>,
+    /// Of what the guest is given, where that is to be compared with what it left.
+    digest: Option<MemoryDigest>,
     /// The link was lost once: pages may have landed in part.
     rejoined: AtomicBool,
     /// Whether RAM's pages are allocated: then a zero page can be mapped like any other.
@@ -168,15 +171,29 @@ impl Shared {
     /// The source says that `page` is zero. What an older version has left in it is wiped out first.
     fn claim_zero(&self, page: PageIndex, lane: LaneTag) -> Claim {
         if !self.stains.has(page) {
-            return self.states.claim_zero(page);
+            let claim = self.states.claim_zero(page);
+            if let (Some(digest), Claim::Won { .. }) = (&self.digest, claim) {
+                digest.add_zero(page);
+            }
+            return claim;
         }
         if self.states.claim(page, lane) == Claim::Lost {
             return Claim::Lost;
         }
         self.wipe(page);
+        self.digest(page);
         match self.states.arrived(page, lane) {
             Arrival::Present { wanted } => Claim::Won { wanted },
             Arrival::Removed => Claim::Lost,
+        }
+    }
+
+    /// Digests a page as it lies in the alias: the caller has claimed it, and will say that it has arrived; or nobody runs yet.
+    fn digest(&self, page: PageIndex) {
+        let Some(digest) = &self.digest else { return };
+        let mut bytes = [0; PAGE_SIZE];
+        if self.watch.ram().copy_page(page, &mut bytes) {
+            digest.add(page, &bytes);
         }
     }
 
@@ -261,6 +278,31 @@ impl DestinationPager {
     /// # Errors
     /// When memory is short, userfaultfd refuses, or the lanes are not a few fault lanes and a few bulk lanes.
     pub fn start(ram: Ram, lanes: Vec<PageLane>, lazy: bool, notify: &Notify) -> Result<Self, DestinationPagerError> {
+        Self::begin(ram, lanes, lazy, None, notify)
+    }
+
+    /// [`start`](Self::start), and digest all that the guest is given, for this session: [`digest`](Self::digest).
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_digesting(
+        ram: Ram,
+        lanes: Vec<PageLane>,
+        lazy: bool,
+        session: SessionId,
+        notify: &Notify,
+    ) -> Result<Self, DestinationPagerError> {
+        let digest = MemoryDigest::new(session, ram.pages());
+        Self::begin(ram, lanes, lazy, Some(digest), notify)
+    }
+
+    fn begin(
+        ram: Ram,
+        lanes: Vec<PageLane>,
+        lazy: bool,
+        digest: Option<MemoryDigest>,
+        notify: &Notify,
+    ) -> Result<Self, DestinationPagerError> {
         let shards = check_lanes(&lanes)?;
         if !lazy {
             reserve(&ram)?;
@@ -274,6 +316,7 @@ impl DestinationPager {
             ahead: MappedAhead::new(pages),
             unmapped_zeros: UnmappedZeros::default(),
             stains: Stains::new(pages),
+            digest,
             rejoined: AtomicBool::new(false),
             populated: !lazy,
             missing: AtomicU64::new(pages.0),
@@ -398,6 +441,13 @@ impl DestinationPager {
     /// When something that is not `missing` never came, the handoff was made before, or the kernel refuses.
     pub fn hand_over(&self, missing: &[u64]) -> Result<(), DestinationPagerError> {
         handoff::hand_over(&self.shared, missing)
+    }
+
+    /// The digests of the memory that the guest was given, once all of it is here; where they were asked for.
+    #[must_use]
+    pub fn digest(&self) -> Option<&MemoryDigest> {
+        let complete = self.shared.missing.load(Ordering::Acquire) == 0 && self.shared.handoff.is_over();
+        self.shared.digest.as_ref().filter(|_| complete)
     }
 
     /// The guest runs: map everything that is here and not mapped, before it is touched.

@@ -46,6 +46,8 @@ pub struct Parameters {
     pub same_as: bool,
     /// Whether pages carry checksums on the way.
     pub checksums: bool,
+    /// Whether guest memory is compared when it has arrived.
+    pub verify_memory: bool,
     /// Rounds in all.
     pub max_rounds: u32,
     /// Time for all rounds together, in milliseconds.
@@ -97,6 +99,7 @@ impl Default for Parameters {
             compression: Compression::Adaptive,
             same_as: true,
             checksums: true,
+            verify_memory: false,
             max_rounds: 100,
             time_budget_ms: 120_000,
             record_bitmaps: false,
@@ -134,7 +137,7 @@ const COMPRESSIONS: [(&str, Compression); 4] = [
 const MULTIFD_COMPRESSIONS: [(&str, MultifdCompression); 2] =
     [("none", MultifdCompression::None), ("zstd", MultifdCompression::Zstd)];
 
-const SETTABLE: [Entry; 26] = [
+const SETTABLE: [Entry; 27] = [
     Entry {
         name: "max-bandwidth",
         get: |all| json!(all.max_bandwidth),
@@ -237,6 +240,11 @@ const SETTABLE: [Entry; 26] = [
         set: |all, given| given.boolean().map(|value| all.checksums = value),
     },
     Entry {
+        name: "x-switchover-verify-memory",
+        get: |all| json!(all.verify_memory),
+        set: |all, given| given.boolean().map(|value| all.verify_memory = value),
+    },
+    Entry {
         name: "x-switchover-max-rounds",
         get: |all| json!(all.max_rounds),
         set: |all, given| {
@@ -295,11 +303,12 @@ const SETTABLE: [Entry; 26] = [
 /// Those that a migration takes along when it begins, and whose names are not QEMU's: changing one under way is refused.
 /// QEMU's own are accepted at any time, as QEMU accepts them; where they cannot take effect at once, the next migration
 /// has them.
-const FIXED_UNDER_WAY: [&str; 8] = [
+const FIXED_UNDER_WAY: [&str; 9] = [
     "x-switchover-mode",
     "x-switchover-compression",
     "x-switchover-same-as",
     "x-switchover-checksums",
+    "x-switchover-verify-memory",
     "x-switchover-fault-lanes",
     "x-switchover-record-bitmaps",
     "x-switchover-record-faults",
@@ -428,7 +437,7 @@ mod tests {
             "xbzrle-cache-size": 4096, "cpu-throttle-initial": 99, "cpu-throttle-increment": 99,
             "max-cpu-throttle": 20, "vcpu-dirty-limit": 7, "x-switchover-mode": "hybrid",
             "x-switchover-blackout": 0, "x-switchover-compression": "lz4", "x-switchover-same-as": false,
-            "x-switchover-checksums": false,
+            "x-switchover-checksums": false, "x-switchover-verify-memory": true,
             "x-switchover-max-rounds": 1, "x-switchover-time-budget": 4_294_967_295_u32,
             "x-switchover-record-bitmaps": true, "x-switchover-record-faults": true, "x-switchover-silence": 1000,
             "x-switchover-fault-lanes": 16, "tls-creds": "/etc/switchover", "tls-hostname": "b.example",
@@ -559,6 +568,7 @@ mod tests {
             (json!({"x-switchover-compression": "off"}), true),
             (json!({"x-switchover-same-as": false}), true),
             (json!({"x-switchover-checksums": false}), true),
+            (json!({"x-switchover-verify-memory": true}), true),
             (json!({"x-switchover-fault-lanes": 2}), true),
             (json!({"x-switchover-record-bitmaps": true}), true),
             (json!({"x-switchover-record-faults": true}), true),

@@ -1,6 +1,7 @@
 //! The answer to `query-migrate`.
 
 use serde_json::{Map, Value, json};
+use switchover_hybrid::comparison::Stretch;
 use switchover_hybrid::progress::Progress;
 use switchover_hybrid::report::{EncodingCounts, Interruption, PhaseSpan};
 use switchover_hybrid::status::MigrationStatus;
@@ -80,7 +81,18 @@ pub fn migration(view: Option<&MigrationView>, around: &Surroundings) -> Value {
     if !progress.interruptions.is_empty() {
         put("x-switchover-interruptions", progress.interruptions.iter().map(interruption).collect());
     }
+    if let Some(comparison) = &progress.comparison {
+        put("x-switchover-memory-matches", json!(comparison.matches()));
+        if !comparison.differing.is_empty() {
+            put("x-switchover-memory-differs", comparison.differing.iter().map(stretch).collect());
+        }
+    }
     Value::Object(answer)
+}
+
+/// Where memory differs.
+fn stretch(stretch: &Stretch) -> Value {
+    json!({ "first-page": stretch.first_page, "pages": stretch.pages })
 }
 
 /// A stretch of time. One that lasts has no end.
@@ -202,6 +214,7 @@ mod tests {
             encodings: None,
             phases: vec![PhaseSpan { name: "setup".to_owned(), start_ns: 5, end_ns: Some(9) }],
             interruptions: Vec::new(),
+            comparison: None,
         };
         MigrationView { progress, listening_at: None }
     }

@@ -37,6 +37,7 @@ pub fn settings(capabilities: &Capabilities, parameters: &Parameters) -> Setting
         throttling: throttling(capabilities, parameters),
         pause_before_switchover: capabilities.has("pause-before-switchover"),
         checksums: parameters.checksums,
+        verify_memory: parameters.verify_memory,
         record_bitmaps: parameters.record_bitmaps,
         record_faults: parameters.record_faults,
         collapse: parameters.collapse,

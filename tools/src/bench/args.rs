@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::{Args, ValueEnum};
+use serde_json::{Map, Value};
 
 use super::bandwidth::Bandwidth;
 use super::modes::{self, Mode};
@@ -78,6 +79,10 @@ pub struct BenchArgs {
     /// Seconds after the handoff for which nothing is pushed, so that every page that the guest touches is a remote fault
     #[arg(long, value_name = "S", value_parser = seconds, conflicts_with = "matrix")]
     hold_push: Option<f64>,
+
+    /// Set a migration parameter on both sides, to see what it costs: x-switchover-checksums=false. May be given again
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parameter, conflicts_with = "peer")]
+    set: Vec<(String, Value)>,
 
     /// Write the first run's rounds and faults, for `switchover simulate`; hybrid's where it is among the modes. After the
     /// handoff nothing is pushed until the guest has touched most of its pages, so these runs' figures say little
@@ -230,6 +235,8 @@ pub struct Plan {
     pub patience_s: Option<f64>,
     /// Seconds after the handoff for which nothing is pushed.
     pub hold_push_s: Option<f64>,
+    /// Parameters that both sides are given besides.
+    pub parameters: Map<String, Value>,
     /// Where a run's trace goes.
     pub trace: Option<PathBuf>,
     /// Where the report goes.
@@ -277,6 +284,12 @@ const BESIDE_A_PEER: Defaults =
 /// The guests of the matrix: what pre-copy likes best, and what it likes least.
 const MATRIX_GUESTS: [&str; 4] = ["hotset", "sequential", "random", "idle"];
 
+/// A parameter's name and value; what is no JSON is a string.
+fn parameter(text: &str) -> Result<(String, Value), String> {
+    let (name, value) = text.split_once('=').ok_or("a name and a value, as in x-switchover-checksums=false")?;
+    Ok((name.to_owned(), serde_json::from_str(value).unwrap_or_else(|_| Value::from(value))))
+}
+
 impl BenchArgs {
     /// What the arguments ask for.
     ///
@@ -322,6 +335,7 @@ impl BenchArgs {
             after_s: self.after.unwrap_or(defaults.after_s),
             patience_s: self.patience.or(defaults.patience_s),
             hold_push_s: self.hold_push,
+            parameters: self.set.iter().cloned().collect(),
             trace: self.trace.clone(),
             out: self.out.clone(),
             floor_s: defaults.floor_s,

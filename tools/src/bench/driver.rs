@@ -216,6 +216,12 @@ impl<'a> Driver<'a> {
         self.pause(self.plan.warmup_s, &mut [source, destination])?;
 
         tell("moving");
+        if !self.plan.parameters.is_empty() {
+            for (qmp, who) in [(&mut source_qmp, SOURCE), (&mut destination_qmp, DESTINATION)] {
+                let parameters = json!(self.plan.parameters);
+                qmp.execute("migrate-set-parameters", parameters).map_err(RunError::on(who))?;
+            }
+        }
         mode.prepare(&mut source_qmp, &mut destination_qmp)?;
         let uri = self.listen(&mut destination_qmp, files)?;
         // The network holds the bandwidth by itself.

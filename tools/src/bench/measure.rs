@@ -138,6 +138,7 @@ fn settings(plan: &Plan, peer: Option<PeerInfo>) -> Settings {
         after_s: plan.after_s,
         patience_s: plan.patience_s,
         hold_push_s: plan.hold_push_s,
+        parameters: plan.parameters.clone(),
         seed: plan.seed,
         peer,
     }

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use switchover_hybrid::report::SideReport;
 
 use super::bandwidth::Bandwidth;
@@ -83,6 +84,9 @@ pub struct Settings {
     /// Seconds for which the pusher was held back after the handoff; absent where it was not.
     #[serde(default)]
     pub hold_push_s: Option<f64>,
+    /// Migration parameters that were set on both sides besides.
+    #[serde(default)]
+    pub parameters: Map<String, Value>,
     /// What the order of the runs followed from.
     #[serde(default)]
     pub seed: u32,

@@ -108,6 +108,7 @@ pub fn sides(seed: u64) -> (SideReport, SideReport) {
         precopy: None,
         interruptions: Vec::new(),
         unacknowledged: None,
+        comparison: None,
     };
     let destination = SideReport {
         side: Side::Destination,
@@ -344,6 +345,7 @@ pub fn report(modes: Vec<super::schema::ModeReport>) -> Report {
             after_s: 2.0,
             patience_s: None,
             hold_push_s: None,
+            parameters: serde_json::Map::new(),
             seed: 7,
             peer: None,
         },

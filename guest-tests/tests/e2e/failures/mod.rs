@@ -5,6 +5,7 @@
 
 mod cell;
 mod cutting;
+mod damaging;
 mod killing;
 mod lacking;
 mod recovering;
