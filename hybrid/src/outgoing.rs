@@ -80,7 +80,7 @@ struct Past {
 #[derive(Clone, Debug)]
 enum LostWish {
     /// Join it again, there and so.
-    Rejoin { to: Address, settings: Settings, security: Security },
+    Rejoin { to: Address, settings: Box<Settings>, security: Security },
     /// Run the guest here again.
     Reclaim,
 }
@@ -227,7 +227,7 @@ impl Outgoing {
     /// When the link is not lost, another such wish is being carried out, or the settings ask for what cannot be.
     pub fn resume(&self, to: Address, settings: Settings, security: Security) -> Result<(), MigrationError> {
         settings.check()?;
-        self.shared.wish_for_lost("resume", LostWish::Rejoin { to, settings, security })?;
+        self.shared.wish_for_lost("resume", LostWish::Rejoin { to, settings: Box::new(settings), security })?;
         // At once: whoever looks after this has returned must not take the last loss for the outcome.
         self.shared.recorder.set_status(MigrationStatus::PostcopyRecover);
         self.shared.tell(SourceEvent::Rejoin).ok_or(MigrationError::NotLost { wish: "resume" })

@@ -168,9 +168,9 @@ impl Socket {
         self.tls.get()
     }
 
-    /// From now on its bytes are sealed.
-    pub(crate) fn secure(&self, tls: Tls) -> Result<(), Tls> {
-        self.tls.set(tls)
+    /// From now on its bytes are sealed. `false` where they are already.
+    pub(crate) fn secure(&self, tls: Tls) -> bool {
+        self.tls.set(tls).is_ok()
     }
 
     /// Small pieces go at once, from now on: a handshake has several, and each would wait for the other side's acknowledgement of the

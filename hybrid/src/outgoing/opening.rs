@@ -111,7 +111,7 @@ impl Shared {
         let session = *self.name.get().ok_or_else(|| "the session was never begun".to_owned())?;
         let capabilities = capability::POSTCOPY | capability::REJOIN;
         // Memory is divided for the lanes that there were.
-        let settings = Settings { fault_lanes: self.settings.fault_lanes, ..settings };
+        let settings = Settings { fault_lanes: self.settings.fault_lanes, ..*settings };
         let Opened { control, pages, .. } = self.open_lanes(&to, session, &settings, &security, capabilities)?;
         let events = self.events.of_link();
         let mut tunables = self.tunables();
