@@ -14,6 +14,7 @@ use switchover_hybrid::status::MigrationStatus;
 use super::controller::{Event, TimedEvent};
 use super::endpoint::Endpoint;
 use super::fake::Fake;
+use super::parameters::Parameters;
 use super::server::{Bound, Server};
 use crate::run_state::RunState;
 

@@ -28,9 +28,6 @@ const HANDSHAKE_LIMIT: usize = 128 << 10;
 /// The most that is read and thrown away of a peer that is to read why it was refused.
 const LINGER_BYTES: usize = 256 << 10;
 
-/// What may be left to send when a handshake fails: the alert, and before it what was begun.
-const MESSAGES_OF_A_FAILURE: usize = 4;
-
 const SESSION_LABEL: &[u8] = b"EXPORTER-switchover-session";
 const REJOIN_LABEL: &[u8] = b"EXPORTER-switchover-rejoin";
 const LANE_LABEL: &[u8] = b"EXPORTER-switchover-lane";
@@ -211,11 +208,8 @@ impl Shaker<'_> {
     fn finish<C: Shaking>(mut self, mut connection: C, exporter: &ExporterSecret) -> Result<(), HandshakeError> {
         self.shake(&mut connection)?;
         let tls = self.establish(connection, exporter).map_err(|error| self.failed(error.to_string()))?;
-        if self.socket.secure(tls) {
-            Ok(())
-        } else {
-            Err(self.failed("it was made twice on one connection".to_owned()))
-        }
+        let first = self.socket.secure(tls);
+        first.then_some(()).ok_or_else(|| self.failed("it was made twice on one connection".to_owned()))
     }
 
     fn shake<C: Shaking>(&mut self, connection: &mut C) -> Result<(), HandshakeError> {
@@ -246,12 +240,9 @@ impl Shaker<'_> {
         if matches!(error, Error::AlertReceived(_)) {
             return;
         }
-        // rustls has the alert ready for whoever asks once more, with what it has not let go of yet: it may look at that again.
-        for _ in 0..MESSAGES_OF_A_FAILURE {
-            let (discard, step) = connection.step(&mut self.incoming, &mut self.outgoing, &mut self.early);
-            self.incoming.drain(..discard.min(self.incoming.len()));
-            let Step::Again = step else { break };
-        }
+        // rustls hands out the alert to whoever asks once more. Once: asked again, it would look at what follows what was wrong, of
+        // which it takes for granted that nobody does (it panics on some).
+        connection.step(&mut self.incoming, &mut self.outgoing, &mut self.early);
         if self.send().is_ok() {
             patient::linger(self.socket, LINGER_BYTES, &Deadline::after(LINGER_LIMIT));
         }
