@@ -128,7 +128,7 @@ const COMPRESSIONS: [(&str, Compression); 4] = [
 const MULTIFD_COMPRESSIONS: [(&str, MultifdCompression); 2] =
     [("none", MultifdCompression::None), ("zstd", MultifdCompression::Zstd)];
 
-const SETTABLE: [Entry; 23] = [
+const SETTABLE: [Entry; 24] = [
     Entry {
         name: "max-bandwidth",
         get: |all| json!(all.max_bandwidth),
@@ -279,7 +279,7 @@ const SETTABLE: [Entry; 23] = [
 /// Those that a migration takes along when it begins, and whose names are not QEMU's: changing one under way is refused.
 /// QEMU's own are accepted at any time, as QEMU accepts them; where they cannot take effect at once, the next migration
 /// has them.
-const FIXED_UNDER_WAY: [&str; 8] = [
+const FIXED_UNDER_WAY: [&str; 9] = [
     "x-switchover-mode",
     "x-switchover-compression",
     "x-switchover-same-as",
