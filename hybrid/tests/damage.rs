@@ -321,6 +321,7 @@ fn a_page_that_was_damaged_is_found_by_comparing_and_named() {
         return;
     }
     for mode in [Mode::Postcopy, Mode::Hybrid] {
+        let mut found_one = false;
         // Pages are sent once more where the guest has written them since: until one is not.
         for at in (20_000..1_000_000).step_by(20_000) {
             let settings = Settings { checksums: false, verify_memory: true, ..settings(mode, Compression::Off) };
@@ -336,7 +337,9 @@ fn a_page_that_was_damaged_is_found_by_comparing_and_named() {
             }
             assert!(story.said.iter().all(|said| said.contains("did not arrive as it was left")), "{:?}", story.said);
             assert!(story.logged.contains("did not arrive as it was left"), "{}", story.logged);
+            found_one = true;
             break;
         }
+        assert!(found_one, "{mode:?}: no damage was left to be found");
     }
 }

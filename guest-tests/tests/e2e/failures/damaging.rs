@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 use switchover_guest_tests::link::{Role, Toward};
+use switchover_guest_tests::machine::Machine;
 use switchover_guest_tests::moving::{Transport, Way, destination, migrate_as, set};
 use switchover_guest_tests::waiting::until;
 
@@ -109,5 +110,5 @@ fn a_page_that_is_damaged_where_nobody_checks_is_found_by_comparing() {
     migrate_as(&mut cell.there, &mut next, &to, Way::new("precopy", 1));
     let look: Value = next.execute("query-migrate", json!({}));
     assert_eq!(look.get("x-switchover-memory-matches"), None, "{look:#}");
-    [cell.source, cell.there, next].into_iter().for_each(switchover_guest_tests::machine::Machine::quit);
+    [&mut cell.source, &mut cell.there, &mut next].into_iter().for_each(Machine::quit);
 }
