@@ -68,7 +68,7 @@
 //! | `seed=` | `1` | of page contents and of every random choice |
 //! | `tsc_khz=` | `0` | 0: measured against the PIT |
 //! | `hot=`, `hotvisits=` | `10`, `90` | `hotset`: so many percent of the visits go to so many percent of the pages |
-//! | `writes=` | `5` | `reader`: percentage of visits that write |
+//! | `writes=` | `5`, `100` | `reader`, `hotset`: percentage of visits that write |
 //! | `gaps=` | `octaves` | `fine`: report the times of visits too, in `G` lines |
 //! | `stop=` | `0` | end after so many periods; 0: never |
 //! | `corrupt=` | `0` | at this visit of vCPU 0, flip a bit first, to prove that it is noticed; 0: never |

@@ -24,8 +24,8 @@ pub struct Params {
     pub hot: u64,
     /// Percentage of visits that go to them.
     pub hot_visits: u64,
-    /// Percentage of visits that write, for the reader.
-    pub writes: u64,
+    /// Percentage of visits that write, for those who do not always: the reader's 5 or the hot set's 100 unless it is given.
+    pub writes: Option<u64>,
     /// Whether the times of visits are reported too.
     pub fine: bool,
     /// Periods after which to end, or 0.
@@ -66,7 +66,7 @@ impl Params {
             tsc_khz: 0,
             hot: 10,
             hot_visits: 90,
-            writes: 5,
+            writes: None,
             fine: false,
             stop: 0,
             corrupt: 0,
@@ -113,7 +113,7 @@ impl Params {
             }
             b"hot" => self.hot = percentage()?,
             b"hotvisits" => self.hot_visits = percentage()?,
-            b"writes" => self.writes = percentage()?,
+            b"writes" => self.writes = Some(percentage()?),
             b"gaps" => {
                 self.fine = match value {
                     b"fine" => true,

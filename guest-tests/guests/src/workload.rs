@@ -1,7 +1,7 @@
 //! Which page a vCPU visits next.
 
 use crate::params::Params;
-use crate::rng::{Shuffle, below, percent};
+use crate::rng::{Shuffle, below, mix, percent};
 
 /// A page to visit, and whether to write it.
 #[derive(Clone, Copy)]
@@ -61,11 +61,12 @@ impl Workload for Random {
     }
 }
 
-/// Writes few pages often and the others seldom. The hot ones are scattered over the working set.
+/// Writes few pages often and the others seldom, or reads them. The hot ones are scattered over the working set.
 pub struct HotSet {
     pages: usize,
     hot: usize,
     hot_visits: u64,
+    writes: u64,
     order: Shuffle,
 }
 
@@ -73,7 +74,8 @@ impl Workload for HotSet {
     #[expect(clippy::cast_possible_truncation, reason = "a percentage")]
     fn new(params: &Params, pages: usize) -> Self {
         let hot = (pages * params.hot as usize / 100).clamp(1, pages - 1);
-        Self { pages, hot, hot_visits: params.hot_visits, order: Shuffle::new(pages, params.seed) }
+        let (hot_visits, writes) = (params.hot_visits, params.writes.unwrap_or(100));
+        Self { pages, hot, hot_visits, writes, order: Shuffle::new(pages, params.seed) }
     }
 
     #[inline]
@@ -83,7 +85,8 @@ impl Workload for HotSet {
         } else {
             self.hot + below(random, self.pages - self.hot)
         };
-        Choice { page: self.order.apply(rank), write: true }
+        // Whether it writes has nothing to do with whether the page is hot.
+        Choice { page: self.order.apply(rank), write: percent(mix(random), self.writes) }
     }
 }
 
@@ -95,7 +98,7 @@ pub struct Reader {
 
 impl Workload for Reader {
     fn new(params: &Params, pages: usize) -> Self {
-        Self { pages, writes: params.writes }
+        Self { pages, writes: params.writes.unwrap_or(5) }
     }
 
     #[inline]
