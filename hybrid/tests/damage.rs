@@ -16,6 +16,7 @@ use switchover_hybrid::incoming::Incoming;
 use switchover_hybrid::machine::Machine;
 use switchover_hybrid::monitor::{Limits, Mode};
 use switchover_hybrid::outgoing::Outgoing;
+use switchover_hybrid::security::Security;
 use switchover_hybrid::settings::{Bandwidth, Settings, no_observer};
 use switchover_hybrid::status::MigrationStatus;
 use switchover_pager::ram::Ram;
@@ -160,10 +161,12 @@ fn migrate(settings: Settings, flip: Option<Flip>) -> Story {
     to.freeze();
     let machine: Arc<dyn Machine> = Arc::clone(&to) as _;
     let listening = Settings { silence: settings.silence, ..Settings::default() };
-    let incoming = Incoming::listen(machine, &"tcp:127.0.0.1:0".parse().unwrap(), listening, no_observer()).unwrap();
+    let incoming =
+        Incoming::listen(machine, &"tcp:127.0.0.1:0".parse().unwrap(), listening, Security::default(), no_observer())
+            .unwrap();
     let relay = Relay::to(&incoming.address(), flip);
     let machine: Arc<dyn Machine> = Arc::clone(&from) as _;
-    let outgoing = Outgoing::start(machine, relay.address(), settings, no_observer()).unwrap();
+    let outgoing = Outgoing::start(machine, relay.address(), settings, Security::default(), no_observer()).unwrap();
     if mode == Mode::Postcopy {
         outgoing.start_postcopy().unwrap();
     }
@@ -194,7 +197,7 @@ fn migrate(settings: Settings, flip: Option<Flip>) -> Story {
                     if !std::mem::replace(&mut mended, true) {
                         relay.mend();
                     }
-                    let _ = outgoing.resume(relay.address(), settings);
+                    let _ = outgoing.resume(relay.address(), settings, Security::default());
                 }
                 (Is::Failed, _) => end = Some(End::Stayed),
                 (Is::Completed, Is::Completed) => end = Some(End::Moved),
