@@ -21,7 +21,6 @@
 
 mod blocking;
 mod event;
-pub mod maker;
 mod spin;
 mod stream;
 
@@ -81,9 +80,9 @@ const OPERATIONS: [u8; 6] = [
     opcode::AsyncCancel::CODE,
 ];
 
-/// A disabled, restricted ring: of the process that makes them for this one, or made here where there is none.
+/// A disabled, restricted ring.
 fn build(entries: u32) -> Result<IoUring, RingError> {
-    maker::ask(entries).unwrap_or_else(|| make(entries)).map_err(|source| RingError::Setup { entries, source })
+    make(entries).map_err(|source| RingError::Setup { entries, source })
 }
 
 /// Allows a disabled ring those [`OPERATIONS`], without links, fixed files or any other flag, and nothing to be registered.
