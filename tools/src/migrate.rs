@@ -407,12 +407,15 @@ mod tests {
         assert_eq!((args.to, args.recover.map(|at| at.to_string())), (None, Some("tcp:h:0".to_owned())));
         for more in ONLY_AT_FIRST {
             let value = match more {
-                "mode" => "hybrid",
-                "compression" => "lz4",
-                "max_bandwidth" => "1G",
-                _ => "5",
+                "mode" => Some("hybrid"),
+                "compression" => Some("lz4"),
+                "max_bandwidth" => Some("1G"),
+                "verify_memory" => None,
+                _ => Some("5"),
             };
-            let error = parse(&["--resume", &format!("--{}", more.replace('_', "-")), value]).unwrap_err();
+            let option = format!("--{}", more.replace('_', "-"));
+            let given: Vec<&str> = ["--resume", &option].into_iter().chain(value).collect();
+            let error = parse(&given).unwrap_err();
             assert!(error.contains("cannot be used with"), "{more}: {error}");
         }
         assert!(parse(&["--recover", "tcp:h:1"]).unwrap_err().contains("cannot be used with"));
