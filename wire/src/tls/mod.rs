@@ -8,7 +8,7 @@
 //! ```
 //!
 //! rustls does the handshake and derives every key, through its unbuffered API. The records are sealed and opened by [`record`], at
-//! the lanes' pace and in their buffers. Lanes use it by way of [`crate::stream`], or, where an event ring moves the bytes, by way of
+//! the lanes' pace and in their buffers. Lanes use it by way of [`crate::ring::Stream`], or, where an event ring moves the bytes, by way of
 //! the halves themselves.
 //!
 //! A connection that ends is an error to whoever reads from it, whether TLS ended it properly or somebody cut it: what was to come
