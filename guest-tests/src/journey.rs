@@ -38,6 +38,18 @@ impl Journey {
         self.parts.push_back(machine.serial());
     }
 
+    /// It has moved from `source`, which is ended, to `there`, where it works on for so many periods before that is ended too.
+    ///
+    /// # Panics
+    /// When it does not, when anything that it has said is wrong, or when a machine does not end as it should.
+    pub fn ends_at(&mut self, source: &mut Machine, there: &mut Machine, periods: usize) {
+        source.quit();
+        self.goes_to(there);
+        self.works_on(periods);
+        there.quit();
+        self.log();
+    }
+
     /// What it has said so far.
     ///
     /// # Panics

@@ -114,10 +114,6 @@ fn a_disk_that_takes_nothing_stops_neither_guest_nor_migration() {
     allow_postcopy(&mut source);
     until("it is said aloud", || source.stderr().text().contains("cannot be written").then_some(()));
     migrate(&mut source, &mut there, &address);
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(1);
-    there.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut there, 1);
     lab.close();
 }

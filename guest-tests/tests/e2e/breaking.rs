@@ -41,11 +41,7 @@ fn moves_after_all(lab: &Lab, source: &mut Machine, journey: &mut Journey) {
     journey.works_on(1);
     let (mut there, to) = destination(lab, &lab.guest("random", ""), Transport::Unix);
     migrate(source, &mut there, &to);
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(1);
-    there.quit();
-    journey.log();
+    journey.ends_at(source, &mut there, 1);
 }
 
 #[test]

@@ -22,11 +22,7 @@ fn the_command_moves_a_guest_and_sums_up() {
         assert!(stdout.lines().any(|found| found.starts_with(line)), "no line `{line}` in\n{stdout}");
     }
     assert_eq!(source.run_state(), "postmigrate");
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(2);
-    there.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut there, 2);
     lab.close();
 }
 
@@ -58,11 +54,7 @@ fn a_guest_that_writes_faster_than_the_link_stays_by_precopy_and_moves_by_hybrid
     for line in ["moved in ", "rounds ", "decision     post-copy in round ", "blackout "] {
         assert!(ended.stdout.lines().any(|found| found.starts_with(line)), "no line `{line}` in\n{}", ended.stdout);
     }
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(2);
-    there.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut there, 2);
     lab.close();
 }
 
@@ -81,11 +73,7 @@ fn a_guest_that_hardly_writes_moves_by_precopy_on_several_channels() {
     let report = source.execute("x-switchover-report", serde_json::json!({}));
     let bulk = |lane: &&serde_json::Value| lane["lane"].as_str().is_some_and(|name| name.starts_with("bulk"));
     assert_eq!(report["lanes"].as_array().unwrap().iter().filter(bulk).count(), 3);
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(2);
-    there.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut there, 2);
     lab.close();
 }
 

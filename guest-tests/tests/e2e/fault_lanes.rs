@@ -46,11 +46,7 @@ fn two_vcpus_move_over_two_fault_lanes() {
         assert_eq!(bytes.len(), 2, "{way:?}");
         // How many faults a hybrid leaves is its own affair.
         assert!(way.mode == "hybrid" || bytes.iter().all(|bytes| *bytes > 64 * 4096), "{way:?}: {bytes:?}");
-        source.quit();
-        journey.goes_to(&there);
-        journey.works_on(3);
-        there.quit();
-        journey.log();
+        journey.ends_at(&mut source, &mut there, 3);
         lab.close();
     }
 }
@@ -80,10 +76,6 @@ fn a_link_of_three_fault_lanes_is_lost_and_joined_again() {
     set(&mut source, json!({ "max-postcopy-bandwidth": 0 }));
     source.wait_migration("completed");
     there.wait_migration("completed");
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(3);
-    there.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut there, 3);
     lab.close();
 }

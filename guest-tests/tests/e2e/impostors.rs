@@ -93,11 +93,7 @@ fn what_is_no_destination_is_told_apart_and_half_a_true_handshake_does_no_harm()
     begin(&mut source, &to);
     finish(&mut source, &mut there);
     drop(open);
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(1);
-    there.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut there, 1);
     lab.close();
 }
 

@@ -275,11 +275,7 @@ fn precopy_tells_its_rounds_and_heeds_what_is_set_under_way() {
     let crossed = |name: &str| ended["ram"][name].as_u64().unwrap();
     assert!(crossed("precopy-bytes") + crossed("downtime-bytes") > 32 << 20, "{ended}");
     there.wait_migration("completed");
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(1);
-    there.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut there, 1);
     lab.close();
 }
 
@@ -309,10 +305,6 @@ fn a_handoff_waits_for_its_controller_where_it_was_asked_to() {
     source.wait_migration("completed");
     there.wait_migration("completed");
     assert_eq!(there.run_state(), "running");
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(1);
-    there.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut there, 1);
     lab.close();
 }

@@ -57,11 +57,7 @@ fn the_command_tells_of_a_lost_link_and_joins_it_again() {
     let Ended { status, stderr, .. } = switchover(&resume);
     assert_eq!(status, Some(1));
     assert!(stderr.contains("Cannot resume if there is no paused migration"), "{stderr}");
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(1);
-    there.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut there, 1);
     lab.close();
 }
 

@@ -81,11 +81,7 @@ fn of_many_who_migrate_one_does() {
     source.wait_migration("completed");
     let (mut there, _) = destinations.swap_remove(won % 3);
     there.wait_migration("completed");
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(1);
-    there.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut there, 1);
     // Nobody has come to the others.
     for (mut other, _) in destinations {
         assert_eq!(other.execute("query-migrate", json!({}))["status"], "setup");
@@ -148,11 +144,7 @@ fn of_many_who_resume_one_does() {
     }
     source.wait_migration("completed");
     there.wait_migration("completed");
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(1);
-    there.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut there, 1);
     lab.close();
 }
 

@@ -66,11 +66,7 @@ fn a_destination_that_differs_is_named_before_the_guest_is_touched() {
     assert!(!events.iter().any(|event| event["event"] == "STOP"), "the guest was touched: {events:?}");
     let (mut right, to) = destination(&lab, &spec, Transport::Tcp);
     migrate(&mut source, &mut right, &to);
-    source.quit();
-    journey.goes_to(&right);
-    journey.works_on(2);
-    right.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut right, 2);
     lab.close();
 }
 

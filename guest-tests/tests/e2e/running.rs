@@ -67,11 +67,7 @@ fn a_guest_can_be_stopped_while_its_memory_follows() {
     there.wait_migration("completed");
     assert_eq!(there.run_state(), "paused");
     there.execute("cont", json!({}));
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(2);
-    there.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut there, 2);
     lab.close();
 }
 
@@ -169,10 +165,6 @@ fn a_deferred_destination_listens_when_it_is_told() {
     assert!(!there.refuses("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" })).is_empty());
     let to = there.address();
     migrate(&mut source, &mut there, &to);
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(1);
-    there.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut there, 1);
     lab.close();
 }

@@ -41,11 +41,7 @@ fn moves_past(lab: Lab, strangers: impl Fn(&str) -> Vec<TcpStream>) {
     let during = strangers(&to);
     finish(&mut source, &mut there);
     drop((before, during));
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(1);
-    there.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut there, 1);
     lab.close();
 }
 

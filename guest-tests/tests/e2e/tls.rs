@@ -48,11 +48,7 @@ fn guests_move_over_tls_by_every_mode_on_several_lanes() {
         // A unix socket's host has no name of its own.
         set(&mut source, json!({ "x-switchover-fault-lanes": 2, "tls-hostname": "127.0.0.1" }));
         migrate_as(&mut source, &mut there, &to, way);
-        source.quit();
-        journey.goes_to(&there);
-        journey.works_on(3);
-        there.quit();
-        journey.log();
+        journey.ends_at(&mut source, &mut there, 3);
         lab.close();
     }
 }
@@ -87,11 +83,7 @@ fn the_commands_make_certificates_and_move_a_guest_with_them() {
     let ended = run(&["--tls-creds", &path, "--tls-hostname", "b.example"]);
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);
     there.wait_migration("completed");
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(1);
-    there.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut there, 1);
     lab.close();
 }
 
@@ -165,11 +157,7 @@ fn only_good_certificates_open_a_control_lane() {
     fails(&mut source, &mut there, &to, "takes TLS lanes only", "the source has no TLS");
     set(&mut source, json!({ "tls-creds": good }));
     migrate(&mut source, &mut there, &to);
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(1);
-    there.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut there, 1);
     lab.close();
 }
 
@@ -247,11 +235,7 @@ fn every_lane_needs_the_certificate_and_the_secret_of_its_session() {
     }
     set(&mut source, json!({ "tls-creds": good }));
     migrate(&mut source, &mut other, &other_to);
-    source.quit();
-    journey.goes_to(&other);
-    journey.works_on(1);
-    other.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut other, 1);
     drop(there);
 }
 
@@ -300,11 +284,7 @@ fn a_lost_link_is_joined_again_over_tls_by_its_own_source_alone() {
     source.execute("migrate", json!({ "uri": link.address(), "resume": true }));
     source.wait_migration("completed");
     there.wait_migration("completed");
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(1);
-    there.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut there, 1);
     lab.close();
 }
 
@@ -338,10 +318,6 @@ fn plain_lanes_leave_the_host_only_where_that_is_allowed() {
     assert_eq!(source.run_state(), "running");
     set(&mut source, json!({ "x-switchover-allow-plain": true }));
     migrate(&mut source, &mut there, &to);
-    source.quit();
-    journey.goes_to(&there);
-    journey.works_on(1);
-    there.quit();
-    journey.log();
+    journey.ends_at(&mut source, &mut there, 1);
     lab.close();
 }
