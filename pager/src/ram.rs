@@ -152,9 +152,13 @@ impl Ram {
     /// page's claim.
     #[must_use]
     pub fn alias_of(&self, page: PageIndex) -> Option<*mut u8> {
+        self.within(&self.inner.alias, page)
+    }
+
+    fn within(&self, mapping: &Mapping, page: PageIndex) -> Option<*mut u8> {
         (page.0 < self.inner.pages.0).then(|| {
             let offset = usize::try_from(page.offset()).unwrap_or(usize::MAX);
-            self.inner.alias.base().wrapping_add(offset)
+            mapping.base().wrapping_add(offset)
         })
     }
 
@@ -179,10 +183,7 @@ impl Ram {
             WATCHED => &self.inner.alias,
             _ => &self.inner.guest,
         };
-        (page.0 < self.inner.pages.0).then(|| {
-            let offset = usize::try_from(page.offset()).unwrap_or(usize::MAX);
-            mapping.base().cast_const().wrapping_add(offset)
-        })
+        self.within(mapping, page).map(<*mut u8>::cast_const)
     }
 
     /// Allocates every page now, so that none can be missing later. On huge pages where there are any, so that

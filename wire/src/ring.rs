@@ -80,11 +80,6 @@ const OPERATIONS: [u8; 6] = [
     opcode::AsyncCancel::CODE,
 ];
 
-/// A disabled, restricted ring.
-fn build(entries: u32) -> Result<IoUring, RingError> {
-    make(entries).map_err(|source| RingError::Setup { entries, source })
-}
-
 /// Allows a disabled ring those [`OPERATIONS`], without links, fixed files or any other flag, and nothing to be registered.
 fn restrict(uring: &IoUring) -> io::Result<()> {
     let operations = OPERATIONS.map(Restriction::sqe_op);
@@ -94,7 +89,8 @@ fn restrict(uring: &IoUring) -> io::Result<()> {
 }
 
 /// A disabled, restricted ring with the best flags that the kernel takes.
-fn make(entries: u32) -> io::Result<IoUring> {
+fn build(entries: u32) -> Result<IoUring, RingError> {
+    let failed = |source| RingError::Setup { entries, source };
     // Completions may outnumber submissions (multishot polls), so their queue is larger.
     let completions = entries.saturating_mul(4);
     let attempts: [fn(&mut io_uring::Builder); 3] = [
@@ -114,13 +110,13 @@ fn make(entries: u32) -> io::Result<IoUring> {
         builder.setup_cqsize(completions).setup_r_disabled();
         flags(&mut builder);
         match builder.build(entries) {
-            Ok(uring) => return restrict(&uring).map(|()| uring),
+            Ok(uring) => return restrict(&uring).map(|()| uring).map_err(failed),
             // EINVAL: a flag that this kernel does not know.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refusal = error,
-            Err(error) => return Err(error),
+            Err(error) => return Err(failed(error)),
         }
     }
-    Err(refusal)
+    Err(failed(refusal))
 }
 
 /// A completion's result: a count, or an error number below zero.
@@ -147,7 +143,7 @@ mod tests {
     fn an_operation_that_no_lane_needs_is_denied() {
         let (near, _far) = crate::socket::Socket::pair().unwrap();
         let fd = types::Fd(std::os::fd::AsFd::as_fd(&near).as_raw_fd());
-        let mut uring = make(4).unwrap();
+        let mut uring = build(4).unwrap();
         uring.submitter().register_enable_rings().unwrap();
         let mut byte = [0_u8; 1];
         let path = c"/etc/passwd";

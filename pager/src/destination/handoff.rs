@@ -158,11 +158,12 @@ pub fn hand_over(shared: &Shared, missing: &[u64]) -> Result<(), DestinationPage
     // What is mapped would be read, old as it is. Nobody runs or loads a state before this returns. A lane that brings a new
     // version meanwhile may see it unmapped again: then a fault finds it here and maps it.
     // With nothing here and nothing mapped there is nothing to note, and the guest stands still.
-    let idle = nothing_came && !mapped.any();
-    for (first, mask) in within(missing, shared.states.pages()).take(if idle { 0 } else { usize::MAX }) {
-        shared.ahead.leave_for_later(first / 64, !mask);
-        for (bit, count) in runs(mask & mapped.word(first / 64)) {
-            shared.watch.unmap(PageIndex(first + u64::from(bit)), PageCount(u64::from(count)))?;
+    if !nothing_came || mapped.any() {
+        for (first, mask) in within(missing, shared.states.pages()) {
+            shared.ahead.leave_for_later(first / 64, !mask);
+            for (bit, count) in runs(mask & mapped.word(first / 64)) {
+                shared.watch.unmap(PageIndex(first + u64::from(bit)), PageCount(u64::from(count)))?;
+            }
         }
     }
     drop(mapped);

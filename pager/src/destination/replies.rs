@@ -120,17 +120,10 @@ impl Replies {
             let position = opener.position();
             let plain = opener.opened_at(position);
             if self.come == self.taken
-                && let Some(bytes) = plain.first_chunk()
+                && let Some((header, whole)) = answer(&plain[..length], self.checksums, ram)?
             {
-                let (header, checksum) = FaultReply::decode(bytes, ram)?;
-                let whole = FaultReply::LEN + header.payload();
-                if whole <= length {
-                    if self.checksums {
-                        checksum.check("fault reply", [&plain[FaultReply::LEN..whole]])?;
-                    }
-                    opener.take(whole);
-                    return Ok(Some(Reply { header, page: position + FaultReply::LEN, in_record: true }));
-                }
+                opener.take(whole);
+                return Ok(Some(Reply { header, page: position + FaultReply::LEN, in_record: true }));
             }
             // A part of an answer: what follows it is in another record.
             let count = length.min(self.wanting());
@@ -153,17 +146,11 @@ impl Replies {
     }
 
     fn next_of_bytes(&mut self, ram: PageCount) -> Result<Option<Reply>, ReplyError> {
-        let Some(bytes) = self.header() else { return Ok(None) };
-        let (header, checksum) = FaultReply::decode(bytes, ram)?;
-        if self.come - self.taken < FaultReply::LEN + header.payload() {
+        let Some((header, whole)) = answer(&self.bytes[self.taken..self.come], self.checksums, ram)? else {
             return Ok(None);
-        }
+        };
         let page = self.taken + FaultReply::LEN;
-        let end = page + header.payload();
-        if self.checksums {
-            checksum.check("fault reply", [&self.bytes[page..end]])?;
-        }
-        self.taken = end;
+        self.taken += whole;
         Ok(Some(Reply { header, page, in_record: false }))
     }
 
@@ -182,10 +169,18 @@ impl Replies {
         // Whatever its page, a header that was not taken is an answer with a page.
         (here >= FaultReply::LEN).then(|| LONGEST.saturating_sub(here)).filter(|rest| *rest > 0)
     }
+}
 
-    fn header(&self) -> Option<&[u8; FaultReply::LEN]> {
-        self.bytes[self.taken..self.come].first_chunk()
+/// The header of the answer that `bytes` begin with, and how long that is, once it is here whole and as it was sent.
+fn answer(bytes: &[u8], checksums: bool, ram: PageCount) -> Result<Option<(FaultReply, usize)>, FrameError> {
+    let Some(first) = bytes.first_chunk() else { return Ok(None) };
+    let (header, checksum) = FaultReply::decode(first, ram)?;
+    let whole = FaultReply::LEN + header.payload();
+    let Some(page) = bytes.get(FaultReply::LEN..whole) else { return Ok(None) };
+    if checksums {
+        checksum.check("fault reply", [page])?;
     }
+    Ok(Some((header, whole)))
 }
 
 #[cfg(test)]
