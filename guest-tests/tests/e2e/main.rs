@@ -7,6 +7,7 @@ mod beside_qemu;
 mod breaking;
 mod chain;
 mod commands;
+mod confined;
 mod failures;
 mod fault_lanes;
 mod figures;
