@@ -172,7 +172,6 @@ fn files() -> Vec<Group> {
                 libc::SYS_readlink,
                 libc::SYS_readlinkat,
                 libc::SYS_getcwd,
-                libc::SYS_umask,
             ],
         ),
         group(
@@ -207,23 +206,10 @@ fn files() -> Vec<Group> {
             ],
         ),
         group(
-            "descriptors are duplicated, and told not to wait",
-            [libc::SYS_fcntl, libc::SYS_dup, libc::SYS_eventfd2, libc::SYS_pipe2],
+            "descriptors are duplicated, and told not to wait; threads are woken",
+            [libc::SYS_fcntl, libc::SYS_dup, libc::SYS_eventfd2],
         ),
-        group(
-            "whoever has several descriptors to wait for",
-            [
-                libc::SYS_poll,
-                libc::SYS_ppoll,
-                libc::SYS_select,
-                libc::SYS_pselect6,
-                libc::SYS_epoll_create1,
-                libc::SYS_epoll_ctl,
-                libc::SYS_epoll_wait,
-                libc::SYS_epoll_pwait,
-                libc::SYS_epoll_pwait2,
-            ],
-        ),
+        group("whoever has several descriptors to wait for", [libc::SYS_poll, libc::SYS_ppoll]),
         guarded(
             "vCPUs, the pager, the dirty log, the state of a machine",
             [with(
@@ -242,20 +228,11 @@ fn memory() -> Vec<Group> {
         ),
         group(
             "the allocator; guest memory that goes; pages that are unmapped, collapsed or handed back",
-            [
-                libc::SYS_munmap,
-                libc::SYS_mremap,
-                libc::SYS_brk,
-                libc::SYS_madvise,
-                libc::SYS_mincore,
-                libc::SYS_mlock,
-                libc::SYS_munlock,
-                libc::SYS_msync,
-            ],
+            [libc::SYS_munmap, libc::SYS_mremap, libc::SYS_brk, libc::SYS_madvise],
         ),
         group(
-            "a destination's pager, where this host has no /dev/userfaultfd; scratch memory that is a file; what of a file is in memory",
-            [libc::SYS_userfaultfd, libc::SYS_memfd_create, SYS_CACHESTAT],
+            "a destination's pager, where this host has no /dev/userfaultfd; how much of the guest is in memory",
+            [libc::SYS_userfaultfd, SYS_CACHESTAT],
         ),
     ]
 }
@@ -291,14 +268,7 @@ fn sockets() -> Vec<Group> {
         ),
         group(
             "TLS handshakes, QMP, name look-ups, the process that makes rings",
-            [
-                libc::SYS_sendto,
-                libc::SYS_recvfrom,
-                libc::SYS_sendmsg,
-                libc::SYS_recvmsg,
-                libc::SYS_sendmmsg,
-                libc::SYS_recvmmsg,
-            ],
+            [libc::SYS_sendto, libc::SYS_recvfrom, libc::SYS_sendmsg, libc::SYS_recvmsg, libc::SYS_sendmmsg],
         ),
         group("TLS handshakes, sessions' names, hash tables", [libc::SYS_getrandom]),
     ]
@@ -322,12 +292,9 @@ fn threads(pid: u32) -> Vec<Group> {
             "threads begin, wait for each other and end",
             [
                 libc::SYS_futex,
-                libc::SYS_futex_waitv,
                 libc::SYS_set_robust_list,
-                libc::SYS_get_robust_list,
                 libc::SYS_set_tid_address,
                 libc::SYS_rseq,
-                libc::SYS_membarrier,
                 libc::SYS_sigaltstack,
                 libc::SYS_gettid,
                 libc::SYS_getpid,
@@ -347,7 +314,6 @@ fn threads(pid: u32) -> Vec<Group> {
                 libc::SYS_sched_getattr,
                 libc::SYS_sched_setattr,
                 libc::SYS_sched_getaffinity,
-                libc::SYS_sched_setaffinity,
                 libc::SYS_getcpu,
                 libc::SYS_getrusage,
             ],
@@ -385,9 +351,6 @@ fn time() -> Vec<Group> {
             libc::SYS_clock_nanosleep,
             libc::SYS_nanosleep,
             libc::SYS_gettimeofday,
-            libc::SYS_timerfd_create,
-            libc::SYS_timerfd_settime,
-            libc::SYS_timerfd_gettime,
         ],
     )]
 }
