@@ -293,6 +293,19 @@ fn an_end_is_no_success_whoever_makes_it() {
 }
 
 #[test]
+fn nothing_is_opened_behind_an_end() {
+    let (near, far) = pair();
+    let end = near.tls().unwrap().sealer().alert(0).unwrap();
+    let more = seal(&mut near.tls().unwrap().sealer(), b"one more");
+    let mut opener = far.tls().unwrap().take_opener().unwrap();
+    let bytes = [end, more].concat();
+    opener.space(1).0[..bytes.len()].copy_from_slice(&bytes);
+    opener.received(bytes.len());
+    assert!(matches!(opener.plaintext(), Err(TlsError::Closed)));
+    assert!(matches!(opener.plaintext(), Err(TlsError::Broken)));
+}
+
+#[test]
 fn what_one_reader_leaves_the_next_finds() {
     let (near, far) = pair();
     Stream::new(near).unwrap().send_all(&[IoSlice::new(b"for two")]).unwrap();
