@@ -12,7 +12,7 @@
 //! which it arrives. The machine's description comes on the control lane, before the guest is touched.
 //!
 //! What was recorded of one connection opens no other: over TLS the records are of their own connection, and without it the
-//! source answers a [challenge] that is new each time.
+//! source answers a [challenge](Introduction::proven) that is new each time.
 //!
 //! Nothing is believed: the magic is compared byte by byte as it comes, lengths are bounded before memory is
 //! allocated, and a side that says nothing, or one byte a second, is given up after [`TIME_LIMIT`].
