@@ -5,6 +5,7 @@
 mod audit;
 mod beside_qemu;
 mod breaking;
+mod certificates;
 mod chain;
 mod commands;
 mod failures;
