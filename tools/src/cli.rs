@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::failure::Failure;
-use crate::{audit, bench, certs, check, floor, migrate, run, simulate};
+use crate::{audit, bench, certs, check, floor, image, migrate, run, simulate};
 
 /// The environment variable that says what is logged.
 const LOG_VARIABLE: &str = "SWITCHOVER_LOG";
@@ -49,6 +49,8 @@ enum Command {
     Simulate(simulate::SimulateArgs),
     /// Check the audit log of a machine
     Audit(audit::AuditArgs),
+    /// Look at images of guests: what is in one, whether it is whole, and where two differ
+    Image(image::ImageArgs),
     /// Say what this host can do at best, to read a report against
     Floor(floor::FloorArgs),
     /// Say whether this host can do it: kvm, userfaultfd, io_uring, limits; and what to change where not
@@ -67,6 +69,7 @@ pub fn main() -> ExitCode {
         Command::Bench(args) => bench::main(&args),
         Command::Simulate(args) => simulate::main(&args),
         Command::Audit(args) => audit::main(&args),
+        Command::Image(args) => image::main(&args),
         Command::Floor(args) => floor::main(&args),
         Command::Check => check::main(),
         Command::Certs(args) => certs::main(&args),
@@ -114,6 +117,9 @@ mod tests {
             &["switchover", "audit"],
             &["switchover", "audit", "verify"],
             &["switchover", "audit", "verify", "file", "--known", "12"],
+            &["switchover", "image"],
+            &["switchover", "image", "verify"],
+            &["switchover", "image", "diff", "one"],
             &["switchover", "simulate"],
             &["switchover", "simulate", "t", "--bandwidth", "1"],
             &["switchover", "simulate", "t", "--seeds", "1"],
