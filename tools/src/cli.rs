@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::failure::Failure;
-use crate::{audit, bench, certs, check, floor, image, migrate, run, simulate};
+use crate::{audit, bench, certs, check, floor, image, migrate, run, save, simulate};
 
 /// The environment variable that says what is logged.
 const LOG_VARIABLE: &str = "SWITCHOVER_LOG";
@@ -43,6 +43,8 @@ enum Command {
     Run(run::RunArgs),
     /// Move the guest of a running machine to a destination
     Migrate(migrate::MigrateArgs),
+    /// Save the guest of a running machine to a file
+    Save(save::SaveArgs),
     /// Move real guests on this host, prove that no byte was lost, and write a report of what it cost
     Bench(bench::BenchArgs),
     /// Play recorded or made-up guests through the convergence monitor, and compare it with the best that could be done
@@ -66,6 +68,7 @@ pub fn main() -> ExitCode {
     let done = log().and_then(|()| match cli.command {
         Command::Run(args) => run::main(args),
         Command::Migrate(args) => migrate::main(&args),
+        Command::Save(args) => save::main(&args),
         Command::Bench(args) => bench::main(&args),
         Command::Simulate(args) => simulate::main(&args),
         Command::Audit(args) => audit::main(&args),
@@ -114,6 +117,8 @@ mod tests {
             &["switchover", "run", "--vcpus", "0"],
             &["switchover", "run", "--serial", "nowhere"],
             &["switchover", "run", "--incoming", "later"],
+            &["switchover", "run", "--restore", "f", "--incoming", "defer"],
+            &["switchover", "save", "--qmp", "unix:/q"],
             &["switchover", "audit"],
             &["switchover", "audit", "verify"],
             &["switchover", "audit", "verify", "file", "--known", "12"],

@@ -1,5 +1,6 @@
 //! A controller without a machine behind it, that remembers what it was told.
 
+use std::path::Path;
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -116,6 +117,17 @@ impl Controller for Fake {
 
     fn listen(&self, at: &Address, _: Settings, _: Security) -> Result<(), ControlError> {
         self.note(format!("listen at {at}"));
+        if self.run_state() == RunState::Inmigrate { Ok(()) } else { Err(ControlError::NotIncoming) }
+    }
+
+    fn save(&self, to: &Path, compress: bool) -> Result<(), ControlError> {
+        self.note(format!("save to {}, compressed: {compress}", to.display()));
+        self.stand(MigrationStatus::Active);
+        Ok(())
+    }
+
+    fn restore(&self, from: &Path) -> Result<(), ControlError> {
+        self.note(format!("restore from {}", from.display()));
         if self.run_state() == RunState::Inmigrate { Ok(()) } else { Err(ControlError::NotIncoming) }
     }
 
