@@ -11,10 +11,9 @@ use switchover_hybrid::failure::{FailureKind, GuestAfter};
 use switchover_hybrid::fake::FakeMachine;
 use switchover_hybrid::machine::Machine;
 use switchover_hybrid::restoring::Restoring;
-use switchover_hybrid::saving::Saving;
+use switchover_hybrid::saving::{How, Saving};
 use switchover_hybrid::settings::{Notice, no_observer};
 use switchover_hybrid::status::MigrationStatus;
-use switchover_image::writer::Options;
 use switchover_wire::types::{PAGE_SIZE, PageCount, PageIndex};
 
 const PAGES: PageCount = PageCount(4096);
@@ -35,8 +34,8 @@ fn busy() -> Arc<FakeMachine> {
     machine
 }
 
-fn save(machine: &Arc<FakeMachine>, path: &Path, options: Options) -> Saving {
-    let saving = Saving::start(Arc::<FakeMachine>::clone(machine), path, options, no_observer()).unwrap();
+fn save(machine: &Arc<FakeMachine>, path: &Path, how: How) -> Saving {
+    let saving = Saving::start(Arc::<FakeMachine>::clone(machine), path, how, no_observer()).unwrap();
     assert_eq!(saving.wait(), MigrationStatus::Completed, "{:?}", saving.progress().error);
     saving
 }
@@ -50,9 +49,9 @@ fn page(machine: &FakeMachine, index: u64) -> [u8; PAGE_SIZE] {
 #[test]
 fn a_guest_goes_on_from_its_image_and_beside_it() {
     let folder = tempfile::tempdir().unwrap();
-    for options in [Options { compress: false }, Options { compress: true }] {
+    for how in [How::default(), How { compress: true, live: false }] {
         let (path, here) = (folder.path().join("image"), busy());
-        let progress = save(&here, &path, options).progress();
+        let progress = save(&here, &path, how).progress();
         assert_eq!((progress.remaining, progress.zero_pages + progress.normal_pages), (0, PAGES.0));
         assert!(progress.normal_pages > 0 && progress.transferred > 0);
         assert!(!here.runs(), "a saved guest stands still");
@@ -72,11 +71,33 @@ fn a_guest_goes_on_from_its_image_and_beside_it() {
 }
 
 #[test]
+fn a_live_save_leaves_the_guest_running_and_holds_one_moment_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, here) = (folder.path().join("image"), busy());
+    let saving = save(&here, &path, How { live: true, compress: false });
+    assert!(here.runs(), "the guest was paused for a moment only");
+    let progress = saving.progress();
+    assert!(progress.rounds >= 1 && progress.downtime_ns.is_some(), "{progress:?}");
+    let there = FakeMachine::incoming(PAGES).unwrap();
+    let restoring = Restoring::start(Arc::<FakeMachine>::clone(&there), &path, no_observer()).unwrap();
+    assert_eq!(restoring.wait(), MigrationStatus::Completed, "{:?}", restoring.progress().error);
+    // A page that is older or newer than its state shows itself: the sum over all pages is the number of visits.
+    there.pause().unwrap();
+    let visits = there.visits();
+    let counted: u64 =
+        (0..PAGES.0).map(|index| u64::from(u32::from_le_bytes(*page(&there, index).first_chunk().unwrap()))).sum();
+    assert_eq!(counted, visits);
+    there.resume().unwrap();
+    until("both go on", || there.visits() > visits + 100);
+    assert_eq!((here.corrupt_visits(), there.corrupt_visits()), (0, 0));
+}
+
+#[test]
 fn one_that_was_paused_by_its_user_is_restored_paused() {
     let folder = tempfile::tempdir().unwrap();
     let (path, here) = (folder.path().join("image"), busy());
     here.pause().unwrap();
-    save(&here, &path, Options::default());
+    save(&here, &path, How::default());
     let there = FakeMachine::incoming(PAGES).unwrap();
     let restoring = Restoring::start(Arc::<FakeMachine>::clone(&there), &path, no_observer()).unwrap();
     assert_eq!(restoring.wait(), MigrationStatus::Completed);
@@ -88,7 +109,7 @@ fn one_that_was_paused_by_its_user_is_restored_paused() {
 fn what_cannot_be_restored_is_refused_before_anything_is_touched() {
     let folder = tempfile::tempdir().unwrap();
     let (path, here) = (folder.path().join("image"), busy());
-    save(&here, &path, Options::default());
+    save(&here, &path, How::default());
     let refusal = |machine: Arc<FakeMachine>| {
         Restoring::start(machine, &path, no_observer()).err().map(|error| error.to_string()).unwrap()
     };
@@ -120,7 +141,7 @@ fn what_cannot_be_restored_is_refused_before_anything_is_touched() {
 fn what_fails_or_is_called_off_leaves_a_running_guest_and_the_old_image() {
     let folder = tempfile::tempdir().unwrap();
     let (path, here) = (folder.path().join("image"), busy());
-    let start = |path: &Path| Saving::start(Arc::<FakeMachine>::clone(&here), path, Options::default(), no_observer());
+    let start = |path: &Path| Saving::start(Arc::<FakeMachine>::clone(&here), path, How::default(), no_observer());
     let refused = start(&folder.path().join("none/image")).err().unwrap().to_string();
     assert!(refused.contains("does the folder exist?") && here.runs(), "{refused}");
 
@@ -133,7 +154,7 @@ fn what_fails_or_is_called_off_leaves_a_running_guest_and_the_old_image() {
         }
     });
     let machine: Arc<dyn Machine> = Arc::<FakeMachine>::clone(&here);
-    let saving = Saving::start(machine, &path, Options::default(), observer).unwrap();
+    let saving = Saving::start(machine, &path, How::default(), observer).unwrap();
     saving.cancel();
     let ended = saving.wait();
     // It is called off long before the disk has it; on a host that stalls in between it may be done.

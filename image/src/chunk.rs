@@ -29,6 +29,10 @@ impl Present {
         self.0[page / 64] |= 1 << (page % 64);
     }
 
+    pub(crate) fn remove(&mut self, page: usize) {
+        self.0[page / 64] &= !(1 << (page % 64));
+    }
+
     pub(crate) fn contains(self, page: usize) -> bool {
         self.0[page / 64] >> (page % 64) & 1 == 1
     }

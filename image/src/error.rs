@@ -156,6 +156,9 @@ pub enum ImageError {
         /// The most that are possible.
         most: u64,
     },
+    /// Whoever has the memory cannot tell which pages are written meanwhile.
+    #[error("cannot keep track of what the guest writes: {0}")]
+    Track(Box<dyn std::error::Error + Send + Sync>),
     /// It was called off.
     #[error("it was cancelled")]
     Cancelled,

@@ -48,8 +48,15 @@ pub struct ImageWriter {
 #[derive(Clone, Copy, Default)]
 struct Slot {
     present: Present,
+    /// Pages in whose places there are, or were, other bytes than zeros.
+    touched: Present,
     entry: Entry,
+    /// Pages of it were written again, and the entry is of those before.
+    stale: bool,
 }
+
+/// Called with the first page of a chunk and bits for some of its pages, before these are read.
+pub type BeforeRead<'a> = &'a (dyn Fn(PageIndex, &[u64]) -> Result<(), ImageError> + Sync);
 
 /// What an image has come to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -107,9 +114,74 @@ impl ImageWriter {
     /// # Errors
     /// When memory cannot be read or the file not be written, or it is called off.
     pub fn write_memory(&self, memory: &File, tally: &Tally) -> Result<(), ImageError> {
+        self.write_moving(memory, &|_, _| Ok(()), tally)
+    }
+
+    /// The same of memory that changes meanwhile. What is written to a page after `before` was called for it has to be written
+    /// again, with [`rewrite`](Self::rewrite).
+    ///
+    /// # Errors
+    /// As [`write_memory`](Self::write_memory), and those of `before`.
+    pub fn write_moving(&self, memory: &File, before: BeforeRead<'_>, tally: &Tally) -> Result<(), ImageError> {
         let chunks = self.slots.len() as u64;
-        let work = |tool: &mut Tool<'_>, number| self.write_chunk(tool, number, tally);
+        let work = |tool: &mut Tool<'_>, number| {
+            before(PageIndex(pages_of(number, self.pages).start), &[u64::MAX; CHUNK_PAGES / 64])?;
+            self.write_chunk(tool, number, tally)
+        };
         share_out(threads_for(chunks), chunks, tally, || self.tool(memory), work)
+    }
+
+    /// Writes those pages again that have a bit in `which`, as they are in `memory` now. Not into a compressed image.
+    ///
+    /// # Errors
+    /// As [`write_moving`](Self::write_moving).
+    pub fn rewrite(
+        &self,
+        memory: &File,
+        which: &[u64],
+        before: BeforeRead<'_>,
+        tally: &Tally,
+    ) -> Result<(), ImageError> {
+        let chunks = self.slots.len() as u64;
+        let work = |tool: &mut Tool<'_>, number| {
+            let first_word = usize::try_from(number).unwrap_or(0) * (CHUNK_PAGES / 64);
+            let mut asked = Present::default();
+            asked.0.iter_mut().zip(which.iter().skip(first_word)).for_each(|(own, word)| *own = *word);
+            let range = pages_of(number, self.pages);
+            let count = usize::try_from(range.end - range.start).unwrap_or(0);
+            (count..CHUNK_PAGES).for_each(|page| asked.remove(page));
+            if asked.is_empty() {
+                return Ok(());
+            }
+            before(PageIndex(range.start), &asked.0)?;
+            self.rewrite_chunk(tool, number, asked, tally)
+        };
+        share_out(threads_for(chunks), chunks, tally, || self.tool(memory), work)
+    }
+
+    /// Hashes the chunks anew in which pages were written again. To be called when nothing will be any more.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn settle(&self, tally: &Tally) -> Result<(), ImageError> {
+        let chunks = self.slots.len() as u64;
+        let work = |tool: &mut Tool<'_>, number| {
+            let Some(mut slot) = self.slot(number).filter(|slot| slot.stale) else { return Ok(()) };
+            let (file, at) = (self.partial.file(), Entry::in_place(number, self.pages, [0; blake3::OUT_LEN]).offset);
+            let bytes = tool.chunk.bytes_mut();
+            for run in slot.present.byte_runs(1) {
+                let read = file.read_exact_at(&mut bytes[run.clone()], at + run.start as u64);
+                read.map_err(ImageError::io("read back", self.partial.path()))?;
+            }
+            slot.stale = false;
+            slot.entry = match slot.present.is_empty() {
+                true => Entry::default(),
+                false => Entry::in_place(number, self.pages, slot.present.hash(bytes)),
+            };
+            self.set_slot(number, slot);
+            Ok(())
+        };
+        share_out(threads_for(chunks), chunks, tally, || self.tool(self.partial.file()), work)
     }
 
     /// Writes the tables and the header, makes all of it durable and gives it its name.
@@ -122,7 +194,7 @@ impl ImageWriter {
             if self.packed { self.end.load(Ordering::SeqCst) - MEMORY_OFFSET } else { self.pages * PAGE_SIZE_U64 };
         let (mut bitmap, mut index, mut present, mut stored) = (Vec::new(), Vec::new(), 0, 0);
         for slot in &self.slots {
-            let Slot { present: pages, entry } = *lock(slot);
+            let Slot { present: pages, entry, .. } = *lock(slot);
             bitmap.extend(pages.0.into_iter().flat_map(u64::to_le_bytes));
             index.extend(entry.encode());
             present += pages.count() as u64;
@@ -165,7 +237,6 @@ impl ImageWriter {
     }
 
     fn write_chunk(&self, tool: &mut Tool<'_>, number: u64, tally: &Tally) -> Result<(), ImageError> {
-        let Some(slot) = usize::try_from(number).ok().and_then(|number| self.slots.get(number)) else { return Ok(()) };
         let range = pages_of(number, self.pages);
         let (first, count) = (PageIndex(range.start), usize::try_from(range.end - range.start).unwrap_or(0));
         let present = if tool.holes.run_from(first).0 >= count as u64 {
@@ -183,9 +254,55 @@ impl ImageWriter {
         } else {
             self.write_in_place(tool.chunk.bytes(), number, present)?
         };
-        *lock(slot) = Slot { present, entry };
+        self.set_slot(number, Slot { present, touched: present, entry, stale: false });
         tally.note(count - present.count(), present.count(), bytes);
         Ok(())
+    }
+
+    fn rewrite_chunk(&self, tool: &mut Tool<'_>, number: u64, asked: Present, tally: &Tally) -> Result<(), ImageError> {
+        let Some(mut slot) = self.slot(number) else { return Ok(()) };
+        let range = pages_of(number, self.pages);
+        let bytes = tool.chunk.bytes_mut();
+        let mut to_write = Present::default();
+        for run in asked.runs(1) {
+            let first = PageIndex(range.start + run.start as u64);
+            let within = run.start * PAGE_SIZE..run.end * PAGE_SIZE;
+            let read = tool.memory.read_exact_at(&mut bytes[within], first.offset());
+            read.map_err(|source| ImageError::Memory { attempted: "read", page: first, source })?;
+            let present = Present::of(bytes, run.clone());
+            for page in run {
+                if present.contains(page) {
+                    slot.present.insert(page);
+                    slot.touched.insert(page);
+                } else {
+                    slot.present.remove(page);
+                }
+                // Zeros need to be written only over something else.
+                if slot.touched.contains(page) {
+                    to_write.insert(page);
+                }
+            }
+        }
+        let at = MEMORY_OFFSET + PageIndex(range.start).offset();
+        let mut written = 0;
+        for run in to_write.byte_runs(1) {
+            self.write_run(&bytes[run.clone()], at + run.start as u64)?;
+            written += run.len();
+        }
+        slot.stale = true;
+        self.set_slot(number, slot);
+        tally.note(0, 0, written);
+        Ok(())
+    }
+
+    fn slot(&self, number: u64) -> Option<Slot> {
+        usize::try_from(number).ok().and_then(|number| self.slots.get(number)).map(|slot| *lock(slot))
+    }
+
+    fn set_slot(&self, number: u64, slot: Slot) {
+        if let Some(place) = usize::try_from(number).ok().and_then(|number| self.slots.get(number)) {
+            *lock(place) = slot;
+        }
     }
 
     fn write_in_place(&self, chunk: &[u8], number: u64, present: Present) -> Result<(Entry, usize), ImageError> {

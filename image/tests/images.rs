@@ -219,6 +219,40 @@ fn differing_pages_are_found_whatever_the_layout() {
 }
 
 #[test]
+fn memory_that_changes_meanwhile_is_written_again() {
+    let (pages, contents) = mixed();
+    let folder = folder();
+    let (path, tally) = (image_in(&folder), Tally::default());
+    let ram = memory(pages, &contents);
+    let writer = ImageWriter::create(&path, ram.pages(), IN_PLACE).unwrap();
+    let asked = std::sync::Mutex::new(Vec::new());
+    let before = |first: PageIndex, words: &[u64]| {
+        asked.lock().unwrap().push((first.0, words.iter().map(|word| word.count_ones()).sum::<u32>()));
+        Ok(())
+    };
+    writer.write_moving(ram.file(), &before, &tally).unwrap();
+    asked.lock().unwrap().sort_unstable();
+    assert_eq!(*asked.lock().unwrap(), [(0, 256), (256, 256), (512, 256)]);
+    asked.lock().unwrap().clear();
+    // One that becomes zero, one that does not stay so, one that is another, and all of a chunk's that are left.
+    let mut which = vec![0_u64; usize::try_from(pages).unwrap().div_ceil(64)];
+    for (page, byte) in [(1, 0), (64, 7), (100, 9), (256, 0)] {
+        ram.file().write_all_at(&[byte; PAGE_SIZE], PageIndex(page).offset()).unwrap();
+        which[usize::try_from(page / 64).unwrap()] |= 1 << (page % 64);
+    }
+    writer.rewrite(ram.file(), &which, &before, &tally).unwrap();
+    asked.lock().unwrap().sort_unstable();
+    assert_eq!(*asked.lock().unwrap(), [(0, 3), (256, 1)]);
+    writer.settle(&tally).unwrap();
+    let written = writer.commit(&sections(pages)).unwrap();
+    assert_eq!(written.present, PageCount(5));
+    check(&path).unwrap();
+    let there = Ram::new(PageCount(pages)).unwrap();
+    Image::open(&path).unwrap().load(there.file(), &Tally::default()).unwrap();
+    assert!(bytes_of(there.file(), pages) == bytes_of(ram.file(), pages));
+}
+
+#[test]
 fn one_that_is_called_off_or_dropped_leaves_what_was_there() {
     let folder = folder();
     let path = image_in(&folder);

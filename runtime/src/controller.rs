@@ -15,11 +15,10 @@ use switchover_hybrid::outgoing::Outgoing;
 use switchover_hybrid::progress::Progress;
 use switchover_hybrid::report::SideReport;
 use switchover_hybrid::restoring::Restoring;
-use switchover_hybrid::saving::Saving;
+use switchover_hybrid::saving::{How, Saving};
 use switchover_hybrid::security::Security;
 use switchover_hybrid::settings::{Notice, Observer, Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
-use switchover_image::writer::Options;
 use switchover_wire::address::Address;
 
 use crate::audit::{Audit, brief};
@@ -203,11 +202,10 @@ impl Controller for VmController {
         Ok(())
     }
 
-    fn save(&self, to: &Path, compress: bool) -> Result<(), ControlError> {
+    fn save(&self, to: &Path, how: How) -> Result<(), ControlError> {
         let mut migration = self.migration();
         self.make_ready_to_leave(&migration)?;
-        let options = Options { compress };
-        *migration = Migration::Saving(Saving::start(self.machine(), to, options, self.observer("out"))?);
+        *migration = Migration::Saving(Saving::start(self.machine(), to, how, self.observer("out"))?);
         Ok(())
     }
 

@@ -119,6 +119,7 @@ mod tests {
             &["switchover", "run", "--incoming", "later"],
             &["switchover", "run", "--restore", "f", "--incoming", "defer"],
             &["switchover", "save", "--qmp", "unix:/q"],
+            &["switchover", "save", "--qmp", "unix:/q", "--to", "f", "--live", "--compress"],
             &["switchover", "audit"],
             &["switchover", "audit", "verify"],
             &["switchover", "audit", "verify", "file", "--known", "12"],

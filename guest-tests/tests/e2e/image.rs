@@ -120,6 +120,38 @@ fn the_command_saves_a_guest_that_may_go_on_beside_its_image() {
 }
 
 #[test]
+fn a_live_save_leaves_the_guest_running_and_is_restored_sound() {
+    let lab = lab!("a_live_save_leaves_the_guest_running_and_is_restored_sound");
+    let image = lab.path("guest.image");
+    let spec = Spec { vcpus: 2, ..lab.guest("random", "ws=16M period=50 vcpus=2") };
+    let mut here = Machine::start(&lab, &spec);
+    let mut journey = Journey::from(&here);
+    journey.works_on(1);
+    for _ in 0..2 {
+        let ended = switchover(&["save", "--qmp", &here.qmp_endpoint(), "--to", image.to_str().unwrap(), "--live"]);
+        assert!(ended.status == Some(0) && ended.stdout.contains("and runs"), "{ended:?}");
+        assert_eq!(here.run_state(), "running");
+        verify(&image);
+        journey.works_on(1);
+    }
+    // Its words since the save are heard twice: by itself, and from the image.
+    let mut there = Machine::start(&lab, &restored(&spec, &image));
+    there.wait_migration("completed");
+    let text = there.serial();
+    let period = |line: &str| line.starts_with("P ") && line.contains(" bad ");
+    until("the restored guest works on", || {
+        (text.text().lines().filter(|line| period(line)).count() > 4).then_some(())
+    });
+    let spoiled = text.text().lines().any(|line| period(line) && !line.contains(" bad 0 "));
+    assert!(!spoiled, "{}", text.text());
+    there.quit();
+    journey.works_on(1);
+    here.quit();
+    journey.log();
+    lab.close();
+}
+
+#[test]
 fn a_guest_that_its_user_had_paused_is_restored_paused() {
     let lab = lab!("a_guest_that_its_user_had_paused_is_restored_paused");
     let image = lab.path("guest.image");

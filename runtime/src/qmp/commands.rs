@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
+use switchover_hybrid::saving::How;
 use switchover_hybrid::settings::{Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
 use switchover_wire::tls::Role;
@@ -186,7 +187,14 @@ impl Commands {
                 "a save to a file waits for nobody: switch the capability 'pause-before-switchover' off",
             ));
         }
-        self.controller.save(to, options.parameters.compress_image).map_err(Refusal::generic).map(|()| json!({}))
+        let how = How { compress: options.parameters.compress_image, live: options.parameters.live_save };
+        if how.compress && how.live {
+            return Err(Refusal::generic(
+                "a guest that is saved while it runs cannot be compressed: set one of 'x-switchover-live-save' and \
+                 'x-switchover-compress-image' to false",
+            ));
+        }
+        self.controller.save(to, how).map_err(Refusal::generic).map(|()| json!({}))
     }
 
     fn migrate_recover(&self, mut arguments: Arguments) -> Result<Value, Refusal> {

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use switchover_hybrid::error::MigrationError;
 use switchover_hybrid::progress::Progress;
 use switchover_hybrid::report::SideReport;
+use switchover_hybrid::saving::How;
 use switchover_hybrid::security::Security;
 use switchover_hybrid::settings::{Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
@@ -61,11 +62,12 @@ pub trait Controller: Send + Sync + 'static {
     /// When this machine waits for none, or the address cannot be had.
     fn listen(&self, at: &Address, settings: Settings, security: Security) -> Result<(), ControlError>;
 
-    /// Begins to save the guest into an image. It stands still from then on, and when it is saved until [`cont`](Self::cont).
+    /// Begins to save the guest into an image. It stands still from then on, and when it is saved until [`cont`](Self::cont); of a live
+    /// save it runs, but for a moment.
     ///
     /// # Errors
     /// When it cannot begin. Whatever fails later is seen in [`migration`](Self::migration).
-    fn save(&self, to: &Path, compress: bool) -> Result<(), ControlError>;
+    fn save(&self, to: &Path, how: How) -> Result<(), ControlError>;
 
     /// Begins to restore the guest of an image here.
     ///

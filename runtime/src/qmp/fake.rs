@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use switchover_hybrid::progress::Progress;
 use switchover_hybrid::report::SideReport;
+use switchover_hybrid::saving::How;
 use switchover_hybrid::security::Security;
 use switchover_hybrid::settings::{Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
@@ -120,8 +121,8 @@ impl Controller for Fake {
         if self.run_state() == RunState::Inmigrate { Ok(()) } else { Err(ControlError::NotIncoming) }
     }
 
-    fn save(&self, to: &Path, compress: bool) -> Result<(), ControlError> {
-        self.note(format!("save to {}, compressed: {compress}", to.display()));
+    fn save(&self, to: &Path, how: How) -> Result<(), ControlError> {
+        self.note(format!("save to {}, {how:?}", to.display()));
         self.stand(MigrationStatus::Active);
         Ok(())
     }

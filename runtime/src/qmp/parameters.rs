@@ -68,6 +68,8 @@ pub struct Parameters {
     pub allow_plain: bool,
     /// Compress the memory of a guest that is saved to a file.
     pub compress_image: bool,
+    /// Save a guest to a file while it runs, and let it go on.
+    pub live_save: bool,
 }
 
 /// QEMU's `multifd-compression`, as far as it is built.
@@ -112,6 +114,7 @@ impl Default for Parameters {
             tls_hostname: String::new(),
             allow_plain: false,
             compress_image: false,
+            live_save: false,
         }
     }
 }
@@ -140,7 +143,7 @@ const COMPRESSIONS: [(&str, Compression); 4] = [
 const MULTIFD_COMPRESSIONS: [(&str, MultifdCompression); 2] =
     [("none", MultifdCompression::None), ("zstd", MultifdCompression::Zstd)];
 
-const SETTABLE: [Entry; 28] = [
+const SETTABLE: [Entry; 29] = [
     Entry {
         name: "max-bandwidth",
         get: |all| json!(all.max_bandwidth),
@@ -306,12 +309,17 @@ const SETTABLE: [Entry; 28] = [
         get: |all| json!(all.compress_image),
         set: |all, given| given.boolean().map(|value| all.compress_image = value),
     },
+    Entry {
+        name: "x-switchover-live-save",
+        get: |all| json!(all.live_save),
+        set: |all, given| given.boolean().map(|value| all.live_save = value),
+    },
 ];
 
 /// Those that a migration takes along when it begins, and whose names are not QEMU's: changing one under way is refused.
 /// QEMU's own are accepted at any time, as QEMU accepts them; where they cannot take effect at once, the next migration
 /// has them.
-const FIXED_UNDER_WAY: [&str; 10] = [
+const FIXED_UNDER_WAY: [&str; 11] = [
     "x-switchover-mode",
     "x-switchover-compression",
     "x-switchover-same-as",
@@ -322,6 +330,7 @@ const FIXED_UNDER_WAY: [&str; 10] = [
     "x-switchover-record-faults",
     "x-switchover-collapse",
     "x-switchover-compress-image",
+    "x-switchover-live-save",
 ];
 
 const NO_AUTHZ: &str = "every certificate of the CA is let in";
@@ -452,6 +461,7 @@ mod tests {
             "x-switchover-fault-lanes": 16, "tls-creds": "/etc/switchover", "tls-hostname": "b.example",
             "x-switchover-allow-plain": true,
             "x-switchover-collapse": false, "x-switchover-compress-image": true,
+            "x-switchover-live-save": true,
         });
         let other = other.as_object().unwrap();
         assert_eq!(other.len(), SETTABLE.len());

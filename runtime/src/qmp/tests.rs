@@ -191,9 +191,13 @@ fn a_guest_is_saved_to_a_file_and_restored_from_one() {
         client.execute("migrate-set-capabilities", &switch(false));
     }
     client.execute("migrate-set-parameters", &json!({"x-switchover-compress-image": true}));
+    client.execute("migrate-set-parameters", &json!({"x-switchover-live-save": true}));
+    assert!(client.error("migrate", &file).contains("cannot be compressed"));
+    client.execute("migrate-set-parameters", &json!({"x-switchover-live-save": false}));
     assert_eq!(client.execute("migrate", &file), json!({"return": {}}));
     assert!(client.error("migrate-incoming", &file).contains("'-incoming' was not specified"));
-    assert_eq!(setup.fake.told(), ["save to /a/guest.image, compressed: true", "restore from /a/guest.image"]);
+    let saved = "save to /a/guest.image, How { compress: true, live: false }";
+    assert_eq!(setup.fake.told(), [saved, "restore from /a/guest.image"]);
 }
 
 #[test]
