@@ -161,6 +161,8 @@ fn what_fails_or_is_called_off_leaves_a_running_guest_and_the_old_image() {
     if ended == MigrationStatus::Cancelled {
         assert!(here.runs() && fs::read(&path).unwrap() == b"old");
         use MigrationStatus::{Active, Cancelled, Cancelling, Setup};
+        // Whoever waits may hear of the end before the observer does.
+        until("the observer is told", || told.lock().unwrap().last() == Some(&Cancelled));
         assert_eq!(*told.lock().unwrap(), [Setup, Active, Cancelling, Cancelled]);
     } else {
         assert_eq!(ended, MigrationStatus::Completed);
