@@ -150,6 +150,12 @@ impl Vm {
         self.shared.control.holds()
     }
 
+    /// Whether the guest was saved and stands still since.
+    #[must_use]
+    pub fn is_saved(&self) -> bool {
+        self.shared.control.change(|flags| flags.is_saved())
+    }
+
     /// Why the guest was stopped for good, if it was. The machine may still answer its controller.
     #[must_use]
     pub fn status_reason(&self) -> Option<String> {
@@ -261,6 +267,10 @@ impl Machine for Vm {
         self.shared.control.resume().map_err(|error| MachineError::new("resume the guest", error))?;
         self.shared.ports.serial.open_input();
         Ok(())
+    }
+
+    fn keep_paused(&self) {
+        self.shared.control.change(RunFlags::keep_saved);
     }
 
     fn surrender_right_to_run(&self) {

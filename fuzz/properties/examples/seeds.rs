@@ -3,11 +3,16 @@
 #![allow(clippy::unwrap_used, reason = "it is run by hand")]
 
 use std::fs;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use serde_json::json;
 use switchover_hybrid::machine::Machine as _;
 use switchover_hybrid::trace::{Epoch, Trace};
+use switchover_image::Tally;
+use switchover_image::sections::{Origin, Sections};
+use switchover_image::writer::{ImageWriter, Options};
+use switchover_pager::ram::Ram;
 use switchover_runtime::config::{DirtyTracking, SerialTarget, VmConfig};
 use switchover_runtime::vm::Vm;
 use switchover_wire::bitmap;
@@ -28,6 +33,9 @@ fn write(target: &str, name: &str, bytes: &[u8]) {
 }
 
 fn main() {
+    if std::env::args().nth(1).as_deref() == Some("image") {
+        return images();
+    }
     frames();
     handshake();
     tls();
@@ -35,6 +43,7 @@ fn main() {
     pages();
     sets();
     qmp();
+    images();
     let kernel = kernel();
     write("kernel", "smallest", &kernel);
     state(&kernel);
@@ -91,6 +100,30 @@ fn machine() -> MachineDescription {
         tsc_khz: 2_445_000,
         devices: vec!["ioapic".to_owned(), "serial".to_owned()],
         state_version: 1,
+    }
+}
+
+/// Images of four pages, two of which are zero, in both layouts. The first byte says which hashes are made right.
+fn images() {
+    let ram = Ram::new(PageCount(4)).unwrap();
+    for (page, byte) in [(1, 0x5A), (3, 0xC3)] {
+        ram.file().write_all_at(&[byte; PAGE_SIZE], PageIndex(page).offset()).unwrap();
+    }
+    let machine = MachineDescription { ram: vec![RamRegion { guest_address: 0, pages: ram.pages() }], ..machine() };
+    let origin = Origin { version: "seeds".to_owned(), saved_at: 1_764_000_000 };
+    let first_pages = vec![PageIndex(1)];
+    let sections = Sections { machine, state: b"state".to_vec(), was_running: true, first_pages, origin };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    for (name, compress) in [("in-place", false), ("packed", true)] {
+        let writer = ImageWriter::create(&path, ram.pages(), Options { compress }).unwrap();
+        writer.write_memory(ram.file(), &Tally::default()).unwrap();
+        writer.commit(&sections).unwrap();
+        let image = fs::read(&path).unwrap();
+        let hashed = compress.then_some(("hashed", 3));
+        for (how, mended) in [("as-it-is", 0), ("rooted", 1)].into_iter().chain(hashed) {
+            write("image", &format!("{name}-{how}"), &[&[mended][..], &image].concat());
+        }
     }
 }
 

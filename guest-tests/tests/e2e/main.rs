@@ -14,6 +14,7 @@ mod figures;
 mod foreign;
 mod guests;
 mod huge_pages;
+mod image;
 mod impostors;
 mod moments;
 mod precopy;
