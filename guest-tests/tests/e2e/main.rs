@@ -8,6 +8,7 @@ mod breaking;
 mod certificates;
 mod chain;
 mod commands;
+mod confined;
 mod failures;
 mod fault_lanes;
 mod figures;
