@@ -12,6 +12,7 @@ mod fault_lanes;
 mod figures;
 mod foreign;
 mod guests;
+mod host_files;
 mod huge_pages;
 mod impostors;
 mod moments;
