@@ -18,6 +18,7 @@ use switchover_wire::types::PageIndex;
 use crate::arch::{LEAST_MEMORY, MOST_MEMORY, Platform, Ports, ram_regions};
 use crate::config::{SerialTarget, VmConfig};
 use crate::control::{Control, VmEvent};
+use crate::devices::host_files::HostFiles;
 use crate::devices::input::InputPump;
 use crate::devices::output::Output;
 use crate::devices::serial::{InputGate, SerialPort};
@@ -199,7 +200,8 @@ impl Vm {
         let memory = GuestMemory::new(ram, regions)?;
         let fd = Arc::new(kvm.create_vm().map_err(VmError::kvm("create a VM"))?);
         let tracking = Tracking::set_up(config.dirty_tracking, kvm, &fd, &memory)?;
-        let (platform, fds) = Platform::build(kvm, Arc::clone(&fd), memory.clone(), config.vcpus)?;
+        let (platform, fds) =
+            Platform::build(kvm, Arc::clone(&fd), memory.clone(), config.vcpus, config.host_files.is_some())?;
         let Tracked { log: dirty, ring } = tracking.begin(&fd, &memory, &fds)?;
 
         let output = match &config.serial {
@@ -212,7 +214,11 @@ impl Vm {
             move |source| VmError::Host { attempted, source }
         };
         let input = Arc::new(InputGate::new().map_err(host("make an eventfd"))?);
-        let ports = Ports { serial: SerialPort::new(fd, output, input) };
+        let host_files = config.host_files.as_ref().map(|files| {
+            let log = files.log.then(Output::stdout).transpose()?;
+            HostFiles::new(memory.clone(), &files.directory, log)
+        });
+        let ports = Ports { serial: SerialPort::new(fd, output, input), host_files: host_files.transpose()? };
 
         let mut vcpus = Vec::new();
         for (index, fd) in fds.into_iter().enumerate() {

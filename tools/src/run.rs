@@ -12,7 +12,7 @@ use serde_json::json;
 use switchover_hybrid::settings::Settings;
 use switchover_pager::uffd::device;
 use switchover_runtime::audit::Audit;
-use switchover_runtime::config::{DirtyTracking, SerialTarget, VmConfig};
+use switchover_runtime::config::{DirtyTracking, HostFilesConfig, SerialTarget, VmConfig};
 use switchover_runtime::controller::VmController;
 use switchover_runtime::qmp::controller::Controller as _;
 use switchover_runtime::qmp::endpoint::Endpoint;
@@ -61,6 +61,15 @@ pub struct RunArgs {
     /// Where the guest's serial port (a 16550 at 0x3f8) leads: stdio, file:PATH or null
     #[arg(long, value_name = "TARGET", default_value = "stdio")]
     serial: Serial,
+
+    /// Let the guest open, read and write the files under this directory. Source and destination must both be given one, and see
+    /// the same files in it
+    #[arg(long, value_name = "DIR")]
+    host_files: Option<PathBuf>,
+
+    /// Print each request for a host file, and the guest's exit, in a line of its own
+    #[arg(long, requires = "host_files")]
+    log_host_files: bool,
 
     /// Socket to control the machine by, in QEMU's protocol
     #[arg(long, value_name = "unix:PATH")]
@@ -217,6 +226,7 @@ pub fn main(args: RunArgs) -> Result<(), Failure> {
         serial: args.serial.0,
         // What is restored takes the memory that it needs as it is loaded, before the guest runs.
         lazy_memory: args.lazy_memory || args.restore.is_some(),
+        host_files: args.host_files.map(|directory| HostFilesConfig { directory, log: args.log_host_files }),
         dirty_tracking: args.dirty_tracking.into(),
     };
     let no_threads = |error| Failure::failed(format_args!("cannot start the machine's threads: {error}"));

@@ -281,6 +281,7 @@ fn state(kernel: &[u8]) {
         vcpus: 1,
         serial: SerialTarget::Null,
         lazy_memory: false,
+        host_files: None,
         dirty_tracking: DirtyTracking::Auto,
     };
     let vm = Vm::boot(&config).unwrap();

@@ -14,6 +14,7 @@ mod fault_lanes;
 mod figures;
 mod foreign;
 mod guests;
+mod host_files;
 mod huge_pages;
 mod image;
 mod impostors;
