@@ -122,6 +122,8 @@ impl Machine for ToyVm {
         Ok(())
     }
 
+    fn keep_paused(&self) {}
+
     fn surrender_right_to_run(&self) {
         self.may_run.store(false, SeqCst);
     }

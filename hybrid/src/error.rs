@@ -1,7 +1,9 @@
 //! What a caller of a migration is told at once. What happens later is in [`crate::progress::Progress::error`].
 
 use std::io;
+use std::path::PathBuf;
 
+use switchover_image::error::ImageError;
 use switchover_wire::address::Address;
 use switchover_wire::socket::SocketError;
 use thiserror::Error;
@@ -39,6 +41,20 @@ pub enum MigrationError {
     Plain {
         /// Where it was to listen.
         at: Address,
+    },
+    /// The image cannot be written or read.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The guest of an image cannot go on here.
+    #[error(
+        "cannot restore the guest of {} here: {reason}, where the source is the machine that was saved and the destination is this \
+         one; nothing was touched", path.display()
+    )]
+    ImageMismatch {
+        /// The image.
+        path: PathBuf,
+        /// What differs.
+        reason: String,
     },
     /// No thread.
     #[error("cannot start the migration's thread: {0}; is the number of threads limited (`ulimit -u`)?")]

@@ -28,6 +28,8 @@ pub enum FailureKind {
     Protocol,
     /// The controller has taken the guest back from a destination that it fenced.
     Reclaimed,
+    /// The image could not be written, or not be read, or is damaged.
+    Image,
 }
 
 impl FailureKind {
@@ -51,6 +53,7 @@ impl FailureKind {
             Self::Pager => "pager",
             Self::Protocol => "protocol",
             Self::Reclaimed => "reclaimed",
+            Self::Image => "image",
         }
     }
 }
@@ -76,6 +79,8 @@ pub enum GuestAfter {
     Undecided,
     /// It is on the destination, stopped, because its memory cannot be completed: it is lost.
     Lost,
+    /// It is in its image, as before, and ran nowhere since.
+    InImage,
 }
 
 impl GuestAfter {
@@ -93,6 +98,7 @@ impl GuestAfter {
                 "this side does not run the guest; whether it was given away is known to the source: where it runs there, `quit` \
                  here, and where it says `postcopy-paused`, join the two again with `migrate` and `resume` on it"
             }
+            Self::InImage => "nothing of the guest has run here, and it is in its image as before",
             Self::Lost => "the guest was stopped on the destination, because parts of its memory can no longer come",
         }
     }
@@ -123,6 +129,7 @@ mod tests {
             FailureKind::Pager,
             FailureKind::Protocol,
             FailureKind::Reclaimed,
+            FailureKind::Image,
         ] {
             assert_eq!(serde_json::to_value(kind).unwrap(), kind.name());
         }

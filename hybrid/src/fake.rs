@@ -272,6 +272,9 @@ impl Machine for FakeMachine {
         Ok(())
     }
 
+    /// It is paused, and nobody but its embedder runs it.
+    fn keep_paused(&self) {}
+
     fn surrender_right_to_run(&self) {
         self.inner.lock().has_right = false;
     }

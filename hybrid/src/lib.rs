@@ -42,6 +42,7 @@
 //!   [`outgoing::Outgoing::reclaim`];
 //! - *act on failures* by their kind and by where the guest is ([`progress::Progress::failure`], [`failure`]), and show people the
 //!   sentence in [`progress::Progress::error`];
+//! - *save* a guest into an image with [`saving::Saving::start`], and *restore* it with [`restoring::Restoring::start`];
 //! - *read* what it cost in [`outgoing::Outgoing::report`] and [`incoming::Incoming::report`].
 //!
 //! # Example
@@ -73,7 +74,9 @@ mod pulse;
 mod reception;
 mod recorder;
 pub mod report;
+pub mod restoring;
 mod rounds;
+pub mod saving;
 pub mod security;
 pub mod session;
 pub mod settings;

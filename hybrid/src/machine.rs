@@ -83,6 +83,10 @@ pub trait Machine: Send + Sync + 'static {
     /// When the machine has not the right to run, or a vCPU thread is gone.
     fn resume(&self) -> Result<(), MachineError>;
 
+    /// Ends what [`pause`](Self::pause) began without running on: the guest was saved, and stands still until its controller lets it
+    /// go on. The machine keeps the right to run.
+    fn keep_paused(&self);
+
     /// Gives up the right to run. Called on a paused machine.
     fn surrender_right_to_run(&self);
 

@@ -1,5 +1,6 @@
 //! A virtual machine and its migrations as QMP commands see them.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -13,6 +14,8 @@ use switchover_hybrid::machine::Machine;
 use switchover_hybrid::outgoing::Outgoing;
 use switchover_hybrid::progress::Progress;
 use switchover_hybrid::report::SideReport;
+use switchover_hybrid::restoring::Restoring;
+use switchover_hybrid::saving::{How, Saving};
 use switchover_hybrid::security::Security;
 use switchover_hybrid::settings::{Notice, Observer, Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
@@ -47,6 +50,8 @@ enum Migration {
     None,
     Outgoing(Outgoing),
     Incoming(Incoming),
+    Saving(Saving),
+    Restoring(Restoring),
 }
 
 impl VmController {
@@ -74,9 +79,15 @@ impl VmController {
     /// The machine is over, for this reason: tells clients so, the last thing that they are told, and removes the socket's
     /// file that a source may still connect to, since the threads that hold it end with the process.
     pub fn finish(&self, exit: &ExitReason) {
-        if let Migration::Incoming(incoming) = &*self.migration() {
+        match &*self.migration() {
             // Its threads end with the process, and would leave a unix socket's file behind.
-            incoming.close();
+            Migration::Incoming(incoming) => incoming.close(),
+            // And this one half an image.
+            Migration::Saving(saving) => {
+                saving.cancel();
+                let _ = saving.wait();
+            }
+            Migration::None | Migration::Outgoing(_) | Migration::Restoring(_) => {}
         }
         let (guest, reason) = match exit {
             ExitReason::Guest(_) => (true, "guest-shutdown"),
@@ -105,6 +116,34 @@ impl VmController {
         matches!(self.vm.run_state(), RunState::InternalError | RunState::Shutdown).then(|| ControlError::Ended {
             reason: self.vm.status_reason().unwrap_or_else(|| "it has ended".to_owned()),
         })
+    }
+
+    /// Whether the guest may be moved or saved now. What stands in the way and may be called off is.
+    fn make_ready_to_leave(&self, migration: &Migration) -> Result<(), ControlError> {
+        match self.vm.run_state() {
+            RunState::Inmigrate => return Err(ControlError::NotArrived),
+            _ if migration.is_under_way() => return Err(ControlError::Underway),
+            RunState::Postmigrate if self.vm.is_saved() => return Err(ControlError::Saved),
+            RunState::Postmigrate => return Err(ControlError::MovedAway),
+            _ => {}
+        }
+        if let Some(ended) = self.ended() {
+            return Err(ended);
+        }
+        if self.limiter.limit().is_some() {
+            return Err(ControlError::Limited);
+        }
+        // Moving the guest is worth more than knowing how fast it writes.
+        self.meter.interrupt();
+        Ok(())
+    }
+
+    /// Whether a guest may come now.
+    fn check_waiting(&self, migration: &Migration) -> Result<(), ControlError> {
+        if matches!(migration, Migration::Incoming(_) | Migration::Restoring(_)) {
+            return Err(ControlError::ListensAlready);
+        }
+        if self.vm.run_state() == RunState::Inmigrate { Ok(()) } else { Err(ControlError::NotIncoming) }
     }
 
     fn machine(&self) -> Arc<dyn Machine> {
@@ -157,33 +196,39 @@ impl Controller for VmController {
 
     fn migrate(&self, to: Address, settings: Settings, security: Security) -> Result<(), ControlError> {
         let mut migration = self.migration();
-        match self.vm.run_state() {
-            RunState::Inmigrate => return Err(ControlError::NotArrived),
-            _ if migration.is_under_way() => return Err(ControlError::Underway),
-            RunState::Postmigrate => return Err(ControlError::MovedAway),
-            _ => {}
-        }
-        if let Some(ended) = self.ended() {
-            return Err(ended);
-        }
-        if self.limiter.limit().is_some() {
-            return Err(ControlError::Limited);
-        }
-        // Moving the guest is worth more than knowing how fast it writes.
-        self.meter.interrupt();
+        self.make_ready_to_leave(&migration)?;
         *migration =
             Migration::Outgoing(Outgoing::start(self.machine(), to, settings, security, self.observer("out"))?);
         Ok(())
     }
 
+    fn save(&self, to: &Path, how: How) -> Result<(), ControlError> {
+        let mut migration = self.migration();
+        self.make_ready_to_leave(&migration)?;
+        *migration = Migration::Saving(Saving::start(self.machine(), to, how, self.observer("out"))?);
+        Ok(())
+    }
+
+    fn restore(&self, from: &Path) -> Result<(), ControlError> {
+        let mut migration = self.migration();
+        self.check_waiting(&migration)?;
+        let restoring = Restoring::start(self.machine(), from, self.observer("in"))?;
+        let (vm, watched) = (Arc::clone(&self.vm), restoring.clone());
+        thread::Builder::new()
+            .name("restore-end".to_owned())
+            .spawn(move || {
+                if watched.wait() != MigrationStatus::Completed {
+                    vm.fail(watched.progress().error.unwrap_or_else(|| "the guest was not restored".to_owned()));
+                }
+            })
+            .map_err(MigrationError::Thread)?;
+        *migration = Migration::Restoring(restoring);
+        Ok(())
+    }
+
     fn listen(&self, at: &Address, settings: Settings, security: Security) -> Result<(), ControlError> {
         let mut migration = self.migration();
-        if matches!(*migration, Migration::Incoming(_)) {
-            return Err(ControlError::ListensAlready);
-        }
-        if self.vm.run_state() != RunState::Inmigrate {
-            return Err(ControlError::NotIncoming);
-        }
+        self.check_waiting(&migration)?;
         let settings = Settings { lazy_memory: self.lazy_memory, ..settings };
         let incoming = Incoming::listen(self.machine(), at, settings, security, self.observer("in"))?;
         let (vm, watched) = (Arc::clone(&self.vm), incoming.clone());
@@ -207,15 +252,15 @@ impl Controller for VmController {
     fn continue_switchover(&self) -> Result<(), ControlError> {
         match &*self.migration() {
             Migration::Outgoing(outgoing) => Ok(outgoing.proceed()?),
-            Migration::None | Migration::Incoming(_) => Err(ControlError::NothingToContinue),
+            _ => Err(ControlError::NothingToContinue),
         }
     }
 
     fn pause_migration(&self) -> Result<(), ControlError> {
         let paused = match &*self.migration() {
-            Migration::None => return Err(ControlError::NothingToPause),
             Migration::Outgoing(outgoing) => outgoing.pause(),
             Migration::Incoming(incoming) => incoming.pause(),
+            _ => return Err(ControlError::NothingToPause),
         };
         paused.map_err(|_| ControlError::NothingToPause)
     }
@@ -226,7 +271,7 @@ impl Controller for VmController {
                 MigrationError::NotLost { .. } => ControlError::NothingToResume,
                 other => other.into(),
             }),
-            Migration::None | Migration::Incoming(_) => Err(ControlError::NothingToResume),
+            _ => Err(ControlError::NothingToResume),
         }
     }
 
@@ -240,7 +285,7 @@ impl Controller for VmController {
                 Err(MigrationError::NotLost { .. }) => Err(ControlError::NothingToRecover),
                 Err(other) => Err(other.into()),
             },
-            Migration::None | Migration::Outgoing(_) => Err(ControlError::NothingToRecover),
+            _ => Err(ControlError::NothingToRecover),
         }
     }
 
@@ -250,7 +295,7 @@ impl Controller for VmController {
                 MigrationError::NotLost { .. } => ControlError::NothingToReclaim,
                 other => other.into(),
             })?,
-            Migration::None | Migration::Incoming(_) => return Err(ControlError::NothingToReclaim),
+            _ => return Err(ControlError::NothingToReclaim),
         }
         self.audit.note("fence", json!({ "vouched": "the guest runs nowhere else" }));
         tracing::warn!("the guest is reclaimed: its controller vouches that it runs nowhere else");
@@ -281,7 +326,11 @@ impl Controller for VmController {
         }
         match &*migration {
             Migration::None => Ok(()),
-            Migration::Incoming(_) => Err(ControlError::CancelAtSource),
+            Migration::Incoming(_) | Migration::Restoring(_) => Err(ControlError::CancelAtSource),
+            Migration::Saving(saving) => {
+                saving.cancel();
+                Ok(())
+            }
             Migration::Outgoing(outgoing) => match outgoing.cancel() {
                 // It ended by itself meanwhile.
                 Err(_) if outgoing.progress().status.is_final() => Ok(()),
@@ -295,7 +344,7 @@ impl Controller for VmController {
         let (_, progress) = migration.progress()?;
         let listening_at = match &*migration {
             Migration::Incoming(incoming) => Some(incoming.recovery_address().unwrap_or_else(|| incoming.address())),
-            Migration::Outgoing(_) | Migration::None => None,
+            _ => None,
         };
         Some(MigrationView { progress, listening_at })
     }
@@ -305,6 +354,8 @@ impl Controller for VmController {
             Migration::None => None,
             Migration::Outgoing(outgoing) => Some(outgoing.report()),
             Migration::Incoming(incoming) => Some(incoming.report()),
+            Migration::Saving(saving) => Some(saving.report()),
+            Migration::Restoring(restoring) => Some(restoring.report()),
         }
     }
 
@@ -376,6 +427,8 @@ impl Migration {
             Self::None => None,
             Self::Outgoing(outgoing) => Some((Direction::Outgoing, outgoing.progress())),
             Self::Incoming(incoming) => Some((Direction::Incoming, incoming.progress())),
+            Self::Saving(saving) => Some((Direction::Outgoing, saving.progress())),
+            Self::Restoring(restoring) => Some((Direction::Incoming, restoring.progress())),
         }
     }
 

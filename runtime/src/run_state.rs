@@ -23,7 +23,7 @@ pub enum RunState {
     Paused,
     /// Paused for a handoff.
     FinishMigrate,
-    /// Its guest has moved away.
+    /// Its guest has moved away, or was saved and stands still since.
     Postmigrate,
     /// Stopped for good by an error.
     InternalError,
@@ -77,6 +77,9 @@ pub enum Refusal {
         /// Why.
         reason: String,
     },
+    /// It was saved, and its controller has not let it go on.
+    #[error("the guest was saved to a file and stands still since; `cont` lets it go on here")]
+    Saved,
     /// A migration asked for what only a paused machine does.
     #[error("the machine must be paused for a migration first")]
     NotPaused,
@@ -91,6 +94,8 @@ enum Hold {
     None,
     /// A source's handoff: between pause and resume or surrender.
     Outgoing,
+    /// The guest was saved: until its controller lets it go on.
+    Saved,
     /// A destination: from its beginning until resume.
     Incoming {
         /// Whether the state has come.
@@ -137,6 +142,7 @@ impl RunFlags {
             (None, _) if self.broken.is_some() => RunState::InternalError,
             (None, Hold::Incoming { .. }) if !self.right_to_run => RunState::Inmigrate,
             (None, Hold::Outgoing) if self.right_to_run => RunState::FinishMigrate,
+            (None, Hold::Saved) => RunState::Postmigrate,
             _ if !self.right_to_run => RunState::Postmigrate,
             (None, Hold::None) if self.may_run() => RunState::Running,
             (None, Hold::None) if !self.started => RunState::Prelaunch,
@@ -184,7 +190,7 @@ impl RunFlags {
             Hold::Incoming { .. } if !self.right_to_run => return Err(Refusal::NotArrived),
             _ if !self.right_to_run => return Err(Refusal::MovedAway),
             Hold::Outgoing => return Err(Refusal::Handoff),
-            Hold::Incoming { .. } | Hold::None => {}
+            Hold::Incoming { .. } | Hold::Saved | Hold::None => {}
         }
         self.hold = Hold::None;
         self.paused_by_user = false;
@@ -202,6 +208,7 @@ impl RunFlags {
             Hold::Incoming { .. } => Err(Refusal::NotArrived),
             _ if !self.right_to_run => Err(Refusal::MovedAway),
             Hold::Outgoing => Err(Refusal::Handoff),
+            Hold::Saved => Err(Refusal::Saved),
             Hold::None => {
                 let was_running = self.may_run();
                 self.hold = Hold::Outgoing;
@@ -222,11 +229,26 @@ impl RunFlags {
                 _ => Refusal::MovedAway,
             });
         }
-        if matches!(self.hold, Hold::Incoming { .. }) {
-            self.started = true;
+        match self.hold {
+            Hold::Saved => return Err(Refusal::Saved),
+            Hold::Incoming { .. } => self.started = true,
+            Hold::Outgoing | Hold::None => {}
         }
         self.hold = Hold::None;
         Ok(())
+    }
+
+    /// The guest that a migration has paused was saved. It stands still until its user lets it go on, with the right to run.
+    pub fn keep_saved(&mut self) {
+        if self.hold == Hold::Outgoing && self.right_to_run {
+            self.hold = Hold::Saved;
+        }
+    }
+
+    /// Whether it was saved, and stands still since.
+    #[must_use]
+    pub fn is_saved(&self) -> bool {
+        self.hold == Hold::Saved
     }
 
     /// Gives up the right to run.
@@ -417,6 +439,27 @@ mod tests {
         assert_eq!(flags.state(), RunState::Paused);
         flags.cont().unwrap();
         assert!(flags.may_run());
+    }
+
+    #[test]
+    fn a_saved_guest_stands_still_until_its_user_lets_it_go_on() {
+        let mut flags = running();
+        flags.keep_saved();
+        assert!(flags.may_run(), "nothing has paused it");
+        assert!(flags.pause().unwrap());
+        flags.keep_saved();
+        assert!(flags.is_saved() && !flags.may_run());
+        assert_eq!(flags.state(), RunState::Postmigrate);
+        assert_eq!(flags.pause(), Err(Refusal::Saved));
+        assert_eq!(flags.resume(), Err(Refusal::Saved));
+        flags.stop().unwrap();
+        assert_eq!(flags.state(), RunState::Postmigrate);
+        flags.cont().unwrap();
+        assert_eq!(flags.state(), RunState::Running);
+        assert!(flags.pause().unwrap(), "it can be saved again");
+        flags.surrender();
+        flags.keep_saved();
+        assert!(!flags.is_saved(), "what was given away stays so");
     }
 
     #[test]

@@ -38,10 +38,12 @@ pub enum Kind {
     Clock = 5,
     /// The serial port.
     Serial = 6,
+    /// The host files that are open.
+    HostFiles = 7,
 }
 
 impl Kind {
-    const ALL: [Self; 6] = [Self::Vcpu, Self::Pic, Self::Ioapic, Self::Pit, Self::Clock, Self::Serial];
+    const ALL: [Self; 7] = [Self::Vcpu, Self::Pic, Self::Ioapic, Self::Pit, Self::Clock, Self::Serial, Self::HostFiles];
 
     fn from_number(number: u16) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| *kind as u16 == number)
@@ -50,7 +52,7 @@ impl Kind {
     /// The version of this kind's contents that is written, and the only one that is read.
     const fn version(self) -> u32 {
         match self {
-            Self::Vcpu | Self::Pic | Self::Ioapic | Self::Pit | Self::Clock | Self::Serial => 1,
+            Self::Vcpu | Self::Pic | Self::Ioapic | Self::Pit | Self::Clock | Self::Serial | Self::HostFiles => 1,
         }
     }
 }
@@ -81,6 +83,7 @@ impl fmt::Display for SectionId {
             Kind::Pit => "PIT",
             Kind::Clock => "clock",
             Kind::Serial => "serial port",
+            Kind::HostFiles => "host files",
         };
         write!(f, "{kind} {}", self.number)
     }
@@ -252,30 +255,7 @@ impl<'a> StateReader<'a> {
     /// # Errors
     /// When it has not.
     pub fn new(bytes: &'a [u8], expected: &[SectionId]) -> Result<Self, StateError> {
-        let mut rest = Rest { bytes, total: bytes.len() };
-        if rest.bytes.len() >= MAGIC.len() && !rest.bytes.starts_with(&MAGIC) {
-            return Err(StateError::Magic);
-        }
-        rest.take(MAGIC.len(), "its header")?;
-        let version = rest.u32("its header")?;
-        if version != STATE_VERSION {
-            return Err(StateError::Version { found: version });
-        }
-        let count = rest.u32("its header")?;
-        let mut sections: Vec<(SectionId, &[u8])> = Vec::with_capacity(expected.len());
-        for _ in 0..count {
-            let (section, payload) = rest.section()?;
-            if sections.iter().any(|(known, _)| *known == section) {
-                return Err(StateError::Duplicate { section });
-            }
-            if !expected.contains(&section) {
-                return Err(StateError::Unexpected { section });
-            }
-            sections.push((section, payload));
-        }
-        if !rest.bytes.is_empty() {
-            return Err(StateError::TrailingBytes { extra: rest.bytes.len() });
-        }
+        let sections = read_sections(bytes, |section| expected.contains(&section))?;
         match expected.iter().find(|wanted| !sections.iter().any(|(known, _)| known == *wanted)) {
             Some(section) => Err(StateError::Missing { section: *section }),
             None => Ok(Self { sections }),
@@ -302,6 +282,40 @@ impl<'a> StateReader<'a> {
         }
         Ok(value)
     }
+}
+
+/// The sections of a state and their contents, in its order, whatever machine it is of. Each is checked by its checksum.
+///
+/// # Errors
+/// When the bytes are no state of this version.
+pub fn sections(bytes: &[u8]) -> Result<Vec<(SectionId, &[u8])>, StateError> {
+    read_sections(bytes, |_| true)
+}
+
+/// The same of those that are `admitted`; others are an error.
+fn read_sections(bytes: &[u8], admitted: impl Fn(SectionId) -> bool) -> Result<Vec<(SectionId, &[u8])>, StateError> {
+    let mut rest = Rest { bytes, total: bytes.len() };
+    if rest.bytes.len() >= MAGIC.len() && !rest.bytes.starts_with(&MAGIC) {
+        return Err(StateError::Magic);
+    }
+    rest.take(MAGIC.len(), "its header")?;
+    let version = rest.u32("its header")?;
+    if version != STATE_VERSION {
+        return Err(StateError::Version { found: version });
+    }
+    let count = rest.u32("its header")?;
+    let mut sections: Vec<(SectionId, &[u8])> = Vec::new();
+    for _ in 0..count {
+        let (section, payload) = rest.section()?;
+        if sections.iter().any(|(known, _)| *known == section) {
+            return Err(StateError::Duplicate { section });
+        }
+        if !admitted(section) {
+            return Err(StateError::Unexpected { section });
+        }
+        sections.push((section, payload));
+    }
+    if rest.bytes.is_empty() { Ok(sections) } else { Err(StateError::TrailingBytes { extra: rest.bytes.len() }) }
 }
 
 /// What is still to be read.
@@ -394,6 +408,14 @@ mod tests {
         let reader = StateReader::new(&bytes, &EXPECTED).unwrap();
         assert_eq!(reader.read::<(u64, Vec<u8>)>(CLOCK).unwrap(), (1, vec![7; 40]));
         assert_eq!(reader.read::<String>(SERIAL).unwrap(), "text");
+    }
+
+    #[test]
+    fn sections_are_told_apart_whatever_machine_they_are_of() {
+        let bytes = written();
+        let found: Vec<_> = sections(&bytes).unwrap().into_iter().map(|(section, _)| section).collect();
+        assert_eq!(found, EXPECTED);
+        assert_eq!(sections(&bytes[..bytes.len() - 1]).unwrap_err(), error(&bytes[..bytes.len() - 1]));
     }
 
     #[test]

@@ -18,6 +18,7 @@ use switchover_wire::types::PageIndex;
 use crate::arch::{LEAST_MEMORY, MOST_MEMORY, Platform, Ports, ram_regions};
 use crate::config::{SerialTarget, VmConfig};
 use crate::control::{Control, VmEvent};
+use crate::devices::host_files::HostFiles;
 use crate::devices::input::InputPump;
 use crate::devices::output::Output;
 use crate::devices::serial::{InputGate, SerialPort};
@@ -174,6 +175,12 @@ impl Vm {
         self.shared.control.holds()
     }
 
+    /// Whether the guest was saved and stands still since.
+    #[must_use]
+    pub fn is_saved(&self) -> bool {
+        self.shared.control.change(|flags| flags.is_saved())
+    }
+
     /// Why the guest was stopped for good, if it was. The machine may still answer its controller.
     #[must_use]
     pub fn status_reason(&self) -> Option<String> {
@@ -193,7 +200,8 @@ impl Vm {
         let memory = GuestMemory::new(ram, regions)?;
         let fd = Arc::new(kvm.create_vm().map_err(VmError::kvm("create a VM"))?);
         let tracking = Tracking::set_up(config.dirty_tracking, kvm, &fd, &memory)?;
-        let (platform, fds) = Platform::build(kvm, Arc::clone(&fd), memory.clone(), config.vcpus)?;
+        let (platform, fds) =
+            Platform::build(kvm, Arc::clone(&fd), memory.clone(), config.vcpus, config.host_files.is_some())?;
         let Tracked { log: dirty, ring } = tracking.begin(&fd, &memory, &fds)?;
 
         let output = match &config.serial {
@@ -206,7 +214,11 @@ impl Vm {
             move |source| VmError::Host { attempted, source }
         };
         let input = Arc::new(InputGate::new().map_err(host("make an eventfd"))?);
-        let ports = Ports { serial: SerialPort::new(fd, output, input) };
+        let host_files = config.host_files.as_ref().map(|files| {
+            let log = files.log.then(Output::stdout).transpose()?;
+            HostFiles::new(memory.clone(), &files.directory, log)
+        });
+        let ports = Ports { serial: SerialPort::new(fd, output, input), host_files: host_files.transpose()? };
 
         let mut vcpus = Vec::new();
         for (index, fd) in fds.into_iter().enumerate() {
@@ -284,6 +296,10 @@ impl Machine for Vm {
         self.shared.control.resume().map_err(|error| MachineError::new("resume the guest", error))?;
         self.shared.ports.serial.open_input();
         Ok(())
+    }
+
+    fn keep_paused(&self) {
+        self.shared.control.change(RunFlags::keep_saved);
     }
 
     fn surrender_right_to_run(&self) {

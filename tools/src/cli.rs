@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::failure::Failure;
-use crate::{audit, bench, certs, check, floor, migrate, run, simulate};
+use crate::{audit, bench, certs, check, floor, image, migrate, run, save, simulate};
 
 /// The environment variable that says what is logged.
 const LOG_VARIABLE: &str = "SWITCHOVER_LOG";
@@ -43,12 +43,16 @@ enum Command {
     Run(run::RunArgs),
     /// Move the guest of a running machine to a destination
     Migrate(migrate::MigrateArgs),
+    /// Save the guest of a running machine to a file
+    Save(save::SaveArgs),
     /// Move real guests on this host, prove that no byte was lost, and write a report of what it cost
     Bench(bench::BenchArgs),
     /// Play recorded or made-up guests through the convergence monitor, and compare it with the best that could be done
     Simulate(simulate::SimulateArgs),
     /// Check the audit log of a machine
     Audit(audit::AuditArgs),
+    /// Look at images of guests: what is in one, whether it is whole, and where two differ
+    Image(image::ImageArgs),
     /// Say what this host can do at best, to read a report against
     Floor(floor::FloorArgs),
     /// Say whether this host can do it: kvm, userfaultfd, io_uring, limits; and what to change where not
@@ -64,9 +68,11 @@ pub fn main() -> ExitCode {
     let done = log().and_then(|()| match cli.command {
         Command::Run(args) => run::main(args),
         Command::Migrate(args) => migrate::main(&args),
+        Command::Save(args) => save::main(&args),
         Command::Bench(args) => bench::main(&args),
         Command::Simulate(args) => simulate::main(&args),
         Command::Audit(args) => audit::main(&args),
+        Command::Image(args) => image::main(&args),
         Command::Floor(args) => floor::main(&args),
         Command::Check => check::main(),
         Command::Certs(args) => certs::main(&args),
@@ -111,9 +117,15 @@ mod tests {
             &["switchover", "run", "--vcpus", "0"],
             &["switchover", "run", "--serial", "nowhere"],
             &["switchover", "run", "--incoming", "later"],
+            &["switchover", "run", "--restore", "f", "--incoming", "defer"],
+            &["switchover", "save", "--qmp", "unix:/q"],
+            &["switchover", "save", "--qmp", "unix:/q", "--to", "f", "--live", "--compress"],
             &["switchover", "audit"],
             &["switchover", "audit", "verify"],
             &["switchover", "audit", "verify", "file", "--known", "12"],
+            &["switchover", "image"],
+            &["switchover", "image", "verify"],
+            &["switchover", "image", "diff", "one"],
             &["switchover", "simulate"],
             &["switchover", "simulate", "t", "--bandwidth", "1"],
             &["switchover", "simulate", "t", "--seeds", "1"],

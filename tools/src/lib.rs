@@ -5,6 +5,8 @@
 //!  switchover migrate  a QMP client that moves the guest of a running machine
 //!  switchover bench    moves real guests, checks them, and writes a report
 //!  switchover simulate plays traces through the convergence monitor, beside an oracle
+//!  switchover save     a QMP client that saves the guest of a running machine to a file
+//!  switchover image    what is in a saved guest, and whether it is whole
 //!  switchover audit    checks the audit log of a machine
 //!  switchover floor    what this host can do at best
 //!  switchover check    what this host lacks
@@ -25,10 +27,12 @@ pub mod confine;
 pub mod failure;
 pub mod floor;
 pub mod guests;
+pub mod image;
 pub mod migrate;
 pub mod qmp_client;
 pub mod rng;
 pub mod run;
+pub mod save;
 pub mod signals;
 pub mod simulate;
 pub mod size;

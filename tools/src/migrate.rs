@@ -280,7 +280,7 @@ fn paused(look: &Value, qmp: &Endpoint, to: &Address) -> String {
     )
 }
 
-fn error_of(look: &Value) -> &str {
+pub(crate) fn error_of(look: &Value) -> &str {
     look.get("error-desc").and_then(Value::as_str).unwrap_or("no reason was given")
 }
 
@@ -303,12 +303,12 @@ fn afterwards(report: &Value, source: &mut QmpClient) -> String {
     )
 }
 
-fn connect(path: &Path) -> Result<QmpClient, Failure> {
+pub(crate) fn connect(path: &Path) -> Result<QmpClient, Failure> {
     QmpClient::connect(path, CONNECT_TIMEOUT).map_err(Failure::failed)
 }
 
 /// Watches the migration to its end, or until its link is lost, and returns the last look at it.
-fn watch(source: &mut QmpClient, ends: &EndRequests) -> Result<Value, QmpError> {
+pub(crate) fn watch(source: &mut QmpClient, ends: &EndRequests) -> Result<Value, QmpError> {
     let bar = ProgressBar::new(0);
     let template = "{msg:16} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} left {eta}";
     if let Ok(style) = ProgressStyle::with_template(template) {

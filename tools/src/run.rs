@@ -12,7 +12,7 @@ use serde_json::json;
 use switchover_hybrid::settings::Settings;
 use switchover_pager::uffd::device;
 use switchover_runtime::audit::Audit;
-use switchover_runtime::config::{DirtyTracking, SerialTarget, VmConfig};
+use switchover_runtime::config::{DirtyTracking, HostFilesConfig, SerialTarget, VmConfig};
 use switchover_runtime::controller::VmController;
 use switchover_runtime::qmp::controller::Controller as _;
 use switchover_runtime::qmp::endpoint::Endpoint;
@@ -38,8 +38,8 @@ use crate::size::Size;
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct RunArgs {
-    /// The guest: a 64-bit ELF with a PVH note, as `qemu -kernel` boots it. Not read with --incoming
-    #[arg(long, value_name = "ELF", required_unless_present = "incoming")]
+    /// The guest: a 64-bit ELF with a PVH note, as `qemu -kernel` boots it. Not read with --incoming or --restore
+    #[arg(long, value_name = "ELF", required_unless_present_any = ["incoming", "restore"])]
     kernel: Option<PathBuf>,
 
     /// The guest's command line
@@ -62,6 +62,15 @@ pub struct RunArgs {
     #[arg(long, value_name = "TARGET", default_value = "stdio")]
     serial: Serial,
 
+    /// Let the guest open, read and write the files under this directory. Source and destination must both be given one, and see
+    /// the same files in it
+    #[arg(long, value_name = "DIR")]
+    host_files: Option<PathBuf>,
+
+    /// Print each request for a host file, and the guest's exit, in a line of its own
+    #[arg(long, requires = "host_files")]
+    log_host_files: bool,
+
     /// Socket to control the machine by, in QEMU's protocol
     #[arg(long, value_name = "unix:PATH")]
     qmp: Option<Endpoint>,
@@ -69,6 +78,10 @@ pub struct RunArgs {
     /// Boot nothing: wait for a guest to move here, at this address, or once `migrate-incoming` says where (defer)
     #[arg(long, value_name = "defer|tcp:HOST:PORT|unix:PATH")]
     incoming: Option<IncomingAt>,
+
+    /// Boot nothing: restore the guest of this image, which `switchover save` wrote, and run it
+    #[arg(long, value_name = "FILE", conflicts_with = "incoming")]
+    restore: Option<PathBuf>,
 
     /// Do not reserve memory before a guest moves here. Zero pages then cost none, and the guest is lost if memory
     /// runs out after the handoff
@@ -115,13 +128,19 @@ Examples:
     switchover run --incoming tcp:127.0.0.1:4444 --qmp unix:/tmp/destination.qmp
   The same for a guest that comes from another host, over TLS:
     switchover run --incoming tcp:0.0.0.0:4444 --tls-creds /etc/switchover --qmp unix:/tmp/destination.qmp
+  Save a guest (see `switchover save --help`), and restore it later, here or on another host, with the same memory and vCPUs:
+    switchover run --restore guest.image --memory 512M --qmp unix:/tmp/source.qmp
   A machine with the rights of a user that owns nothing else:
     switchover run --incoming tcp:0.0.0.0:4444 --tls-creds /etc/switchover --qmp unix:/run/guest/qmp --user guest
   Talk to one by hand:
     printf '%s\\n' '{\"execute\":\"qmp_capabilities\"}' '{\"execute\":\"query-status\"}' | nc -U -q1 /tmp/source.qmp
 
 The machine ends when its guest ends it (port 0xf4, as QEMU's isa-debug-exit; the keyboard controller's reset; a triple
-fault), by QMP `quit`, or by Ctrl-C. A source whose guest has moved away stays, paused, until one of the last two.
+fault), by QMP `quit`, or by Ctrl-C. A source whose guest has moved away stays, paused, until one of the last two. A guest that was
+saved stays too, and QMP `cont` lets it go on.
+
+A restored guest goes on where it was when it was saved, and its clocks have gone on meanwhile, as if it had stood still. All of its
+memory is loaded and verified before it runs. An image that is damaged, or of a machine that does not match this one, is refused.
 
 Exit status: 0 when the guest wrote 0 to port 0xf4 (QEMU would exit with 1), by `quit` and by Ctrl-C; 1 when the guest
 wrote anything else, reset itself, or could not be run or received; 2 for bad usage.";
@@ -197,32 +216,35 @@ pub fn main(args: RunArgs) -> Result<(), Failure> {
     let _requests = EndRequests::take(move |number| {
         let _ = asked.send(number);
     })?;
+    let waits = args.incoming.is_some() || args.restore.is_some();
     let config = VmConfig {
-        kernel: args.kernel.filter(|_| args.incoming.is_none()),
+        kernel: args.kernel.filter(|_| !waits),
         append: args.append,
         initrd: args.initrd,
         memory: args.memory.0,
         vcpus: args.vcpus,
         serial: args.serial.0,
-        lazy_memory: args.lazy_memory,
+        // What is restored takes the memory that it needs as it is loaded, before the guest runs.
+        lazy_memory: args.lazy_memory || args.restore.is_some(),
+        host_files: args.host_files.map(|directory| HostFilesConfig { directory, log: args.log_host_files }),
         dirty_tracking: args.dirty_tracking.into(),
     };
     let no_threads = |error| Failure::failed(format_args!("cannot start the machine's threads: {error}"));
     let audit = args.audit.as_deref().map(Audit::append).transpose().map_err(Failure::failed)?.unwrap_or_default();
-    audit.note(
-        "start",
-        json!({ "version": env!("CARGO_PKG_VERSION"), "pid": process::id(), "waits": args.incoming.is_some() }),
-    );
+    audit.note("start", json!({ "version": env!("CARGO_PKG_VERSION"), "pid": process::id(), "waits": waits }));
     let socket = args.qmp.as_ref().map(Bound::at).transpose().map_err(Failure::failed)?;
-    let vm = if args.incoming.is_some() { Vm::incoming_on(&kvm, &config) } else { Vm::boot_on(&kvm, &config) };
+    let vm = if waits { Vm::incoming_on(&kvm, &config) } else { Vm::boot_on(&kvm, &config) };
     let vm = vm.map_err(Failure::failed)?;
     let (controller, events) = VmController::new(Arc::clone(&vm), args.lazy_memory, audit).map_err(no_threads)?;
     let (ended, path) = (Arc::clone(&controller), args.qmp.as_ref().map(|endpoint| endpoint.path().to_owned()));
     let take_ends = move || ends.into_iter().for_each(|number: u32| end(&ended, number, path.as_deref()));
     std::thread::Builder::new().name("end".to_owned()).spawn(take_ends).map_err(no_threads)?;
-    // What comes from here on comes from others: the guest, the network, clients.
+    // What comes from here on comes from others: the guest, the network, clients, an image.
     confine::confine_all_threads(args.seccomp).map_err(Failure::failed)?;
-    begin(&vm, &controller, args.incoming.as_ref(), &parameters)?;
+    match &args.restore {
+        Some(image) => controller.restore(image).map_err(Failure::failed)?,
+        None => begin(&vm, &controller, args.incoming.as_ref(), &parameters)?,
+    }
     let serve = |socket| Server::start(socket, Arc::<VmController>::clone(&controller), parameters, events);
     let server = socket.map(serve).transpose().map_err(Failure::failed)?;
     let exit = vm.wait_exit();

@@ -3,11 +3,16 @@
 #![allow(clippy::unwrap_used, reason = "it is run by hand")]
 
 use std::fs;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use serde_json::json;
 use switchover_hybrid::machine::Machine as _;
 use switchover_hybrid::trace::{Epoch, Trace};
+use switchover_image::Tally;
+use switchover_image::sections::{Origin, Sections};
+use switchover_image::writer::{ImageWriter, Options};
+use switchover_pager::ram::Ram;
 use switchover_runtime::config::{DirtyTracking, SerialTarget, VmConfig};
 use switchover_runtime::vm::Vm;
 use switchover_wire::bitmap;
@@ -28,6 +33,9 @@ fn write(target: &str, name: &str, bytes: &[u8]) {
 }
 
 fn main() {
+    if std::env::args().nth(1).as_deref() == Some("image") {
+        return images();
+    }
     frames();
     handshake();
     tls();
@@ -35,6 +43,7 @@ fn main() {
     pages();
     sets();
     qmp();
+    images();
     let kernel = kernel();
     write("kernel", "smallest", &kernel);
     state(&kernel);
@@ -94,11 +103,35 @@ fn machine() -> MachineDescription {
     }
 }
 
+/// Images of four pages, two of which are zero, in both layouts. The first byte says which hashes are made right.
+fn images() {
+    let ram = Ram::new(PageCount(4)).unwrap();
+    for (page, byte) in [(1, 0x5A), (3, 0xC3)] {
+        ram.file().write_all_at(&[byte; PAGE_SIZE], PageIndex(page).offset()).unwrap();
+    }
+    let machine = MachineDescription { ram: vec![RamRegion { guest_address: 0, pages: ram.pages() }], ..machine() };
+    let origin = Origin { version: "seeds".to_owned(), saved_at: 1_764_000_000 };
+    let first_pages = vec![PageIndex(1)];
+    let sections = Sections { machine, state: b"state".to_vec(), was_running: true, first_pages, origin };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    for (name, compress) in [("in-place", false), ("packed", true)] {
+        let writer = ImageWriter::create(&path, ram.pages(), Options { compress }).unwrap();
+        writer.write_memory(ram.file(), &Tally::default()).unwrap();
+        writer.commit(&sections).unwrap();
+        let image = fs::read(&path).unwrap();
+        let hashed = compress.then_some(("hashed", 3));
+        for (how, mended) in [("as-it-is", 0), ("rooted", 1)].into_iter().chain(hashed) {
+            write("image", &format!("{name}-{how}"), &[&[mended][..], &image].concat());
+        }
+    }
+}
+
 fn handshake() {
     let clock = HostClock { boot_id: "9a0c32d1-9f4e-4c0f-8f3e-0b9b6d0c7a11".to_owned() };
     let hello = |role, description| Hello {
-        version_min: 2,
-        version_max: 2,
+        version_min: 3,
+        version_max: 3,
         session: SessionId([9; 16]),
         lane: LaneId { role, index: 0 },
         lanes: LaneCounts { fault: 1, bulk: 2 },
@@ -111,9 +144,10 @@ fn handshake() {
     let wrapped = |how: u8, body: &[u8]| [&[how], body].concat();
     write("handshake", "control", &wrapped(2, &body(&hello(LaneRole::Control, Some(machine())))));
     write("handshake", "bulk", &wrapped(2, &body(&hello(LaneRole::Bulk, None))));
-    let welcome = postcard::to_stdvec(&(0_u8, Welcome { version: 2, clock: clock.clone() })).unwrap();
+    let welcome = postcard::to_stdvec(&(0_u8, Welcome { version: 3, clock: clock.clone() })).unwrap();
     write("handshake", "welcome", &wrapped(3, &welcome));
     write("handshake", "refused", &wrapped(3, &postcard::to_stdvec(&(1_u8, "it has no memory\n")).unwrap()));
+    write("handshake", "challenge", &wrapped(3, &[&[2][..], &[7; 32]].concat()));
     write("handshake", "foreign", b"\x00GET / HTTP/1.1\r\n\r\n");
     let text = body(&hello(LaneRole::Fault, None));
     let length = u32::try_from(text.len()).unwrap().to_le_bytes();
@@ -247,6 +281,7 @@ fn state(kernel: &[u8]) {
         vcpus: 1,
         serial: SerialTarget::Null,
         lazy_memory: false,
+        host_files: None,
         dirty_tracking: DirtyTracking::Auto,
     };
     let vm = Vm::boot(&config).unwrap();

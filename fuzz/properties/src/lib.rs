@@ -10,6 +10,7 @@ mod bitmap;
 mod control;
 mod frames;
 mod handshake;
+mod image;
 mod input;
 mod kernel;
 mod missing;
@@ -23,6 +24,7 @@ pub use bitmap::bitmap;
 pub use control::control;
 pub use frames::frames;
 pub use handshake::handshake;
+pub use image::image;
 pub use kernel::kernel;
 pub use missing::missing;
 pub use payload::{pages, payload};
@@ -35,13 +37,14 @@ pub use trace::trace;
 pub type Property = fn(&[u8]);
 
 /// All properties, by the names of their targets and of their folders in `fuzz/corpus`.
-pub const TARGETS: [(&str, Property); 13] = [
+pub const TARGETS: [(&str, Property); 14] = [
     ("arguments", arguments),
     ("bitmap", bitmap),
     ("control", control),
     ("frames", frames),
     ("framing", framing),
     ("handshake", handshake),
+    ("image", image),
     ("kernel", kernel),
     ("missing", missing),
     ("pages", pages),

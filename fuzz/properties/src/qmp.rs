@@ -1,7 +1,7 @@
 use serde_json::{Value, json};
 use switchover_runtime::qmp::arguments::Arguments;
 use switchover_runtime::qmp::capabilities::Capabilities;
-use switchover_runtime::qmp::channel::take_address;
+use switchover_runtime::qmp::channel::{Target, take_target};
 use switchover_runtime::qmp::framing::{Framing, InputError};
 use switchover_runtime::qmp::parameters::Parameters;
 use switchover_runtime::qmp::settings::settings;
@@ -42,7 +42,7 @@ pub fn framing(bytes: &[u8]) {
 pub fn arguments(bytes: &[u8]) {
     let Ok(Value::Object(members)) = serde_json::from_slice(bytes) else { return };
     let arguments = || Arguments::new(members.clone());
-    if let Ok(address) = take_address(&mut arguments()) {
+    if let Ok(Target::Machine(address)) = take_target(&mut arguments()) {
         assert_eq!(address.to_string().parse(), Ok(address));
     }
     let capabilities = Capabilities::default().set(arguments());

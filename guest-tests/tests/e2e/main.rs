@@ -5,6 +5,7 @@
 mod audit;
 mod beside_qemu;
 mod breaking;
+mod certificates;
 mod chain;
 mod commands;
 mod confined;
@@ -13,7 +14,9 @@ mod fault_lanes;
 mod figures;
 mod foreign;
 mod guests;
+mod host_files;
 mod huge_pages;
+mod image;
 mod impostors;
 mod moments;
 mod precopy;

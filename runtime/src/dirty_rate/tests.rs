@@ -135,6 +135,7 @@ impl Machine for Limitable {
     fn resume(&self) -> Result<(), MachineError> {
         self.machine.resume()
     }
+    fn keep_paused(&self) {}
     fn surrender_right_to_run(&self) {}
     fn take_right_to_run(&self) {}
     fn take_back_right_to_run(&self) {}

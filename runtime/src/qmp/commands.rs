@@ -1,15 +1,17 @@
 //! The commands: what each takes, what it does, what it returns.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
+use switchover_hybrid::saving::How;
 use switchover_hybrid::settings::{Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
 use switchover_wire::tls::Role;
 
 use super::arguments::Arguments;
 use super::capabilities::Capabilities;
-use super::channel::{parse_uri, take_address};
+use super::channel::{Target, parse_uri, take_target};
 use super::controller::Controller;
 use super::parameters::Parameters;
 use super::refusal::Refusal;
@@ -141,11 +143,18 @@ impl Commands {
     }
 
     fn migrate(&self, mut arguments: Arguments) -> Result<Value, Refusal> {
-        let to = take_address(&mut arguments)?;
+        let to = take_target(&mut arguments)?;
         let resume = arguments.optional::<bool>("resume")?.unwrap_or(false);
         // QEMU takes and ignores it, since its migrations always go on by themselves.
         arguments.optional::<bool>("detach")?;
         arguments.finish()?;
+        let to = match to {
+            Target::Machine(to) => to,
+            Target::File(_) if resume => {
+                return Err(Refusal::generic("a save to a file has no link that could be resumed"));
+            }
+            Target::File(path) => return self.save(&path),
+        };
         if resume {
             let options = self.options();
             let (settings, security) =
@@ -161,6 +170,31 @@ impl Commands {
         let options = self.options();
         let security = security(&options.parameters, Role::Source).map_err(Refusal::generic)?;
         self.controller.migrate(to, options.settings(), security).map_err(Refusal::generic).map(|()| json!({}))
+    }
+
+    fn save(&self, to: &Path) -> Result<Value, Refusal> {
+        // Held until it has begun, as for a migration.
+        let options = self.options();
+        let settings = options.settings();
+        if settings.postcopy {
+            return Err(Refusal::generic(
+                "a guest that is saved to a file cannot be handed over: switch the capability 'postcopy-ram' off, and set the \
+                 parameter 'x-switchover-mode' to 'precopy'",
+            ));
+        }
+        if settings.pause_before_switchover {
+            return Err(Refusal::generic(
+                "a save to a file waits for nobody: switch the capability 'pause-before-switchover' off",
+            ));
+        }
+        let how = How { compress: options.parameters.compress_image, live: options.parameters.live_save };
+        if how.compress && how.live {
+            return Err(Refusal::generic(
+                "a guest that is saved while it runs cannot be compressed: set one of 'x-switchover-live-save' and \
+                 'x-switchover-compress-image' to false",
+            ));
+        }
+        self.controller.save(to, how).map_err(Refusal::generic).map(|()| json!({}))
     }
 
     fn migrate_recover(&self, mut arguments: Arguments) -> Result<Value, Refusal> {
@@ -181,7 +215,7 @@ impl Commands {
     }
 
     fn migrate_incoming(&self, mut arguments: Arguments) -> Result<Value, Refusal> {
-        let at = take_address(&mut arguments)?;
+        let at = take_target(&mut arguments)?;
         let exits = arguments.optional::<bool>("exit-on-error")?.unwrap_or(true);
         arguments.finish()?;
         if !exits {
@@ -190,6 +224,12 @@ impl Commands {
                  the handoff",
             ));
         }
+        let at = match at {
+            Target::Machine(at) => at,
+            Target::File(path) => {
+                return self.controller.restore(&path).map_err(Refusal::generic).map(|()| json!({}));
+            }
+        };
         let options = self.options();
         let (settings, security) =
             (options.settings(), security(&options.parameters, Role::Destination).map_err(Refusal::generic)?);

@@ -1,10 +1,12 @@
 //! What QMP commands act on, seen from the protocol's side.
 
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use switchover_hybrid::error::MigrationError;
 use switchover_hybrid::progress::Progress;
 use switchover_hybrid::report::SideReport;
+use switchover_hybrid::saving::How;
 use switchover_hybrid::security::Security;
 use switchover_hybrid::settings::{Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
@@ -59,6 +61,19 @@ pub trait Controller: Send + Sync + 'static {
     /// # Errors
     /// When this machine waits for none, or the address cannot be had.
     fn listen(&self, at: &Address, settings: Settings, security: Security) -> Result<(), ControlError>;
+
+    /// Begins to save the guest into an image. It stands still from then on, and when it is saved until [`cont`](Self::cont); of a live
+    /// save it runs, but for a moment.
+    ///
+    /// # Errors
+    /// When it cannot begin. Whatever fails later is seen in [`migration`](Self::migration).
+    fn save(&self, to: &Path, how: How) -> Result<(), ControlError>;
+
+    /// Begins to restore the guest of an image here.
+    ///
+    /// # Errors
+    /// When this machine waits for none, or the image is none that it can take. It can be given another guest then.
+    fn restore(&self, from: &Path) -> Result<(), ControlError>;
 
     /// Hands the guest over now.
     ///
@@ -212,6 +227,11 @@ pub enum ControlError {
     /// The guest has left.
     #[error("the guest has moved to another host already, and can be moved again only from there")]
     MovedAway,
+    /// The guest was saved. QEMU's sentence, and what to do.
+    #[error(
+        "Can't migrate the vm that was paused due to previous migration: it was saved to a file; `cont` lets it go on first"
+    )]
+    Saved,
     /// The machine is over.
     #[error("the guest was stopped for good and cannot be moved: {reason}")]
     Ended {

@@ -1,10 +1,12 @@
 //! A controller without a machine behind it, that remembers what it was told.
 
+use std::path::Path;
 use std::sync::Mutex;
 use std::time::Duration;
 
 use switchover_hybrid::progress::Progress;
 use switchover_hybrid::report::SideReport;
+use switchover_hybrid::saving::How;
 use switchover_hybrid::security::Security;
 use switchover_hybrid::settings::{Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
@@ -116,6 +118,17 @@ impl Controller for Fake {
 
     fn listen(&self, at: &Address, _: Settings, _: Security) -> Result<(), ControlError> {
         self.note(format!("listen at {at}"));
+        if self.run_state() == RunState::Inmigrate { Ok(()) } else { Err(ControlError::NotIncoming) }
+    }
+
+    fn save(&self, to: &Path, how: How) -> Result<(), ControlError> {
+        self.note(format!("save to {}, {how:?}", to.display()));
+        self.stand(MigrationStatus::Active);
+        Ok(())
+    }
+
+    fn restore(&self, from: &Path) -> Result<(), ControlError> {
+        self.note(format!("restore from {}", from.display()));
         if self.run_state() == RunState::Inmigrate { Ok(()) } else { Err(ControlError::NotIncoming) }
     }
 

@@ -66,6 +66,10 @@ pub struct Parameters {
     pub tls_hostname: String,
     /// Lanes without TLS to and from other hosts.
     pub allow_plain: bool,
+    /// Compress the memory of a guest that is saved to a file.
+    pub compress_image: bool,
+    /// Save a guest to a file while it runs, and let it go on.
+    pub live_save: bool,
 }
 
 /// QEMU's `multifd-compression`, as far as it is built.
@@ -109,6 +113,8 @@ impl Default for Parameters {
             tls_creds: String::new(),
             tls_hostname: String::new(),
             allow_plain: false,
+            compress_image: false,
+            live_save: false,
         }
     }
 }
@@ -137,7 +143,7 @@ const COMPRESSIONS: [(&str, Compression); 4] = [
 const MULTIFD_COMPRESSIONS: [(&str, MultifdCompression); 2] =
     [("none", MultifdCompression::None), ("zstd", MultifdCompression::Zstd)];
 
-const SETTABLE: [Entry; 27] = [
+const SETTABLE: [Entry; 29] = [
     Entry {
         name: "max-bandwidth",
         get: |all| json!(all.max_bandwidth),
@@ -298,12 +304,22 @@ const SETTABLE: [Entry; 27] = [
         get: |all| json!(all.allow_plain),
         set: |all, given| given.boolean().map(|value| all.allow_plain = value),
     },
+    Entry {
+        name: "x-switchover-compress-image",
+        get: |all| json!(all.compress_image),
+        set: |all, given| given.boolean().map(|value| all.compress_image = value),
+    },
+    Entry {
+        name: "x-switchover-live-save",
+        get: |all| json!(all.live_save),
+        set: |all, given| given.boolean().map(|value| all.live_save = value),
+    },
 ];
 
 /// Those that a migration takes along when it begins, and whose names are not QEMU's: changing one under way is refused.
 /// QEMU's own are accepted at any time, as QEMU accepts them; where they cannot take effect at once, the next migration
 /// has them.
-const FIXED_UNDER_WAY: [&str; 9] = [
+const FIXED_UNDER_WAY: [&str; 11] = [
     "x-switchover-mode",
     "x-switchover-compression",
     "x-switchover-same-as",
@@ -313,6 +329,8 @@ const FIXED_UNDER_WAY: [&str; 9] = [
     "x-switchover-record-bitmaps",
     "x-switchover-record-faults",
     "x-switchover-collapse",
+    "x-switchover-compress-image",
+    "x-switchover-live-save",
 ];
 
 const NO_AUTHZ: &str = "every certificate of the CA is let in";
@@ -339,7 +357,7 @@ const REFUSED: [(&str, &str); 10] = [
     ("announce-rounds", NO_NETWORK),
     ("announce-step", NO_NETWORK),
     ("block-bitmap-mapping", "this machine has no block devices"),
-    ("direct-io", "there is no migration to a file yet"),
+    ("direct-io", "a file is written past the page cache wherever its file system allows that"),
     ("multifd-qatzip-level", NOT_THIS_COMPRESSION),
     ("multifd-zlib-level", NOT_THIS_COMPRESSION),
     ("x-checkpoint-delay", "COLO is not built"),
@@ -442,7 +460,8 @@ mod tests {
             "x-switchover-record-bitmaps": true, "x-switchover-record-faults": true, "x-switchover-silence": 1000,
             "x-switchover-fault-lanes": 16, "tls-creds": "/etc/switchover", "tls-hostname": "b.example",
             "x-switchover-allow-plain": true,
-            "x-switchover-collapse": false,
+            "x-switchover-collapse": false, "x-switchover-compress-image": true,
+            "x-switchover-live-save": true,
         });
         let other = other.as_object().unwrap();
         assert_eq!(other.len(), SETTABLE.len());

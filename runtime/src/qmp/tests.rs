@@ -175,6 +175,32 @@ fn a_guest_is_stopped_and_continued() {
 }
 
 #[test]
+fn a_guest_is_saved_to_a_file_and_restored_from_one() {
+    let setup = serve(RunState::Running);
+    let mut client = Client::negotiated(&setup);
+    let file = json!({"uri": "file:/a/guest.image"});
+    assert!(
+        client.error("migrate", &json!({"uri": "file:/a", "resume": true})).contains("no link that could be resumed")
+    );
+    assert!(client.error("migrate", &json!({"uri": "file:/a,offset=0x10"})).contains("leave 'offset' out"));
+    assert!(client.error("migrate-recover", &file).contains("never through a file"));
+    for (set, unset) in [("postcopy-ram", "cannot be handed over"), ("pause-before-switchover", "waits for nobody")] {
+        let switch = |state: bool| json!({"capabilities": [{"capability": set, "state": state}]});
+        client.execute("migrate-set-capabilities", &switch(true));
+        assert!(client.error("migrate", &file).contains(unset), "{set}");
+        client.execute("migrate-set-capabilities", &switch(false));
+    }
+    client.execute("migrate-set-parameters", &json!({"x-switchover-compress-image": true}));
+    client.execute("migrate-set-parameters", &json!({"x-switchover-live-save": true}));
+    assert!(client.error("migrate", &file).contains("cannot be compressed"));
+    client.execute("migrate-set-parameters", &json!({"x-switchover-live-save": false}));
+    assert_eq!(client.execute("migrate", &file), json!({"return": {}}));
+    assert!(client.error("migrate-incoming", &file).contains("'-incoming' was not specified"));
+    let saved = "save to /a/guest.image, How { compress: true, live: false }";
+    assert_eq!(setup.fake.told(), [saved, "restore from /a/guest.image"]);
+}
+
+#[test]
 fn a_migration_takes_the_settings_of_its_beginning() {
     let setup = serve(RunState::Running);
     let mut client = Client::negotiated(&setup);

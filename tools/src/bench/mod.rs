@@ -19,7 +19,7 @@
 pub mod aggregate;
 pub mod args;
 pub mod bandwidth;
-mod calendar;
+pub(crate) mod calendar;
 pub mod comparison;
 mod cpu_time;
 mod driver;

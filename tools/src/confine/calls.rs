@@ -174,6 +174,7 @@ fn files() -> Vec<Group> {
                 libc::SYS_getcwd,
             ],
         ),
+        group("files of the host that the guest opens, under one directory and nowhere else", [libc::SYS_openat2]),
         group(
             "images of machines at rest, the audit log, credentials: read and written",
             [

@@ -1,0 +1,370 @@
+//! Reads an image: its tables when it is opened, its memory chunk by chunk.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+
+use lz4_flex::block::decompress_into;
+use switchover_pager::zero::{Holes, is_zero};
+use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
+
+use crate::buffer::ChunkBuffer;
+use crate::chunk::{Encoding, Entry, Present, pages_of};
+use crate::crew::{Tally, share_out, threads_for};
+use crate::error::ImageError;
+use crate::layout::{CHUNK_LEN, CHUNK_PAGES, HEADER_LEN, Header, INDEX_ENTRY, MEMORY_OFFSET};
+use crate::sections::Sections;
+
+/// Absent pages between present ones that are read along.
+const GAP: usize = 8;
+
+/// An image whose header, sections, bitmap and index are as they were written. Its memory may still be damaged: every chunk is
+/// compared with its hash when it is read.
+#[derive(Debug)]
+pub struct Image {
+    file: File,
+    path: PathBuf,
+    header: Header,
+    sections: Sections,
+    chunks: Box<[(Present, Entry)]>,
+}
+
+/// Room for one chunk and what it takes to read it.
+pub struct ChunkReader<'a> {
+    image: &'a Image,
+    chunk: ChunkBuffer,
+    stored: Vec<u8>,
+    unpacked: Vec<u8>,
+}
+
+/// A chunk as it was written.
+pub(crate) struct ReadChunk<'a> {
+    pub(crate) present: Present,
+    /// Pages at their places. What lies in the places of absent pages means nothing.
+    pub(crate) bytes: &'a [u8],
+}
+
+impl Image {
+    /// Opens `path` and reads everything but memory.
+    ///
+    /// # Errors
+    /// When it is no image, or one of another version, or was altered or cut short.
+    pub fn open(path: &Path) -> Result<Self, ImageError> {
+        let file = File::open(path).map_err(ImageError::io("open the image", path))?;
+        let known = file.metadata().map_err(ImageError::io("look at the image", path))?;
+        if !known.is_file() {
+            return Err(ImageError::Foreign { path: path.to_owned() });
+        }
+        Self::read(file, path.to_owned(), known.len())
+    }
+
+    fn read(file: File, path: PathBuf, file_len: u64) -> Result<Self, ImageError> {
+        let mut block = [0; HEADER_LEN];
+        if file_len < HEADER_LEN as u64 {
+            let mut start = vec![0; usize::try_from(file_len.min(8)).unwrap_or(0)];
+            file.read_exact_at(&mut start, 0).map_err(ImageError::io("read", &path))?;
+            return Err(if crate::layout::MAGIC.starts_with(&start) && !start.is_empty() {
+                ImageError::Length { path, have: file_len, wanted: HEADER_LEN as u64 }
+            } else {
+                ImageError::Foreign { path }
+            });
+        }
+        file.read_exact_at(&mut block, 0).map_err(ImageError::io("read", &path))?;
+        let header = Header::decode(&block, &path, file_len)?;
+        // The header says that all of these lie in the file, so that what is allocated is at most as large.
+        let table = |at, length: u64| {
+            let mut bytes = vec![0; usize::try_from(length).unwrap_or(usize::MAX)];
+            file.read_exact_at(&mut bytes, at).map(|()| bytes).map_err(ImageError::io("read", &path))
+        };
+        let sections = table(header.sections_at(), header.sections_len)?;
+        let bitmap = table(header.bitmap_at(), header.bitmap_len())?;
+        let index = table(header.index_at(), header.index_len())?;
+        if header.root_of(&sections, &bitmap, &index) != header.root {
+            return Err(ImageError::Root { header_end: MEMORY_OFFSET, tables: header.sections_at(), path });
+        }
+        // From here on it is what somebody has written, who need not have been this program.
+        let sections = Sections::decode(&sections, &path, header.sections_at(), header.pages)?;
+        let chunks = chunks(&header, &bitmap, &index, &path)?;
+        Ok(Self { file, path, header, sections, chunks })
+    }
+
+    /// Its file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it holds beside memory.
+    #[must_use]
+    pub fn sections(&self) -> &Sections {
+        &self.sections
+    }
+
+    /// Its header.
+    #[must_use]
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Pages of memory.
+    #[must_use]
+    pub fn pages(&self) -> PageCount {
+        PageCount(self.header.pages)
+    }
+
+    /// Pages of memory that are not zero.
+    #[must_use]
+    pub fn present_pages(&self) -> PageCount {
+        PageCount(self.chunks.iter().map(|(present, _)| present.count() as u64).sum())
+    }
+
+    /// Whether `page` is not zero.
+    #[must_use]
+    pub fn holds(&self, page: PageIndex) -> bool {
+        let chunk = usize::try_from(page.0 / CHUNK_PAGES as u64).ok().and_then(|number| self.chunks.get(number));
+        let within = usize::try_from(page.0 % CHUNK_PAGES as u64).unwrap_or(0);
+        chunk.is_some_and(|(present, _)| present.contains(within))
+    }
+
+    /// Bytes that its pages take in the file.
+    #[must_use]
+    pub fn stored_bytes(&self) -> u64 {
+        if self.header.is_packed() { self.header.memory_len } else { self.present_pages().bytes() }
+    }
+
+    /// Reads all of memory into `memory`, a memfd of that size that is zero throughout. When this is back without an error, all
+    /// of it is as it was written.
+    ///
+    /// # Errors
+    /// When a chunk is damaged or cannot be read, memory not be written, or it is called off.
+    pub fn load(&self, memory: &File, tally: &Tally) -> Result<(), ImageError> {
+        self.each_chunk(tally, |reader, number| {
+            let read = reader.read(number)?;
+            let first = pages_of(number, self.header.pages).start;
+            for run in read.present.byte_runs(1) {
+                let at = PageIndex(first).offset() + run.start as u64;
+                memory.write_all_at(&read.bytes[run], at).map_err(|source| ImageError::Memory {
+                    attempted: "write",
+                    page: PageIndex::containing(at),
+                    source,
+                })?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Compares all of memory with its hashes, and looks for bytes in the places of zero pages.
+    ///
+    /// # Errors
+    /// The first damage that is found.
+    pub fn verify(&self, tally: &Tally) -> Result<(), ImageError> {
+        self.each_chunk(tally, |reader, number| {
+            reader.read(number)?;
+            if self.header.is_packed() { Ok(()) } else { reader.check_zeros(number) }
+        })
+    }
+
+    fn each_chunk(
+        &self,
+        tally: &Tally,
+        work: impl Fn(&mut ChunkReader<'_>, u64) -> Result<(), ImageError> + Sync,
+    ) -> Result<(), ImageError> {
+        let count = self.chunks.len() as u64;
+        share_out(
+            threads_for(count),
+            count,
+            tally,
+            || self.reader(),
+            |reader, number| {
+                work(reader, number)?;
+                let (present, entry) = self.chunk(number);
+                let range = pages_of(number, self.header.pages);
+                let pages = usize::try_from(range.end - range.start).unwrap_or(0);
+                tally.note(pages - present.count(), present.count(), usize::try_from(entry.length).unwrap_or(0));
+                Ok(())
+            },
+        )
+    }
+
+    /// What it takes to read chunks on one thread.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub(crate) fn reader(&self) -> Result<ChunkReader<'_>, ImageError> {
+        let chunk = ChunkBuffer::new().map_err(ImageError::io("get memory to read", &self.path))?;
+        Ok(ChunkReader { image: self, chunk, stored: Vec::new(), unpacked: Vec::new() })
+    }
+
+    pub(crate) fn chunk(&self, number: u64) -> (Present, Entry) {
+        usize::try_from(number).ok().and_then(|number| self.chunks.get(number)).copied().unwrap_or_default()
+    }
+
+    fn damaged(&self, number: u64, reason: String) -> ImageError {
+        ImageError::Chunk {
+            path: self.path.clone(),
+            chunk: number,
+            first: PageIndex(pages_of(number, self.header.pages).start),
+            offset: self.chunk(number).1.offset,
+            reason,
+        }
+    }
+}
+
+impl ChunkReader<'_> {
+    /// Reads chunk `number` and compares it with its hash.
+    pub(crate) fn read(&mut self, number: u64) -> Result<ReadChunk<'_>, ImageError> {
+        let image = self.image;
+        let (present, entry) = image.chunk(number);
+        let cannot = ImageError::io("read", &image.path);
+        let other_hash = || image.damaged(number, "has not the hash that the index says".to_owned());
+        match entry.encoding {
+            Encoding::None => {}
+            Encoding::InPlace => {
+                let file = &image.file;
+                let bytes = self.chunk.bytes_mut();
+                let mut runs = present.byte_runs(GAP);
+                runs.try_for_each(|run| file.read_exact_at(&mut bytes[run.clone()], entry.offset + run.start as u64))
+                    .map_err(cannot)?;
+                if present.hash(bytes) != entry.hash {
+                    return Err(other_hash());
+                }
+            }
+            Encoding::Raw | Encoding::Lz4 => {
+                self.stored.resize(usize::try_from(entry.length).unwrap_or(0), 0);
+                image.file.read_exact_at(&mut self.stored, entry.offset).map_err(cannot)?;
+                if *blake3::hash(&self.stored).as_bytes() != entry.hash {
+                    return Err(other_hash());
+                }
+                self.unpack(number, present, entry.encoding)?;
+            }
+        }
+        Ok(ReadChunk { present, bytes: self.chunk.bytes() })
+    }
+
+    fn unpack(&mut self, number: u64, present: Present, encoding: Encoding) -> Result<(), ImageError> {
+        let wanted = present.count() * PAGE_SIZE;
+        let pages = if encoding == Encoding::Lz4 {
+            self.unpacked.resize(CHUNK_LEN, 0);
+            let length = decompress_into(&self.stored, &mut self.unpacked[..wanted])
+                .map_err(|error| self.image.damaged(number, format!("is no LZ4 block ({error})")))?;
+            &self.unpacked[..length]
+        } else {
+            &self.stored[..]
+        };
+        if pages.len() != wanted {
+            let reason = format!("holds {} bytes where its pages have {wanted}", pages.len());
+            return Err(self.image.damaged(number, reason));
+        }
+        let mut rest = pages;
+        for run in present.byte_runs(1) {
+            let (own, behind) = rest.split_at(run.len());
+            self.chunk.bytes_mut()[run].copy_from_slice(own);
+            rest = behind;
+        }
+        Ok(())
+    }
+
+    /// Looks for bytes in the places of the absent pages of chunk `number`, in place.
+    fn check_zeros(&mut self, number: u64) -> Result<(), ImageError> {
+        let image = self.image;
+        let (present, _) = image.chunk(number);
+        let range = pages_of(number, image.header.pages);
+        let file_pages = PageCount(image.header.sections_at() / PAGE_SIZE_U64);
+        // The file's pages begin with the header's block.
+        let header = MEMORY_OFFSET / PAGE_SIZE_U64;
+        let mut holes = Holes::new(&image.file, file_pages);
+        let mut page = range.start;
+        while page < range.end {
+            let run = holes.run_from(PageIndex(page + header)).0;
+            if run > 0 {
+                page = page.saturating_add(run);
+                continue;
+            }
+            if !present.contains(usize::try_from(page - range.start).unwrap_or(0)) {
+                let offset = (page + header) * PAGE_SIZE_U64;
+                let bytes = &mut self.chunk.bytes_mut()[..PAGE_SIZE];
+                image.file.read_exact_at(bytes, offset).map_err(ImageError::io("read", &image.path))?;
+                if !is_zero(bytes) {
+                    return Err(ImageError::NotZero { path: image.path.clone(), page: PageIndex(page), offset });
+                }
+            }
+            page += 1;
+        }
+        Ok(())
+    }
+}
+
+/// The chunks by bitmap and index, if the two fit together and with the header.
+fn chunks(header: &Header, bitmap: &[u8], index: &[u8], path: &Path) -> Result<Box<[(Present, Entry)]>, ImageError> {
+    let field = |offset: u64, what: String, got: String, allowed: String| ImageError::Field {
+        path: path.to_owned(),
+        offset,
+        what,
+        got,
+        allowed,
+    };
+    let mut words = bitmap.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word));
+    let mut chunks = Vec::with_capacity(index.len() / INDEX_ENTRY);
+    for (number, bytes) in (0..).zip(index.as_chunks::<INDEX_ENTRY>().0) {
+        let at = header.index_at() + number * INDEX_ENTRY as u64;
+        let wrong =
+            |got: String, allowed: String| field(at, format!("the index's entry of chunk {number}"), got, allowed);
+        let mut present = Present::default();
+        present.0.iter_mut().zip(words.by_ref()).for_each(|(own, word)| *own = word);
+        let range = pages_of(number, header.pages);
+        let count = usize::try_from(range.end - range.start).unwrap_or(0);
+        if (count..CHUNK_PAGES).any(|page| present.contains(page)) {
+            let at = header.bitmap_at();
+            let allowed = format!("none behind page {:#x}", header.pages - 1);
+            return Err(field(at, "the bitmap".to_owned(), "one with more pages than memory has".to_owned(), allowed));
+        }
+        let entry = Entry::decode(bytes).map_err(|got| wrong(got, "an entry of this version".to_owned()))?;
+        let most = present.count() * PAGE_SIZE;
+        let fits = match entry.encoding {
+            Encoding::None => present.is_empty() && entry == Entry::default(),
+            _ if present.is_empty() => false,
+            Encoding::InPlace => !header.is_packed() && entry == Entry::in_place(number, header.pages, entry.hash),
+            Encoding::Raw => header.is_packed() && entry.length as usize == most,
+            Encoding::Lz4 => header.is_packed() && (1..most).contains(&(entry.length as usize)),
+        };
+        if !fits {
+            let got = format!("{:?}, {} bytes at {:#x}", entry.encoding, entry.length, entry.offset);
+            return Err(wrong(got, format!("what stores {} pages in this layout", present.count())));
+        }
+        chunks.push((present, entry));
+    }
+    if header.is_packed() {
+        tiled(header, &chunks).map_err(|(number, got, allowed)| {
+            let at = header.index_at() + number * INDEX_ENTRY as u64;
+            field(at, format!("the place of chunk {number}"), got, allowed)
+        })?;
+    }
+    Ok(chunks.into())
+}
+
+/// Whether packed chunks lie one behind the other, from the beginning of memory to its end. If not: which one, where it is, and
+/// where it should be.
+fn tiled(header: &Header, chunks: &[(Present, Entry)]) -> Result<(), (u64, String, String)> {
+    let mut stored: Vec<(u64, u32, u64)> = (0..)
+        .zip(chunks)
+        .filter(|(_, (_, entry))| entry.encoding != Encoding::None)
+        .map(|(number, (_, entry))| (entry.offset, entry.length, number))
+        .collect();
+    stored.sort_unstable();
+    let mut end = MEMORY_OFFSET;
+    for &(offset, length, number) in &stored {
+        if offset != end {
+            return Err((number, format!("{offset:#x}"), format!("{end:#x}, behind the one before it,")));
+        }
+        end += u64::from(length);
+    }
+    if end == header.sections_at() {
+        return Ok(());
+    }
+    let last = stored.last().map_or(0, |(_, _, number)| *number);
+    Err((
+        last,
+        format!("one that ends at {end:#x}"),
+        format!("one that ends where memory does, at {:#x},", header.sections_at()),
+    ))
+}

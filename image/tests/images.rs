@@ -1,0 +1,288 @@
+//! Images of memory that is not a guest's: written, read, compared, altered at every place.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking; its helpers are tests too")]
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+
+use proptest::prelude::*;
+use switchover_image::error::ImageError;
+use switchover_image::reader::Image;
+use switchover_image::sections::{Origin, Sections};
+use switchover_image::writer::{ImageWriter, Options, Written};
+use switchover_image::{Tally, differences};
+use switchover_pager::ram::Ram;
+use switchover_wire::description::{MachineDescription, RamRegion};
+use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
+use tempfile::TempDir;
+
+const IN_PLACE: Options = Options { compress: false };
+const PACKED: Options = Options { compress: true };
+
+/// A page of memory: its number and what fills it.
+type Content = (u64, Vec<u8>);
+
+fn memory(pages: u64, contents: &[Content]) -> Ram {
+    let ram = Ram::new(PageCount(pages)).unwrap();
+    for (page, pattern) in contents {
+        let bytes: Vec<u8> = pattern.iter().copied().cycle().take(PAGE_SIZE).collect();
+        ram.file().write_all_at(&bytes, PageIndex(*page).offset()).unwrap();
+    }
+    ram
+}
+
+fn sections(pages: u64) -> Sections {
+    Sections {
+        machine: MachineDescription {
+            architecture: "fake".to_owned(),
+            page_size: 4096,
+            ram: vec![RamRegion { guest_address: 0, pages: PageCount(pages) }],
+            vcpus: 1,
+            cpuid: Vec::new(),
+            xcr0: 0,
+            msrs: Vec::new(),
+            tsc_khz: 0,
+            devices: Vec::new(),
+            state_version: 1,
+        },
+        state: b"a state".to_vec(),
+        was_running: true,
+        first_pages: vec![PageIndex(0)],
+        origin: Origin { version: "a test".to_owned(), saved_at: 7 },
+    }
+}
+
+fn save(path: &Path, ram: &Ram, options: Options) -> Written {
+    let writer = ImageWriter::create(path, ram.pages(), options).unwrap();
+    writer.write_memory(ram.file(), &Tally::default()).unwrap();
+    writer.commit(&sections(ram.pages().0)).unwrap()
+}
+
+fn bytes_of(file: &File, pages: u64) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(pages * PAGE_SIZE_U64).unwrap()];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+/// A folder on a disk, not in memory: what is written there goes through direct I/O where there is any.
+fn folder() -> TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+fn image_in(folder: &TempDir) -> PathBuf {
+    folder.path().join("guest.image")
+}
+
+/// Opens and verifies.
+fn check(path: &Path) -> Result<(), ImageError> {
+    Image::open(path)?.verify(&Tally::default())
+}
+
+/// Memory with zeros and data over three chunks, the last of them no whole one.
+fn mixed() -> (u64, Vec<Content>) {
+    let noise = |seed: usize| (0..PAGE_SIZE).map(|at| (at * at / 7 + at * 31 + seed).to_le_bytes()[0] | 1).collect();
+    (600, vec![(0, noise(1)), (1, vec![5]), (9, noise(2)), (100, vec![1, 2, 3]), (256, vec![0, 0, 9]), (599, noise(3))])
+}
+
+#[test]
+fn memory_and_sections_come_back_as_they_were() {
+    let (pages, contents) = mixed();
+    let (ram, folder) = (memory(pages, &contents), folder());
+    for options in [IN_PLACE, PACKED] {
+        let path = image_in(&folder);
+        let written = save(&path, &ram, options);
+        assert_eq!((written.pages, written.present), (PageCount(pages), PageCount(6)));
+        assert_eq!(fs::metadata(&path).unwrap().len(), written.file_len);
+        let (image, tally) = (Image::open(&path).unwrap(), Tally::default());
+        assert_eq!(image.sections(), &sections(pages));
+        assert_eq!((image.present_pages(), image.stored_bytes()), (written.present, written.stored));
+        assert!(image.holds(PageIndex(599)) && !image.holds(PageIndex(598)) && !image.holds(PageIndex(600)));
+        let there = Ram::new(PageCount(pages)).unwrap();
+        image.load(there.file(), &tally).unwrap();
+        assert!(bytes_of(there.file(), pages) == bytes_of(ram.file(), pages), "{options:?}");
+        assert_eq!((tally.data.into_inner(), tally.zero.into_inner()), (6, pages - 6));
+        image.verify(&Tally::default()).unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "a temporary file is left behind");
+    }
+}
+
+#[test]
+fn what_is_zero_takes_no_room_and_pages_in_place_can_be_mapped() {
+    let (pages, contents) = mixed();
+    let folder = folder();
+    let path = image_in(&folder);
+    save(&path, &memory(pages, &contents), IN_PLACE);
+    let known = fs::metadata(&path).unwrap();
+    assert!(known.blocks() * 512 < 100 * PAGE_SIZE_U64, "{} blocks for six pages", known.blocks());
+    let mut page = vec![0; PAGE_SIZE];
+    File::open(&path).unwrap().read_exact_at(&mut page, PAGE_SIZE_U64 + 100 * PAGE_SIZE_U64).unwrap();
+    assert_eq!(page[..6], [1, 2, 3, 1, 2, 3]);
+}
+
+#[test]
+fn every_altered_byte_is_found() {
+    let (pages, contents) = (5, vec![(1, vec![7, 8, 9]), (3, (0..=255).collect())]);
+    let folder = folder();
+    for options in [IN_PLACE, PACKED] {
+        let path = image_in(&folder);
+        save(&path, &memory(pages, &contents), options);
+        check(&path).unwrap();
+        let whole = fs::read(&path).unwrap();
+        // All of what is small, and a sample of what is large and alike.
+        for at in (0..whole.len()).filter(|at| !(300..20_000).contains(at) || at % 97 == 0) {
+            let file = File::options().write(true).open(&path).unwrap();
+            file.write_all_at(&[whole[at] ^ 0x10], at as u64).unwrap();
+            let error = check(&path).expect_err(&format!("byte {at} of {}", whole.len())).to_string();
+            assert!(error.contains("guest.image"), "{error}");
+            file.write_all_at(&whole[at..=at], at as u64).unwrap();
+        }
+        check(&path).unwrap();
+    }
+}
+
+#[test]
+fn a_damaged_chunk_is_named_and_none_of_it_is_given_out() {
+    let (pages, contents) = mixed();
+    let folder = folder();
+    let path = image_in(&folder);
+    save(&path, &memory(pages, &contents), IN_PLACE);
+    let file = File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&[1], 4096 + 256 * 4096 + 7).unwrap();
+    let error = check(&path).unwrap_err();
+    assert!(matches!(error, ImageError::Chunk { chunk: 1, first: PageIndex(256), offset: 0x10_1000, .. }), "{error}");
+    let there = Ram::new(PageCount(pages)).unwrap();
+    Image::open(&path).unwrap().load(there.file(), &Tally::default()).unwrap_err();
+    let mut page = vec![0; PAGE_SIZE];
+    there.file().read_exact_at(&mut page, 256 * PAGE_SIZE_U64).unwrap();
+    assert_eq!(page, vec![0; PAGE_SIZE]);
+    // In the place of a zero page.
+    save(&path, &memory(pages, &contents), IN_PLACE);
+    file_at(&path).write_all_at(&[1], 4096 + 300 * 4096).unwrap();
+    let error = check(&path).unwrap_err();
+    assert!(matches!(error, ImageError::NotZero { page: PageIndex(300), offset: 0x12_d000, .. }), "{error}");
+}
+
+fn file_at(path: &Path) -> File {
+    File::options().write(true).open(path).unwrap()
+}
+
+#[test]
+fn what_is_no_image_is_refused_with_what_it_is() {
+    let folder = folder();
+    let path = image_in(&folder);
+    for (bytes, told) in [
+        (&b""[..], "no image of a guest"),
+        (b"\x93SW", "has 3 bytes"),
+        (b"GET / HTTP/1.1\r\n\r\n", "no image of a guest"),
+    ] {
+        fs::write(&path, bytes).unwrap();
+        let error = Image::open(&path).unwrap_err().to_string();
+        assert!(error.contains(told), "{error}");
+    }
+    for other in [Path::new("/dev/zero"), folder.path()] {
+        assert!(matches!(Image::open(other), Err(ImageError::Foreign { .. })));
+    }
+    assert!(Image::open(&folder.path().join("none")).unwrap_err().to_string().contains("open the image"));
+    let whole = {
+        save(&path, &memory(1, &[(0, vec![4])]), PACKED);
+        fs::read(&path).unwrap()
+    };
+    for length in (0..whole.len()).filter(|length| *length < 70 || *length > 4080 || length % 97 == 0) {
+        fs::write(&path, &whole[..length]).unwrap();
+        assert!(Image::open(&path).is_err(), "cut off at {length}");
+    }
+}
+
+#[test]
+fn differing_pages_are_found_whatever_the_layout() {
+    let (pages, contents) = mixed();
+    let folder = folder();
+    let (one, other) = (image_in(&folder), folder.path().join("other"));
+    save(&one, &memory(pages, &contents), IN_PLACE);
+    save(&other, &memory(pages, &contents), PACKED);
+    let found = |one: &Path, other: &Path| {
+        differences(&Image::open(one).unwrap(), &Image::open(other).unwrap(), &Tally::default()).unwrap()
+    };
+    assert_eq!(found(&one, &other).ranges, []);
+    let mut changed = contents.clone();
+    changed[0].1[77] ^= 1;
+    changed.remove(1);
+    changed.push((256 + 7, vec![1]));
+    save(&other, &memory(pages, &changed), PACKED);
+    let expected = [(PageIndex(0), PageCount(2)), (PageIndex(263), PageCount(1))];
+    assert_eq!(found(&one, &other).ranges, expected);
+    assert_eq!(found(&other, &one).pages(), PageCount(3));
+    save(&other, &memory(100, &contents[..3]), IN_PLACE);
+    let more: Vec<u64> = found(&one, &other).ranges.iter().map(|(first, _)| first.0).collect();
+    assert_eq!(more, [100, 256, 599]);
+}
+
+#[test]
+fn memory_that_changes_meanwhile_is_written_again() {
+    let (pages, contents) = mixed();
+    let folder = folder();
+    let (path, tally) = (image_in(&folder), Tally::default());
+    let ram = memory(pages, &contents);
+    let writer = ImageWriter::create(&path, ram.pages(), IN_PLACE).unwrap();
+    let asked = std::sync::Mutex::new(Vec::new());
+    let before = |first: PageIndex, words: &[u64]| {
+        asked.lock().unwrap().push((first.0, words.iter().map(|word| word.count_ones()).sum::<u32>()));
+        Ok(())
+    };
+    writer.write_moving(ram.file(), &before, &tally).unwrap();
+    asked.lock().unwrap().sort_unstable();
+    assert_eq!(*asked.lock().unwrap(), [(0, 256), (256, 256), (512, 256)]);
+    asked.lock().unwrap().clear();
+    // One that becomes zero, one that does not stay so, one that is another, and all of a chunk's that are left.
+    let mut which = vec![0_u64; usize::try_from(pages).unwrap().div_ceil(64)];
+    for (page, byte) in [(1, 0), (64, 7), (100, 9), (256, 0)] {
+        ram.file().write_all_at(&[byte; PAGE_SIZE], PageIndex(page).offset()).unwrap();
+        which[usize::try_from(page / 64).unwrap()] |= 1 << (page % 64);
+    }
+    writer.rewrite(ram.file(), &which, &before, &tally).unwrap();
+    asked.lock().unwrap().sort_unstable();
+    assert_eq!(*asked.lock().unwrap(), [(0, 3), (256, 1)]);
+    writer.settle(&tally).unwrap();
+    let written = writer.commit(&sections(pages)).unwrap();
+    assert_eq!(written.present, PageCount(5));
+    check(&path).unwrap();
+    let there = Ram::new(PageCount(pages)).unwrap();
+    Image::open(&path).unwrap().load(there.file(), &Tally::default()).unwrap();
+    assert!(bytes_of(there.file(), pages) == bytes_of(ram.file(), pages));
+}
+
+#[test]
+fn one_that_is_called_off_or_dropped_leaves_what_was_there() {
+    let folder = folder();
+    let path = image_in(&folder);
+    save(&path, &memory(3, &[(1, vec![4])]), IN_PLACE);
+    let ram = memory(9, &[(1, vec![5])]);
+    let (writer, tally) = (ImageWriter::create(&path, ram.pages(), IN_PLACE).unwrap(), Tally::default());
+    tally.called_off.store(true, Ordering::Relaxed);
+    assert!(matches!(writer.write_memory(ram.file(), &tally), Err(ImageError::Cancelled)));
+    drop(writer);
+    check(&path).unwrap();
+    assert_eq!(Image::open(&path).unwrap().pages(), PageCount(3));
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_memory_holds_comes_back(
+        pages in 1..700_u64,
+        contents in prop::collection::vec((0..700_u64, prop::collection::vec(any::<u8>(), 1..4)), 0..40),
+        compress: bool,
+    ) {
+        let contents: Vec<Content> = contents.into_iter().filter(|(page, _)| *page < pages).collect();
+        let (ram, folder) = (memory(pages, &contents), folder());
+        let path = image_in(&folder);
+        save(&path, &ram, Options { compress });
+        let there = Ram::new(PageCount(pages)).unwrap();
+        Image::open(&path).unwrap().load(there.file(), &Tally::default()).unwrap();
+        prop_assert!(bytes_of(there.file(), pages) == bytes_of(ram.file(), pages));
+        check(&path).unwrap();
+    }
+}
