@@ -4,9 +4,11 @@
 use std::fs::{self, File};
 use std::io::{IoSlice, IoSliceMut, Read};
 use std::os::fd::{AsFd, AsRawFd};
+use std::panic::AssertUnwindSafe;
 use std::sync::mpsc::channel;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use std::{io, process, ptr, thread};
+use std::{io, panic, process, ptr, thread};
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
@@ -19,17 +21,27 @@ use switchover_tools::confine::{confine_all_threads, split_off_the_ring_maker};
 use switchover_wire::ring::{EventRing, Ring, maker};
 use switchover_wire::socket::Socket;
 
+/// The exit status of a process whose work has panicked.
+const FAILED: i32 = 101;
+
 /// Runs `work` in a process of its own, which has one thread: how it ended, and what it said on standard error.
 fn in_a_process(work: impl FnOnce()) -> (WaitStatus, String) {
+    // One at a time: it would keep the pipes of others open.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let (said, stderr) = pipe().unwrap();
     // SAFETY: the child's only thread goes on here. What other tests' threads may have been in the middle of is the allocator, which
     // the C library keeps usable, and nothing else that `work` uses.
     match unsafe { fork() }.unwrap() {
         ForkResult::Child => {
             nix::unistd::dup2_stderr(stderr).unwrap();
-            work();
+            // Not by the test harness, which keeps what is said to itself, and whose other threads are not there.
+            panic::set_hook(Box::new(|panic| {
+                let _ = nix::unistd::write(io::stderr(), panic.to_string().as_bytes());
+            }));
+            let done = panic::catch_unwind(AssertUnwindSafe(work));
             // SAFETY: ends the child, and runs nothing that the test's own process wanted to be run in the end.
-            unsafe { libc::_exit(0) }
+            unsafe { libc::_exit(if done.is_ok() { 0 } else { FAILED }) }
         }
         ForkResult::Parent { child } => {
             drop(stderr);
@@ -218,10 +230,11 @@ fn rings_of_the_other_process_work_in_a_confined_one() {
         let mut event = EventRing::new(4).unwrap();
         event.poll_multishot(near.as_fd(), 7).unwrap();
         event.submit().unwrap();
-        let (event, refusal) = thread::scope(|scope| {
+        let (event, far, refusal) = thread::scope(|scope| {
             let other = scope.spawn(move || {
-                let refusal = event.submit().and_then(|()| event.submit_and_wait(0, None));
-                (event, refusal)
+                event.poll_multishot(far.as_fd(), 8).unwrap();
+                let refusal = event.submit();
+                (event, far, refusal)
             });
             other.join().unwrap()
         });
@@ -239,6 +252,8 @@ fn without_the_other_process_there_are_no_rings_and_it_is_said() {
     }
     passes("no maker", || {
         split_off_the_ring_maker(Mode::On).unwrap();
+        // It has settled.
+        transfer();
         let children = fs::read_to_string(format!("/proc/self/task/{}/children", process::id())).unwrap();
         let maker: i32 = children.trim().parse().unwrap();
         assert_eq!(fs::read_to_string(format!("/proc/{maker}/comm")).unwrap().trim(), "ring maker");
