@@ -76,6 +76,7 @@ fn measure(name: &str, append: &str, tracking: DirtyTracking, label: &str, span:
         vcpus: 1,
         serial: SerialTarget::File(serial.path().to_owned()),
         lazy_memory: false,
+        host_files: None,
         dirty_tracking: tracking,
     })?;
     vm.cont()?;

@@ -12,7 +12,7 @@ use crate::lab::Lab;
 /// The number of the certificate that is revoked.
 const REVOKED: u64 = 66;
 
-/// What may be wrong with one side's certificate.
+/// What may be wrong with one side's certificate, or with what it trusts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Flaw {
     /// Another CA has signed it.
@@ -25,18 +25,24 @@ pub enum Flaw {
     Revoked,
     /// It is one for the other side.
     Swapped,
+    /// The CA's certificate was replaced by another one: the side trusts nobody whom it should.
+    OtherTrust,
 }
 
 /// All of them.
-pub const FLAWS: [Flaw; 5] = [Flaw::OtherAuthority, Flaw::OtherName, Flaw::Expired, Flaw::Revoked, Flaw::Swapped];
+pub const FLAWS: [Flaw; 6] =
+    [Flaw::OtherAuthority, Flaw::OtherName, Flaw::Expired, Flaw::Revoked, Flaw::Swapped, Flaw::OtherTrust];
 
 impl Flaw {
-    /// What the side says that sees such a certificate of `role`, and what the one says that showed it.
+    /// What the other side says of such a side with `role`, and what that itself says.
     #[must_use]
     pub const fn said(self, role: Role) -> (&'static str, &'static str) {
         match (self, role) {
             (Self::OtherAuthority, _) => {
                 ("is not of the CA that is trusted here", "does not trust the CA of this side's certificate")
+            }
+            (Self::OtherTrust, _) => {
+                ("does not trust the CA of this side's certificate", "is not of the CA that is trusted here")
             }
             (Self::OtherName, _) => ("certificate is not for 127.0.0.1", "does not take this side's certificate"),
             (Self::Expired, Role::Source) => {
@@ -95,7 +101,8 @@ impl<'a> Folders<'a> {
         let folder = self.lab.path(name);
         fs::create_dir_all(&folder).unwrap();
         let write = |name, text: &str| fs::write(folder.join(name), text).unwrap();
-        write(CA_CERT, self.authority.certificate());
+        let trusts_another = wrong.is_some_and(|(flaw, _)| flaw == Flaw::OtherTrust);
+        write(CA_CERT, if trusts_another { self.stranger.certificate() } else { self.authority.certificate() });
         write(CA_CRL, &self.authority.revoke(&[REVOKED]).unwrap());
         for (role, cert, key) in [(Role::Source, CLIENT_CERT, CLIENT_KEY), (Role::Destination, SERVER_CERT, SERVER_KEY)]
         {

@@ -10,6 +10,7 @@
 //!            └ Journey ──── one guest's words across all machines it ran on     journey.rs
 //!                └ GuestLog ──── its periods, and all that is wrong with them   guest_log.rs
 //!   Link ──── what two machines say to each other, held, cut or stalled          link.rs
+//!   Heard ──── strangers at a destination's port, and what that costs it          crowd.rs, cost.rs
 //! ```
 //!
 //! A guest prints byte by byte and does not notice that it moves: what the source printed, followed by what the
@@ -24,6 +25,8 @@
 
 pub mod capture;
 pub mod certificates;
+pub mod cost;
+pub mod crowd;
 pub mod foreign;
 pub mod guest_log;
 pub mod journey;

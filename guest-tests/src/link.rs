@@ -66,13 +66,25 @@ pub enum Message {
 /// A place in what is said.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mark {
-    /// The first words on a lane of this role.
+    /// The last words of the handshake on a lane of this role: the answer to a challenge, and the answer to all of it.
     Greeting(Role, Toward),
     /// A message.
     Message(Message),
     /// So many bytes have crossed all lanes of this role, greetings not counted.
     Bytes(Role, Toward, u64),
 }
+
+/// What a source has said on a lane, from the first byte on.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Recording {
+    /// The lane's; unknown over TLS.
+    pub role: Option<Role>,
+    /// As it crossed; of what is longer, the beginning.
+    pub bytes: Vec<u8>,
+}
+
+/// How much of a lane is recorded: its handshake, and some of what follows.
+const RECORDED: usize = 64 << 10;
 
 /// How a connection is ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -102,14 +114,16 @@ struct Shared {
 struct State {
     pairs: Vec<Arc<Pair>>,
     door: Door,
+    /// One lane goes elsewhere: how many go where they should before it, and its address.
+    detour: Option<(usize, String)>,
     delay: Duration,
     hold: Hold,
     /// A bit to be flipped, counted from what crosses its way next.
     damage: Option<(Role, Toward, u64)>,
     /// By role and direction.
     crossed: [u64; 6],
-    /// Lanes that were begun.
-    lanes: usize,
+    /// Of each lane that was begun.
+    recordings: Vec<Recording>,
     /// When it was last cut, or began to stall.
     struck: Option<SystemTime>,
 }
@@ -136,10 +150,15 @@ enum Hold {
 struct Pair {
     source: TcpStream,
     destination: TcpStream,
+    /// Its number among all that were begun.
+    number: usize,
     role: OnceLock<Role>,
     cut: AtomicBool,
     stalled: AtomicBool,
 }
+
+/// Where a greeting says how long its body is.
+const GREETING_LENGTH_AT: usize = 8;
 
 /// What comes before the body of a control lane's message: its length, and two checksums.
 const MESSAGE_HEADER: usize = 12;
@@ -159,11 +178,12 @@ impl Link {
         let state = State {
             pairs: Vec::new(),
             door: Door::Open,
+            detour: None,
             delay: Duration::ZERO,
             hold: Hold::Nothing,
             damage: None,
             crossed: [0; 6],
-            lanes: 0,
+            recordings: Vec::new(),
             struck: None,
         };
         let target = target.strip_prefix("tcp:").expect("a TCP address").to_owned();
@@ -204,7 +224,12 @@ impl Link {
         let end = Instant::now() + PATIENCE;
         while state.hold != Hold::Holding {
             let left = end.saturating_duration_since(Instant::now());
-            assert!(!left.is_zero(), "waited {PATIENCE:?} in vain: {:?}, {} lanes so far", state.hold, state.lanes);
+            assert!(
+                !left.is_zero(),
+                "waited {PATIENCE:?} in vain: {:?}, {} lanes so far",
+                state.hold,
+                state.recordings.len()
+            );
             state = self.shared.wait(state, left);
         }
     }
@@ -243,6 +268,15 @@ impl Link {
         self.shared.state().door = Door::Open;
     }
 
+    /// Of the lanes that are begun from now on, the one behind so many others goes to `elsewhere`, a TCP address.
+    ///
+    /// # Panics
+    /// When it is none.
+    pub fn divert(&self, behind: usize, elsewhere: &str) {
+        let elsewhere = elsewhere.strip_prefix("tcp:").expect("a TCP address").to_owned();
+        self.shared.state().detour = Some((behind, elsewhere));
+    }
+
     /// Everything takes so much longer from now on, each way.
     pub fn delay(&self, by: Duration) {
         self.shared.state().delay = by;
@@ -259,6 +293,12 @@ impl Link {
     /// When so much does not cross.
     pub fn wait_damaged(&self) {
         until("a bit is flipped", || self.shared.state().damage.is_none().then_some(()));
+    }
+
+    /// What the source has said so far, of each lane in the order in which they were begun.
+    #[must_use]
+    pub fn recordings(&self) -> Vec<Recording> {
+        self.shared.state().recordings.clone()
     }
 
     /// When it was last cut, or began to stall.
@@ -318,6 +358,18 @@ impl Pair {
     }
 }
 
+impl State {
+    /// Where the next lane goes to.
+    fn next_target(&mut self, usual: &str) -> String {
+        match self.detour.take() {
+            Some((0, elsewhere)) => return elsewhere,
+            Some((behind, elsewhere)) => self.detour = Some((behind - 1, elsewhere)),
+            None => {}
+        }
+        usual.to_owned()
+    }
+}
+
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -340,16 +392,18 @@ impl Shared {
                 continue;
             }
             // One that is not there is one that hangs up.
-            let Ok(destination) = TcpStream::connect(&self.target) else { continue };
+            let target = state.next_target(&self.target);
+            let Ok(destination) = TcpStream::connect(target) else { continue };
             for socket in [&source, &destination] {
                 socket.set_nodelay(true).unwrap();
                 socket.set_write_timeout(Some(LOOK)).unwrap();
             }
             let (role, cut) = (OnceLock::new(), AtomicBool::new(false));
             let stalled = AtomicBool::new(state.door == Door::Silent);
-            let pair = Arc::new(Pair { source, destination, role, cut, stalled });
+            let number = state.recordings.len();
+            state.recordings.push(Recording::default());
+            let pair = Arc::new(Pair { source, destination, number, role, cut, stalled });
             state.pairs.push(Arc::clone(&pair));
-            state.lanes += 1;
             drop(state);
             for toward in [Toward::Destination, Toward::Source] {
                 let (shared, pair) = (Arc::clone(self), Arc::clone(&pair));
@@ -379,7 +433,7 @@ impl Shared {
         if !fill(from, &mut greeting[1..])? {
             return Ok(());
         }
-        append(from, &mut greeting, 8)?;
+        append(from, &mut greeting, GREETING_LENGTH_AT)?;
         if toward == Toward::Destination {
             // Behind the two versions and the session's name.
             let role = match greeting.get(16 + 18) {
@@ -389,8 +443,15 @@ impl Shared {
                 other => panic!("a lane of role {other:?}"),
             };
             pair.role.get_or_init(|| role);
+            self.state().recordings[pair.number].role = Some(role);
         }
         let role = *pair.role.get().expect("a destination only answers");
+        self.pass(pair, toward, None, &greeting)?;
+        let mut greeting = vec![0; 16];
+        if !fill(from, &mut greeting)? {
+            return Ok(());
+        }
+        append(from, &mut greeting, GREETING_LENGTH_AT)?;
         self.pass(pair, toward, Some(Mark::Greeting(role, toward)), &greeting)?;
         if role == Role::Control {
             loop {
@@ -450,6 +511,10 @@ impl Shared {
         let mut bytes = damaged.as_deref().unwrap_or(bytes);
         let delay = {
             let mut state = self.state();
+            if toward == Toward::Destination {
+                let recorded = &mut state.recordings[pair.number].bytes;
+                recorded.extend(bytes.iter().take(RECORDED.saturating_sub(recorded.len())));
+            }
             if mark.is_some_and(|mark| state.hold == Hold::At(mark)) {
                 state.hold = Hold::Holding;
                 self.changed.notify_all();

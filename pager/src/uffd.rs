@@ -1,11 +1,13 @@
 //! The userfaultfds that watch guest RAM, and what their return codes mean.
 //!
-//! This module is the only one that calls userfaultfd. What holds here:
+//! This module (with [`device`]) is the only one that calls userfaultfd. What holds here:
 //! - The watched range is the whole guest mapping of one [`Ram`], which [`Watch`] keeps alive. Each page of it is registered
 //!   with the userfaultfd of its shard, and every call about it goes to that one: another would wake nobody.
 //! - Addresses are made from page indices that were checked against the RAM's size.
 //! - No descriptor is closed before all of the range is unregistered, or the process ends: closing it earlier would
 //!   answer every pending fault with a zero page. A [`Watch`] that is dropped while registered leaks them on purpose.
+
+pub mod device;
 
 use std::ffi::c_void;
 use std::io;
@@ -411,12 +413,16 @@ impl Drop for Watch {
 type FillHole<'a> = &'a dyn Fn(&Uffd, *mut c_void) -> Result<u64, UffdError>;
 
 fn open() -> Result<Uffd, UffdError> {
+    let features = FeatureFlags::MISSING_SHMEM | FeatureFlags::from_bits_retain(FEATURE_MINOR_SHMEM);
+    if let Some(device) = device::kept() {
+        return device::open(device, features.bits()).map_err(UffdError::OpenDevUserfaultfd);
+    }
     UffdBuilder::new()
         .close_on_exec(true)
         .non_blocking(true)
         // KVM takes guest page faults in the kernel.
         .user_mode_only(false)
-        .require_features(FeatureFlags::MISSING_SHMEM | FeatureFlags::from_bits_retain(FEATURE_MINOR_SHMEM))
+        .require_features(features)
         .create()
 }
 

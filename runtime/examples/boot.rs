@@ -29,6 +29,7 @@ fn boot() -> Result<ExitCode, Box<dyn Error>> {
         vcpus,
         serial: SerialTarget::Stdio,
         lazy_memory: false,
+        host_files: None,
         dirty_tracking: DirtyTracking::Auto,
     })?;
     vm.cont()?;

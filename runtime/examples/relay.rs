@@ -38,6 +38,7 @@ fn relay() -> Result<(), Box<dyn Error>> {
         vcpus: vcpus.parse()?,
         serial: SerialTarget::Stdio,
         lazy_memory: false,
+        host_files: None,
         dirty_tracking: DirtyTracking::Auto,
     };
     let mut spans: [Vec<u64>; 4] = Default::default();

@@ -15,6 +15,15 @@ pub enum SerialTarget {
     Null,
 }
 
+/// Files of the host that the guest may open.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HostFilesConfig {
+    /// They lie under this directory.
+    pub directory: PathBuf,
+    /// Whether each request is noted on standard output, in a line of its own.
+    pub log: bool,
+}
+
 /// How it is found out what the guest writes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum DirtyTracking {
@@ -46,6 +55,8 @@ pub struct VmConfig {
     pub serial: SerialTarget,
     /// Whether an incoming machine may take its memory from the host only as pages arrive.
     pub lazy_memory: bool,
+    /// Files of the host that the guest may open, if any. Source and destination must have this alike.
+    pub host_files: Option<HostFilesConfig>,
     /// How it is found out what the guest writes.
     pub dirty_tracking: DirtyTracking,
 }

@@ -74,6 +74,14 @@ pub enum VmError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// The directory of the guest's host files could not be opened.
+    #[error("cannot give the guest the files of {}: {source}; --host-files names a directory", path.display())]
+    HostFiles {
+        /// The directory.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
     /// The file of the serial port could not be made.
     #[error("cannot write the serial port's output to {}: {source}", path.display())]
     SerialFile {

@@ -38,10 +38,12 @@ pub enum Kind {
     Clock = 5,
     /// The serial port.
     Serial = 6,
+    /// The host files that are open.
+    HostFiles = 7,
 }
 
 impl Kind {
-    const ALL: [Self; 6] = [Self::Vcpu, Self::Pic, Self::Ioapic, Self::Pit, Self::Clock, Self::Serial];
+    const ALL: [Self; 7] = [Self::Vcpu, Self::Pic, Self::Ioapic, Self::Pit, Self::Clock, Self::Serial, Self::HostFiles];
 
     fn from_number(number: u16) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| *kind as u16 == number)
@@ -50,7 +52,7 @@ impl Kind {
     /// The version of this kind's contents that is written, and the only one that is read.
     const fn version(self) -> u32 {
         match self {
-            Self::Vcpu | Self::Pic | Self::Ioapic | Self::Pit | Self::Clock | Self::Serial => 1,
+            Self::Vcpu | Self::Pic | Self::Ioapic | Self::Pit | Self::Clock | Self::Serial | Self::HostFiles => 1,
         }
     }
 }
@@ -81,6 +83,7 @@ impl fmt::Display for SectionId {
             Kind::Pit => "PIT",
             Kind::Clock => "clock",
             Kind::Serial => "serial port",
+            Kind::HostFiles => "host files",
         };
         write!(f, "{kind} {}", self.number)
     }

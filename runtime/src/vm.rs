@@ -18,6 +18,7 @@ use switchover_wire::types::PageIndex;
 use crate::arch::{LEAST_MEMORY, MOST_MEMORY, Platform, Ports, ram_regions};
 use crate::config::{SerialTarget, VmConfig};
 use crate::control::{Control, VmEvent};
+use crate::devices::host_files::HostFiles;
 use crate::devices::input::InputPump;
 use crate::devices::output::Output;
 use crate::devices::serial::{InputGate, SerialPort};
@@ -50,16 +51,32 @@ pub struct Vm {
     input: Mutex<Option<InputPump>>,
 }
 
+/// Opens `/dev/kvm`: for a process that gives up the right to, before it builds its machine.
+///
+/// # Errors
+/// When it is not there, or this user may not.
+pub fn open_kvm() -> Result<Kvm, VmError> {
+    Kvm::new().map_err(|error| VmError::OpenKvm { source: error.into() })
+}
+
 impl Vm {
     /// A machine with a kernel in it, paused; [`Self::cont`] starts it.
     ///
     /// # Errors
     /// When the host cannot give what the configuration asks for, or the kernel cannot be booted.
     pub fn boot(config: &VmConfig) -> Result<Arc<Self>, VmError> {
+        Self::boot_on(&open_kvm()?, config)
+    }
+
+    /// The same, on a KVM that was [opened](open_kvm) before.
+    ///
+    /// # Errors
+    /// As for [`boot`](Self::boot).
+    pub fn boot_on(kvm: &Kvm, config: &VmConfig) -> Result<Arc<Self>, VmError> {
         let path = config.kernel.as_deref().ok_or(VmError::NoKernel)?;
         let kernel = read(path)?;
         let initrd = config.initrd.as_deref().map(read).transpose()?;
-        let vm = Self::build(config, RunFlags::booting(), Ram::new(config.memory)?)?;
+        let vm = Self::build(kvm, config, RunFlags::booting(), Ram::new(config.memory)?)?;
         if let Some(first) = vm.vcpus.first() {
             vm.platform
                 .boot(&lock(&first.fd), &kernel, &config.append, initrd.as_deref())
@@ -74,11 +91,19 @@ impl Vm {
     /// # Errors
     /// When the host cannot give what the configuration asks for.
     pub fn incoming(config: &VmConfig) -> Result<Arc<Self>, VmError> {
+        Self::incoming_on(&open_kvm()?, config)
+    }
+
+    /// The same, on a KVM that was [opened](open_kvm) before.
+    ///
+    /// # Errors
+    /// As for [`incoming`](Self::incoming).
+    pub fn incoming_on(kvm: &Kvm, config: &VmConfig) -> Result<Arc<Self>, VmError> {
         let ram = Ram::new(config.memory)?;
         if !config.lazy_memory {
             ram.populate()?;
         }
-        Self::build(config, RunFlags::incoming(), ram)
+        Self::build(kvm, config, RunFlags::incoming(), ram)
     }
 
     /// The state that a controller sees.
@@ -162,8 +187,7 @@ impl Vm {
         self.shared.control.reason()
     }
 
-    fn build(config: &VmConfig, flags: RunFlags, ram: Ram) -> Result<Arc<Self>, VmError> {
-        let kvm = Kvm::new().map_err(|error| VmError::OpenKvm { source: error.into() })?;
+    fn build(kvm: &Kvm, config: &VmConfig, flags: RunFlags, ram: Ram) -> Result<Arc<Self>, VmError> {
         let most = kvm.get_max_vcpus();
         if config.vcpus == 0 || usize::from(config.vcpus) > most {
             return Err(VmError::VcpuCount { asked: config.vcpus, most });
@@ -175,8 +199,9 @@ impl Vm {
         })?;
         let memory = GuestMemory::new(ram, regions)?;
         let fd = Arc::new(kvm.create_vm().map_err(VmError::kvm("create a VM"))?);
-        let tracking = Tracking::set_up(config.dirty_tracking, &kvm, &fd, &memory)?;
-        let (platform, fds) = Platform::build(&kvm, Arc::clone(&fd), memory.clone(), config.vcpus)?;
+        let tracking = Tracking::set_up(config.dirty_tracking, kvm, &fd, &memory)?;
+        let (platform, fds) =
+            Platform::build(kvm, Arc::clone(&fd), memory.clone(), config.vcpus, config.host_files.is_some())?;
         let Tracked { log: dirty, ring } = tracking.begin(&fd, &memory, &fds)?;
 
         let output = match &config.serial {
@@ -189,7 +214,11 @@ impl Vm {
             move |source| VmError::Host { attempted, source }
         };
         let input = Arc::new(InputGate::new().map_err(host("make an eventfd"))?);
-        let ports = Ports { serial: SerialPort::new(fd, output, input) };
+        let host_files = config.host_files.as_ref().map(|files| {
+            let log = files.log.then(Output::stdout).transpose()?;
+            HostFiles::new(memory.clone(), &files.directory, log)
+        });
+        let ports = Ports { serial: SerialPort::new(fd, output, input), host_files: host_files.transpose()? };
 
         let mut vcpus = Vec::new();
         for (index, fd) in fds.into_iter().enumerate() {

@@ -4,22 +4,23 @@
 //! bench` needs no file beside it; the same bytes boot under `qemu-system-x86_64 -kernel`.
 
 macro_rules! guests {
-    ($($name:literal),+ $(,)?) => {
-        /// Their names, the one that is moved by default first.
-        pub const NAMES: &[&str] = &[$($name),+];
+    (moved: $($moved:literal),+; others: $($other:literal),+ $(,)?) => {
+        /// The names of those that a bench moves, the one that is moved by default first.
+        pub const NAMES: &[&str] = &[$($moved),+];
 
         /// The ELF file of the guest with this name; `None` where there is no such guest.
         #[must_use]
         pub fn builtin(name: &str) -> Option<&'static [u8]> {
             match name {
-                $($name => Some(include_bytes!(concat!(env!("SWITCHOVER_GUESTS"), "/", $name))),)+
+                $($moved => Some(include_bytes!(concat!(env!("SWITCHOVER_GUESTS"), "/", $moved))),)+
+                $($other => Some(include_bytes!(concat!(env!("SWITCHOVER_GUESTS"), "/", $other))),)+
                 _ => None,
             }
         }
     };
 }
 
-guests!("random", "sequential", "hotset", "reader", "idle", "once");
+guests!(moved: "random", "sequential", "hotset", "reader", "idle", "once"; others: "hostfile");
 
 #[cfg(test)]
 mod tests {
@@ -27,7 +28,7 @@ mod tests {
 
     #[test]
     fn every_guest_is_an_executable_with_a_pvh_entry() {
-        for name in NAMES {
+        for name in NAMES.iter().chain(&["hostfile"]) {
             let elf = builtin(name).unwrap_or_else(|| panic!("{name} is missing"));
             assert_eq!(&elf[..5], b"\x7fELF\x02", "{name} is not a 64-bit ELF file");
             assert_eq!(elf[16..18], 2_u16.to_le_bytes(), "{name} is not linked to a fixed address");

@@ -23,6 +23,7 @@ pub mod bench;
 pub mod certs;
 pub mod check;
 pub mod cli;
+pub mod confine;
 pub mod failure;
 pub mod floor;
 pub mod guests;

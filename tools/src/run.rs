@@ -1,15 +1,18 @@
 //! `switchover run`: a machine in this process, from its start to its end.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::str::FromStr;
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
+use kvm_ioctls::Kvm;
 use serde_json::json;
 use switchover_hybrid::settings::Settings;
+use switchover_pager::uffd::device;
 use switchover_runtime::audit::Audit;
-use switchover_runtime::config::{DirtyTracking, SerialTarget, VmConfig};
+use switchover_runtime::config::{DirtyTracking, HostFilesConfig, SerialTarget, VmConfig};
 use switchover_runtime::controller::VmController;
 use switchover_runtime::qmp::controller::Controller as _;
 use switchover_runtime::qmp::endpoint::Endpoint;
@@ -17,11 +20,16 @@ use switchover_runtime::qmp::parameters::Parameters;
 use switchover_runtime::qmp::security::security;
 use switchover_runtime::qmp::server::{Bound, Server};
 use switchover_runtime::run_state::ExitReason;
-use switchover_runtime::vm::Vm;
+use switchover_runtime::vm::{Vm, open_kvm};
 use switchover_wire::address::{Address, AddressError};
+use switchover_wire::ring::maker;
 use switchover_wire::tls::Role;
 
 use crate::allocator;
+use crate::confine;
+use crate::confine::filter::Mode;
+use crate::confine::privileges::{self, Kept};
+use crate::confine::user::RunAs;
 use crate::failure::{Failure, say};
 use crate::signals::EndRequests;
 use crate::size::Size;
@@ -53,6 +61,15 @@ pub struct RunArgs {
     /// Where the guest's serial port (a 16550 at 0x3f8) leads: stdio, file:PATH or null
     #[arg(long, value_name = "TARGET", default_value = "stdio")]
     serial: Serial,
+
+    /// Let the guest open, read and write the files under this directory. Source and destination must both be given one, and see
+    /// the same files in it
+    #[arg(long, value_name = "DIR")]
+    host_files: Option<PathBuf>,
+
+    /// Print each request for a host file, and the guest's exit, in a line of its own
+    #[arg(long, requires = "host_files")]
+    log_host_files: bool,
 
     /// Socket to control the machine by, in QEMU's protocol
     #[arg(long, value_name = "unix:PATH")]
@@ -89,6 +106,17 @@ pub struct RunArgs {
     /// Without TLS: let guests move to and from other hosts nevertheless. Whoever is on the way can read and change them
     #[arg(long, conflicts_with = "tls_creds")]
     allow_plain: bool,
+
+    /// Run as this user and group, without further groups; needs root. What the machine opens must be that user's: kernel, serial
+    /// and audit files, the folder of the QMP socket, certificates and keys. Only /dev/kvm and /dev/userfaultfd are opened before
+    #[arg(long, value_name = "NAME|UID[:GID]")]
+    user: Option<RunAs>,
+
+    /// What happens when the running machine makes a system call that it has no reason to make, which shows that somebody has taken
+    /// it over: it ends, with the call's name on standard error (on); the kernel notes the call in its own audit log, and it is made
+    /// (log); nothing, there is no filter (off)
+    #[arg(long, value_name = "on|log|off", default_value = "on", hide_possible_values = true)]
+    seccomp: Mode,
 }
 
 const EXAMPLES: &str = "\
@@ -102,6 +130,8 @@ Examples:
     switchover run --incoming tcp:0.0.0.0:4444 --tls-creds /etc/switchover --qmp unix:/tmp/destination.qmp
   Save a guest (see `switchover save --help`), and restore it later, here or on another host, with the same memory and vCPUs:
     switchover run --restore guest.image --memory 512M --qmp unix:/tmp/source.qmp
+  A machine with the rights of a user that owns nothing else:
+    switchover run --incoming tcp:0.0.0.0:4444 --tls-creds /etc/switchover --qmp unix:/run/guest/qmp --user guest
   Talk to one by hand:
     printf '%s\\n' '{\"execute\":\"qmp_capabilities\"}' '{\"execute\":\"query-status\"}' | nc -U -q1 /tmp/source.qmp
 
@@ -179,6 +209,8 @@ pub fn main(args: RunArgs) -> Result<(), Failure> {
     }
     let parameters = parameters(args.tls_creds.as_deref(), args.allow_plain)?;
     allocator::keep_large_blocks();
+    let kvm = give_up_privileges(args.user, args.incoming.is_some())?;
+    confine::split_off_the_ring_maker(args.seccomp).map_err(Failure::failed)?;
     let (asked, ends) = crossbeam::channel::unbounded();
     // Before the machine has threads: they inherit that these signals are not theirs.
     let _requests = EndRequests::take(move |number| {
@@ -194,18 +226,21 @@ pub fn main(args: RunArgs) -> Result<(), Failure> {
         serial: args.serial.0,
         // What is restored takes the memory that it needs as it is loaded, before the guest runs.
         lazy_memory: args.lazy_memory || args.restore.is_some(),
+        host_files: args.host_files.map(|directory| HostFilesConfig { directory, log: args.log_host_files }),
         dirty_tracking: args.dirty_tracking.into(),
     };
     let no_threads = |error| Failure::failed(format_args!("cannot start the machine's threads: {error}"));
     let audit = args.audit.as_deref().map(Audit::append).transpose().map_err(Failure::failed)?.unwrap_or_default();
     audit.note("start", json!({ "version": env!("CARGO_PKG_VERSION"), "pid": process::id(), "waits": waits }));
     let socket = args.qmp.as_ref().map(Bound::at).transpose().map_err(Failure::failed)?;
-    let vm = if waits { Vm::incoming(&config) } else { Vm::boot(&config) };
+    let vm = if waits { Vm::incoming_on(&kvm, &config) } else { Vm::boot_on(&kvm, &config) };
     let vm = vm.map_err(Failure::failed)?;
     let (controller, events) = VmController::new(Arc::clone(&vm), args.lazy_memory, audit).map_err(no_threads)?;
     let (ended, path) = (Arc::clone(&controller), args.qmp.as_ref().map(|endpoint| endpoint.path().to_owned()));
     let take_ends = move || ends.into_iter().for_each(|number: u32| end(&ended, number, path.as_deref()));
     std::thread::Builder::new().name("end".to_owned()).spawn(take_ends).map_err(no_threads)?;
+    // What comes from here on comes from others: the guest, the network, clients, an image.
+    confine::confine_all_threads(args.seccomp).map_err(Failure::failed)?;
     match &args.restore {
         Some(image) => controller.restore(image).map_err(Failure::failed)?,
         None => begin(&vm, &controller, args.incoming.as_ref(), &parameters)?,
@@ -215,8 +250,23 @@ pub fn main(args: RunArgs) -> Result<(), Failure> {
     let exit = vm.wait_exit();
     controller.finish(&exit);
     drop(server);
+    maker::end();
     judge(exit)
 }
+
+/// Opens what only the user that started this process may open, and becomes one that may do next to nothing.
+fn give_up_privileges(user: Option<RunAs>, incoming: bool) -> Result<Kvm, Failure> {
+    let kvm = open_kvm().map_err(Failure::failed)?;
+    // A source has no use for it. Where it may not be opened, a migration that comes says so.
+    let by_device = !incoming || device::keep().unwrap_or(true);
+    let by_anybody = || fs::read_to_string(UNPRIVILEGED_USERFAULTFD).is_ok_and(|set| set.trim() == "1");
+    let kept = Kept { sys_ptrace: !by_device && !by_anybody() };
+    privileges::give_up(user, kept).map_err(Failure::failed)?;
+    Ok(kvm)
+}
+
+/// Whether a host without `/dev/userfaultfd` gives userfaultfds for KVM's faults to anybody.
+const UNPRIVILEGED_USERFAULTFD: &str = "/proc/sys/vm/unprivileged_userfaultfd";
 
 /// What the machine's migrations are protected by, unless its clients say otherwise.
 fn parameters(tls_creds: Option<&Path>, allow_plain: bool) -> Result<Parameters, Failure> {
@@ -258,7 +308,7 @@ fn end(controller: &VmController, number: u32, qmp: Option<&std::path::Path>) {
         _ => {
             // It was asked to end and does not come to it.
             if let Some(path) = qmp {
-                let _ = std::fs::remove_file(path);
+                let _ = fs::remove_file(path);
             }
             process::exit(1);
         }

@@ -2,16 +2,22 @@
 //!
 //! ```text
 //!     source                                        destination
-//!       | ---- magic, length, CRC-32, Hello ------------> |  read_hello, compare
+//!       | ---- magic, length, CRC-32, Hello ------------> |  read_hello
+//!       | <--- magic, length, CRC-32, Challenge --------- |  Introduction::proven; not over TLS
+//!       | ---- magic, length, CRC-32, response ---------> |  compare
 //!       | <--- magic, length, CRC-32, Welcome | Refused - |  accept | refuse
 //! ```
 //!
 //! Every lane of a session has its own handshake, so that a lane is known by what it says and not by the order in
 //! which it arrives. The machine's description comes on the control lane, before the guest is touched.
 //!
+//! What was recorded of one connection opens no other: over TLS the records are of their own connection, and without it the
+//! source answers a [challenge](Introduction::proven) that is new each time.
+//!
 //! Nothing is believed: the magic is compared byte by byte as it comes, lengths are bounded before memory is
 //! allocated, and a side that says nothing, or one byte a second, is given up after [`TIME_LIMIT`].
 
+mod challenge;
 mod envelope;
 pub(crate) mod patient;
 
@@ -21,6 +27,8 @@ use std::{fmt, io};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub use self::challenge::Introduction;
+use self::challenge::Nonce;
 use self::patient::Deadline;
 use crate::clock::HostClock;
 use crate::description::MachineDescription;
@@ -30,11 +38,11 @@ use crate::types::{LaneId, LaneRole, SessionId};
 
 /// The oldest protocol version that is spoken here.
 ///
-/// 1 had no checksums in the headers of frames.
-pub const VERSION_MIN: u16 = 2;
+/// 1 had no checksums in the headers of frames, 2 no challenge on lanes without TLS.
+pub const VERSION_MIN: u16 = 3;
 
 /// The newest protocol version that is spoken here.
-pub const VERSION_MAX: u16 = 2;
+pub const VERSION_MAX: u16 = 3;
 
 /// How long a side waits for the other in each of this module's calls. Long for any network, short for a person.
 pub const TIME_LIMIT: Duration = Duration::from_secs(5);
@@ -102,7 +110,13 @@ pub struct Welcome {
 #[derive(Serialize, Deserialize)]
 enum Answer {
     Welcome(Welcome),
-    Refused { reason: String },
+    Refused {
+        reason: String,
+    },
+    /// Before the other two, on a lane without TLS.
+    Challenge {
+        nonce: Nonce,
+    },
 }
 
 /// A range of protocol versions.
@@ -230,6 +244,23 @@ pub enum HandshakeError {
         /// What is wrong.
         reason: String,
     },
+    /// The other side did not answer what it was asked on this connection.
+    #[error(
+        "{peer} gave a wrong answer to this connection's challenge; what it sends was said on another connection, and somebody \
+         repeats it"
+    )]
+    Repeated {
+        /// The other side.
+        peer: String,
+    },
+    /// There is no randomness for a challenge.
+    #[error("cannot challenge {peer}: {source}; is the kernel's random source there?")]
+    NoChallenge {
+        /// The other side.
+        peer: String,
+        /// The kernel's answer.
+        source: getrandom::Error,
+    },
     /// No version is spoken by both sides.
     #[error("{peer} speaks protocol {theirs}, this side {ours}; use releases that have one in common")]
     Version {
@@ -295,7 +326,7 @@ pub fn secure_as_destination(socket: &Socket, credentials: &Credentials) -> Resu
     }
 }
 
-/// Source: says `hello` and waits for the answer.
+/// Source: says `hello`, answers the challenge where there is one, and waits for the answer.
 ///
 /// # Errors
 /// When the destination refuses, is none, or does not answer in time.
@@ -308,7 +339,7 @@ pub fn greet(socket: &Socket, hello: &Hello) -> Result<Welcome, HandshakeError> 
 ///
 /// # Errors
 /// When it is no source, or one that cannot be understood, or it does not speak in time.
-pub fn read_hello(socket: &Socket) -> Result<Hello, HandshakeError> {
+pub fn read_hello(socket: &Socket) -> Result<Introduction, HandshakeError> {
     read_hello_within(socket, TIME_LIMIT)
 }
 
@@ -336,8 +367,12 @@ fn greet_within(socket: &Socket, hello: &Hello, limit: Duration) -> Result<Welco
     let mut body = postcard::to_stdvec(hello).map_err(|error| malformed(error.to_string()))?;
     body.extend(postcard::to_stdvec(&hello.proof).map_err(|error| malformed(error.to_string()))?);
     envelope::write(socket, envelope::HELLO, &body, &deadline)?;
-    let body = envelope::read(socket, envelope::ANSWER, &deadline)?;
-    match postcard::take_from_bytes(&body) {
+    let mut answer = envelope::read(socket, envelope::ANSWER, &deadline)?;
+    if let Ok((Answer::Challenge { nonce }, _)) = postcard::take_from_bytes(&answer) {
+        envelope::write(socket, envelope::RESPONSE, nonce.response(&body).as_bytes(), &deadline)?;
+        answer = envelope::read(socket, envelope::ANSWER, &deadline)?;
+    }
+    match postcard::take_from_bytes(&answer) {
         Ok((Answer::Welcome(welcome), _)) => {
             let asked = hello.versions();
             if !(asked.min..=asked.max).contains(&welcome.version) {
@@ -352,11 +387,12 @@ fn greet_within(socket: &Socket, hello: &Hello, limit: Duration) -> Result<Welco
             let reason = tame(&reason);
             Err(HandshakeError::Refused { peer: peer(), reason })
         }
+        Ok((Answer::Challenge { .. }, _)) => Err(malformed("it challenges this side twice".to_owned())),
         Err(error) => Err(malformed(error.to_string())),
     }
 }
 
-fn read_hello_within(socket: &Socket, limit: Duration) -> Result<Hello, HandshakeError> {
+fn read_hello_within(socket: &Socket, limit: Duration) -> Result<Introduction, HandshakeError> {
     let peer = || socket.peer().to_owned();
     let deadline = Deadline::after(limit);
     if socket.tls().is_none() && patient::look_ahead(socket, &deadline)? == TLS_HANDSHAKE {
@@ -384,7 +420,7 @@ fn read_hello_within(socket: &Socket, limit: Duration) -> Result<Hello, Handshak
         // The error to report is the one found.
         let _ = refuse(socket, &reason);
     }
-    hello
+    hello.map(|hello| Introduction::new(hello, body))
 }
 
 enum Wrong {

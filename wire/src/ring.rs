@@ -16,18 +16,20 @@
 //! 3. *No registered buffers.* Registering guest RAM would pin it, and fault all of it in on a destination.
 //! 4. *A ring does what it is for, and nothing else.* Before it is enabled it is restricted to the operations of this module;
 //!    the kernel answers all others with EACCES, and so it does whatever could be registered with it.
+//!    A process that may make no ring itself has a child [make them](maker).
 //! 5. *A file descriptor is borrowed for a call, or owned.* The kernel holds its own reference to the file of an
 //!    operation under way; a poll that may have to be armed again owns a duplicate.
 
 mod blocking;
 mod event;
+pub mod maker;
+mod setup;
 mod spin;
 mod stream;
 
 use std::io;
 
-use io_uring::register::Restriction;
-use io_uring::{IoUring, opcode};
+use io_uring::IoUring;
 use thiserror::Error;
 
 pub use self::blocking::Ring;
@@ -70,53 +72,10 @@ pub enum RingError {
     Tls(#[from] TlsError),
 }
 
-/// All that a ring may be asked to do.
-const OPERATIONS: [u8; 6] = [
-    opcode::Send::CODE,
-    opcode::Recv::CODE,
-    opcode::SendMsg::CODE,
-    opcode::RecvMsg::CODE,
-    opcode::PollAdd::CODE,
-    opcode::AsyncCancel::CODE,
-];
-
-/// Allows a disabled ring those [`OPERATIONS`], without links, fixed files or any other flag, and nothing to be registered.
-fn restrict(uring: &IoUring) -> io::Result<()> {
-    let operations = OPERATIONS.map(Restriction::sqe_op);
-    let mut allowed: Vec<Restriction> = operations.into_iter().collect();
-    allowed.push(Restriction::sqe_flags_allowed(0));
-    uring.submitter().register_restrictions(&mut allowed)
-}
-
-/// A disabled, restricted ring with the best flags that the kernel takes.
+/// A disabled, restricted ring: of the process that makes them for this one, or made here where there is none.
 fn build(entries: u32) -> Result<IoUring, RingError> {
-    let failed = |source| RingError::Setup { entries, source };
-    // Completions may outnumber submissions (multishot polls), so their queue is larger.
-    let completions = entries.saturating_mul(4);
-    let attempts: [fn(&mut io_uring::Builder); 3] = [
-        // Linux 6.1.
-        |b| {
-            b.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_submit_all();
-        },
-        // Linux 5.19.
-        |b| {
-            b.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all();
-        },
-        |_| {},
-    ];
-    let mut refusal = io::Error::from_raw_os_error(libc::EINVAL);
-    for flags in attempts {
-        let mut builder = IoUring::builder();
-        builder.setup_cqsize(completions).setup_r_disabled();
-        flags(&mut builder);
-        match builder.build(entries) {
-            Ok(uring) => return restrict(&uring).map(|()| uring).map_err(failed),
-            // EINVAL: a flag that this kernel does not know.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refusal = error,
-            Err(error) => return Err(failed(error)),
-        }
-    }
-    Err(failed(refusal))
+    let here = || setup::make(entries).map_err(io::Error::from).and_then(setup::Made::map);
+    maker::ask(entries).unwrap_or_else(here).map_err(|source| RingError::Setup { entries, source })
 }
 
 /// A completion's result: a count, or an error number below zero.
@@ -128,7 +87,7 @@ fn outcome(result: i32) -> io::Result<u32> {
 mod tests {
     use std::os::fd::AsRawFd as _;
 
-    use io_uring::{squeue, types};
+    use io_uring::{opcode, squeue, types};
 
     use super::*;
 

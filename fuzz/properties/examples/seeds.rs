@@ -130,8 +130,8 @@ fn images() {
 fn handshake() {
     let clock = HostClock { boot_id: "9a0c32d1-9f4e-4c0f-8f3e-0b9b6d0c7a11".to_owned() };
     let hello = |role, description| Hello {
-        version_min: 2,
-        version_max: 2,
+        version_min: 3,
+        version_max: 3,
         session: SessionId([9; 16]),
         lane: LaneId { role, index: 0 },
         lanes: LaneCounts { fault: 1, bulk: 2 },
@@ -144,9 +144,10 @@ fn handshake() {
     let wrapped = |how: u8, body: &[u8]| [&[how], body].concat();
     write("handshake", "control", &wrapped(2, &body(&hello(LaneRole::Control, Some(machine())))));
     write("handshake", "bulk", &wrapped(2, &body(&hello(LaneRole::Bulk, None))));
-    let welcome = postcard::to_stdvec(&(0_u8, Welcome { version: 2, clock: clock.clone() })).unwrap();
+    let welcome = postcard::to_stdvec(&(0_u8, Welcome { version: 3, clock: clock.clone() })).unwrap();
     write("handshake", "welcome", &wrapped(3, &welcome));
     write("handshake", "refused", &wrapped(3, &postcard::to_stdvec(&(1_u8, "it has no memory\n")).unwrap()));
+    write("handshake", "challenge", &wrapped(3, &[&[2][..], &[7; 32]].concat()));
     write("handshake", "foreign", b"\x00GET / HTTP/1.1\r\n\r\n");
     let text = body(&hello(LaneRole::Fault, None));
     let length = u32::try_from(text.len()).unwrap().to_le_bytes();
@@ -280,6 +281,7 @@ fn state(kernel: &[u8]) {
         vcpus: 1,
         serial: SerialTarget::Null,
         lazy_memory: false,
+        host_files: None,
         dirty_tracking: DirtyTracking::Auto,
     };
     let vm = Vm::boot(&config).unwrap();

@@ -1,6 +1,7 @@
 use std::io::Write as _;
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
+use std::thread;
 
 use switchover_wire::clock::HostClock;
 use switchover_wire::handshake::{
@@ -35,8 +36,10 @@ pub fn handshake(bytes: &[u8]) {
     stream.write_all(text).unwrap();
     drop((stream, near));
     if from_source {
-        if let Ok(hello) = read_hello(&far) {
-            source_is_understood(&hello);
+        if let Ok(introduction) = read_hello(&far) {
+            source_is_understood(introduction.unproven());
+            // Nobody has said on this connection what a challenge asks for.
+            assert!(introduction.proven(&far).is_err(), "a recording was taken");
         }
         return;
     }
@@ -67,10 +70,11 @@ fn source_is_understood(hello: &Hello) {
 /// What the two sides understand of each other.
 fn greeted(hello: &Hello, welcome: &Welcome) -> (Hello, Welcome) {
     let (source, destination) = Socket::pair().unwrap();
-    // Both texts fit into the sockets, so that one thread suffices.
+    let said = hello.clone();
+    let there = thread::spawn(move || greet(&source, &said).unwrap());
+    let heard = read_hello(&destination).unwrap().proven(&destination).unwrap();
     accept(&destination, welcome).unwrap();
-    let welcome = greet(&source, hello).unwrap();
-    (read_hello(&destination).unwrap(), welcome)
+    (heard, there.join().unwrap())
 }
 
 fn hello() -> Hello {

@@ -1,24 +1,24 @@
-use switchover_runtime::arch::SavedMachine;
+use switchover_runtime::arch::{Parts, SavedMachine};
 
 use crate::input::Input;
 
 const HEADER: usize = 16;
 const CRC_AT: usize = 12;
 
-/// Saved states. The first byte says how many vCPUs are expected, and with its highest bit that the sections' checksums are made
+/// Saved states. The first byte says how many vCPUs are expected, whether host files are, and with its highest bit that the sections' checksums are made
 /// to fit.
 pub fn state(bytes: &[u8]) {
     let mut input = Input(bytes);
     let how = input.u8();
-    let vcpus = usize::from(how & 3) + 1;
+    let parts = Parts { vcpus: usize::from(how & 3) + 1, host_files: how & 4 != 0 };
     let mut state = input.0.to_vec();
     if how & 0x80 != 0 {
         seal(&mut state);
     }
-    let Ok(saved) = SavedMachine::read(&state, vcpus) else { return };
+    let Ok(saved) = SavedMachine::read(&state, parts) else { return };
     let written = saved.write().unwrap();
     assert_eq!(written.len(), state.len(), "something was cut off, or filled up");
-    let again = SavedMachine::read(&written, vcpus).unwrap();
+    let again = SavedMachine::read(&written, parts).unwrap();
     assert_eq!(again.write().unwrap(), written);
 }
 

@@ -98,6 +98,14 @@ pub fn port_in(port: u16) -> u8 {
     value
 }
 
+/// Writes 32 bits to an I/O port behind which a device may read and write memory.
+#[inline]
+pub fn port_out_32(port: u16, value: u32) {
+    // SAFETY: the caller's memory that the device writes is behind an `UnsafeCell`; without `nomem` the compiler takes it for
+    // changed, and for needed before.
+    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags)) }
+}
+
 /// Writes a byte to an I/O port.
 #[inline]
 pub fn port_out(port: u16, value: u8) {

@@ -77,6 +77,7 @@
 
 mod clock;
 mod cpu;
+pub mod host_file;
 mod lapic;
 mod memory;
 mod meter;

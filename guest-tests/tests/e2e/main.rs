@@ -5,13 +5,16 @@
 mod audit;
 mod beside_qemu;
 mod breaking;
+mod certificates;
 mod chain;
 mod commands;
+mod confined;
 mod failures;
 mod fault_lanes;
 mod figures;
 mod foreign;
 mod guests;
+mod host_files;
 mod huge_pages;
 mod image;
 mod impostors;

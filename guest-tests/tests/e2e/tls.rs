@@ -26,7 +26,7 @@ use switchover_wire::types::{LaneId, LaneRole};
 use crate::lab;
 
 /// A guest that works, on a source with credentials from a folder.
-fn source(lab: &Lab, folder: &Path) -> (Spec, Machine, Journey) {
+pub fn source(lab: &Lab, folder: &Path) -> (Spec, Machine, Journey) {
     let spec = Spec { tls_creds: Some(folder.to_owned()), ..lab.guest("random", "ws=16M period=50") };
     let source = Machine::start(lab, &spec);
     let mut journey = Journey::from(&source);
@@ -88,7 +88,7 @@ fn the_commands_make_certificates_and_move_a_guest_with_them() {
 }
 
 /// Has the source fail to move its guest to `to`; both sides say why, and the guest runs on.
-fn fails(source: &mut Machine, there: &mut Machine, to: &str, near: &str, far: &str) {
+pub fn fails(source: &mut Machine, there: &mut Machine, to: &str, near: &str, far: &str) {
     allow_postcopy(source);
     source.execute("migrate", json!({ "uri": to }));
     let error = source.wait_migration("failed")["error-desc"].as_str().unwrap().to_owned();
@@ -98,7 +98,7 @@ fn fails(source: &mut Machine, there: &mut Machine, to: &str, near: &str, far: &
 }
 
 /// Waits until a machine has said this.
-fn says(machine: &Machine, words: &str) {
+pub fn says(machine: &Machine, words: &str) {
     until(&format!("it says `{words}`"), || machine.stderr().text().contains(words).then_some(()));
 }
 
@@ -167,7 +167,7 @@ fn hello_of(source: &mut Machine) -> Hello {
     let to = listener.address().to_string();
     let heard = thread::spawn(move || {
         let lane = listener.accept().unwrap().unwrap();
-        read_hello(&lane).unwrap()
+        read_hello(&lane).unwrap().proven(&lane).unwrap()
     });
     allow_postcopy(source);
     source.execute("migrate", json!({ "uri": to }));

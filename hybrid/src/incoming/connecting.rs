@@ -101,8 +101,9 @@ impl Shared {
 
     fn shake_hands(self: &Arc<Self>, socket: &Arc<Socket>, place: &Place) -> Result<(), String> {
         self.security.secure_destination(socket).map_err(|error| error.to_string())?;
-        let hello = read_hello(socket).map_err(|error| error.to_string())?;
-        // It has spoken: it can no longer be dropped for its silence.
+        let introduction = read_hello(socket).map_err(|error| error.to_string())?;
+        let hello = introduction.proven(socket).map_err(|error| error.to_string())?;
+        // It speaks, and is no recording: it can no longer be dropped for its silence.
         place.is_known();
         if let Err(reason) = self.admit(&hello, socket) {
             let _ = refuse(socket, &reason);

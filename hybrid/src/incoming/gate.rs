@@ -21,9 +21,10 @@ use switchover_wire::socket::Socket;
 /// Connections whose peer is not known yet. Each costs a thread, and 64 KiB for what it says at most: 4 MiB together.
 pub const PLACES: usize = 64;
 
-/// How long a connection is listened to before another may take its place. Some ten times what a source's first words take
-/// on a busy host.
-const HEARING: Duration = Duration::from_millis(50);
+/// How long a connection is listened to before another may take its place. Before it is known, a source needs a round trip, for TLS or
+/// to answer its challenge, and what that takes to compute: this is enough between two continents, and on a busy host. So long, and
+/// what is before it in the kernel's queue, waits a source that finds strangers in all places, for each of its lanes.
+const HEARING: Duration = Duration::from_millis(200);
 
 /// The connections that are listened to.
 #[derive(Debug, Default)]

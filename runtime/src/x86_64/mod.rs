@@ -27,5 +27,5 @@ pub use layout::{LEAST_MEMORY, MOST_MEMORY, ram_regions};
 pub use platform::Platform;
 pub use ports::Ports;
 #[doc(hidden)]
-pub use saved::SavedMachine;
+pub use saved::{Parts, SavedMachine};
 pub use vcpu_state::CpuStateError;

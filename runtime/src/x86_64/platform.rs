@@ -10,9 +10,10 @@ use switchover_wire::types::{PAGE_SIZE_U64, PageIndex};
 use super::boot::{self, BootError};
 use super::chipset;
 use super::clock::SavedClock;
-use super::saved::{self, SavedMachine};
+use super::saved::{self, Parts, SavedMachine};
 use super::vcpu_state::{self, CpuStateError, VcpuPlan};
 use super::{cpuid, ioctls, msrs, ports::Ports, start, walk};
+use crate::devices::host_files;
 use crate::error::VmError;
 use crate::lock;
 use crate::memory::GuestMemory;
@@ -44,7 +45,13 @@ impl Platform {
     ///
     /// # Errors
     /// When KVM lacks something or refuses.
-    pub fn build(kvm: &Kvm, vm: Arc<VmFd>, memory: GuestMemory, vcpus: u8) -> Result<(Self, Vec<VcpuFd>), VmError> {
+    pub fn build(
+        kvm: &Kvm,
+        vm: Arc<VmFd>,
+        memory: GuestMemory,
+        vcpus: u8,
+        has_host_files: bool,
+    ) -> Result<(Self, Vec<VcpuFd>), VmError> {
         if let Some((_, what)) = NEEDED.iter().find(|(capability, _)| !kvm.check_extension(*capability)) {
             return Err(VmError::Lacking { what });
         }
@@ -68,7 +75,8 @@ impl Platform {
         for plan in &mut plans {
             plan.msrs.clone_from(&msrs);
         }
-        let description = describe(&memory, &plans, msrs);
+        let devices = DEVICES.into_iter().chain(has_host_files.then_some(host_files::NAME));
+        let description = describe(&memory, &plans, msrs, devices.map(str::to_owned).collect());
         let host = HostClock::here();
         Ok((Self { vm, memory, plans, host, description }, fds))
     }
@@ -102,7 +110,9 @@ impl Platform {
             saved.push(vcpu);
         }
         let chipset = chipset::save(&self.vm)?;
-        Ok(SavedMachine { vcpus: saved, chipset, clock, serial: ports.serial.save() }.write()?)
+        let unknown = |reason| StateError::Write { section: saved::HOST_FILES, reason };
+        let host_files = ports.host_files.as_ref().map(|files| files.save().map_err(unknown)).transpose()?;
+        Ok(SavedMachine { vcpus: saved, chipset, clock, serial: ports.serial.save(), host_files }.write()?)
     }
 
     /// Makes the machine what [`Self::save`] wrote down. No vCPU has ever run.
@@ -112,7 +122,13 @@ impl Platform {
     /// # Errors
     /// When the bytes are not such a state, or KVM refuses it.
     pub fn load(&self, state: &[u8], vcpus: &[&Mutex<VcpuFd>], ports: &Ports) -> Result<(), VmError> {
-        let SavedMachine { vcpus: saved, chipset, clock, serial } = SavedMachine::read(state, self.plans.len())?;
+        let parts = Parts { vcpus: self.plans.len(), host_files: ports.host_files.is_some() };
+        let SavedMachine { vcpus: saved, chipset, clock, serial, host_files } = SavedMachine::read(state, parts)?;
+        let unusable = |reason| StateError::Contents { section: saved::HOST_FILES, reason };
+        let host_files = ports.host_files.as_ref().zip(host_files.as_ref());
+        let reopened =
+            host_files.map(|(device, saved)| Ok::<_, StateError>((device, device.reopen(saved).map_err(unusable)?)));
+        let reopened = reopened.transpose()?;
 
         // The clock first: what the TSCs are set to depends on when it was.
         let advance = clock.restore(&self.vm, &self.host).map_err(VmError::kvm("set the clock"))?;
@@ -121,6 +137,9 @@ impl Platform {
         }
         chipset::load(&self.vm, &chipset)?;
         ports.serial.load(&serial).map_err(|reason| StateError::Contents { section: saved::SERIAL, reason })?;
+        if let Some((device, files)) = reopened {
+            device.load(files);
+        }
         Ok(())
     }
 
@@ -138,7 +157,7 @@ impl Platform {
     }
 }
 
-fn describe(memory: &GuestMemory, plans: &[VcpuPlan], msrs: Vec<u32>) -> MachineDescription {
+fn describe(memory: &GuestMemory, plans: &[VcpuPlan], msrs: Vec<u32>, devices: Vec<String>) -> MachineDescription {
     let table = plans.first().map_or(&[][..], |plan| &plan.cpuid);
     MachineDescription {
         architecture: std::env::consts::ARCH.to_owned(),
@@ -149,7 +168,7 @@ fn describe(memory: &GuestMemory, plans: &[VcpuPlan], msrs: Vec<u32>) -> Machine
         xcr0: cpuid::xcr0(table),
         msrs,
         tsc_khz: plans.first().map_or(0, |plan| plan.tsc_khz),
-        devices: DEVICES.map(str::to_owned).to_vec(),
+        devices,
         state_version: STATE_VERSION,
     }
 }

@@ -1,6 +1,7 @@
 //! The I/O ports that leave the kernel.
 
 use crate::devices::debug_exit::{DEBUG_EXIT_PORT, KEYBOARD_COMMAND_PORT, debug_exit, keyboard_command};
+use crate::devices::host_files::{HOST_FILES_PORT, HostFiles};
 use crate::devices::serial::{SERIAL_PORT, SerialPort};
 use crate::run_state::ExitReason;
 
@@ -14,6 +15,8 @@ const KEYBOARD_READY: u8 = 0;
 pub struct Ports {
     /// The serial port.
     pub serial: SerialPort,
+    /// The host files, where the guest may have any.
+    pub host_files: Option<HostFiles>,
 }
 
 impl Ports {
@@ -24,10 +27,24 @@ impl Ports {
                 data.iter().for_each(|byte| self.serial.write(offset(port), *byte));
                 None
             }
-            DEBUG_EXIT_PORT => Some(debug_exit(data)),
+            HOST_FILES_PORT => {
+                if let Some(files) = &self.host_files {
+                    files.write(data);
+                }
+                None
+            }
+            DEBUG_EXIT_PORT => Some(self.debug_exit(data)),
             KEYBOARD_COMMAND_PORT => keyboard_command(data),
             _ => None,
         }
+    }
+
+    fn debug_exit(&self, data: &[u8]) -> ExitReason {
+        let reason = debug_exit(data);
+        if let (Some(files), ExitReason::Guest(status)) = (&self.host_files, &reason) {
+            files.note(format_args!("EXIT {}", status >> 1));
+        }
+        reason
     }
 
     /// The guest reads.

@@ -82,6 +82,7 @@ impl Guest {
             vcpus,
             serial: SerialTarget::File(self.serial.path().to_owned()),
             lazy_memory: false,
+            host_files: None,
             dirty_tracking: DirtyTracking::Auto,
         }
     }

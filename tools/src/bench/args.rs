@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use super::bandwidth::Bandwidth;
 use super::modes::{self, Mode};
 use super::vmm::{self, Peer};
+use crate::confine::filter;
 use crate::failure::Failure;
 use crate::guests;
 use crate::size::Size;
@@ -92,6 +93,10 @@ pub struct BenchArgs {
     /// Move it over TLS too, in turn with the same modes as they are: their names end in -tls
     #[arg(long)]
     tls: bool,
+
+    /// Whether the machines are confined to their system calls (`switchover run --help`): on, log or off, to see what that costs
+    #[arg(long, value_name = "on|log|off", default_value = "on", hide_possible_values = true)]
+    seccomp: filter::Mode,
 
     /// Another VMM to measure beside this one, in the same runs and by the same guest: qemu
     #[arg(long, value_name = "NAME")]
@@ -227,6 +232,8 @@ pub struct Plan {
     pub link: Link,
     /// Whether each of this VMM's modes is measured over TLS too.
     pub tls: bool,
+    /// Whether this VMM's machines are confined to their system calls.
+    pub seccomp: filter::Mode,
     /// Seconds before the move.
     pub warmup_s: f64,
     /// Seconds after it.
@@ -330,6 +337,7 @@ impl BenchArgs {
             vcpus: self.vcpus,
             period_ms: self.period,
             tls: self.tls,
+            seccomp: self.seccomp,
             link: self.link,
             warmup_s: self.warmup.unwrap_or(defaults.warmup_s),
             after_s: self.after.unwrap_or(defaults.after_s),

@@ -139,6 +139,7 @@ fn settings(plan: &Plan, peer: Option<PeerInfo>) -> Settings {
         patience_s: plan.patience_s,
         hold_push_s: plan.hold_push_s,
         parameters: plan.parameters.clone(),
+        seccomp: plan.seccomp.name().to_owned(),
         seed: plan.seed,
         peer,
     }

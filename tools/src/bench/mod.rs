@@ -85,10 +85,13 @@ pub fn main(args: &BenchArgs) -> Result<(), Failure> {
     let executable = std::env::current_exe().map_err(|error| {
         Failure::failed(format_args!("cannot find out which program this is: {error}; is /proc there?"))
     })?;
-    let ours = Switchover { executable: executable.clone(), lanes: Lanes::Plain };
+    let ours = Switchover { executable: executable.clone(), lanes: Lanes::Plain, seccomp: plan.seccomp };
     let credentials = plan.tls.then(credentials).transpose()?;
-    let over_tls =
-        credentials.as_ref().map(|folder| Switchover { executable, lanes: Lanes::Tls(folder.path().to_owned()) });
+    let over_tls = credentials.as_ref().map(|folder| Switchover {
+        executable,
+        lanes: Lanes::Tls(folder.path().to_owned()),
+        seccomp: plan.seccomp,
+    });
     let mut entries: Vec<_> = plan.modes.iter().map(|mode| Entry { vmm: &ours, mode: *mode }).collect();
     if let Some(vmm) = &over_tls {
         entries.extend(plan.modes.iter().filter_map(|mode| Some(Entry { vmm, mode: modes::secured(*mode)? })));

@@ -87,6 +87,9 @@ pub struct Settings {
     /// Migration parameters that were set on both sides besides.
     #[serde(default)]
     pub parameters: Map<String, Value>,
+    /// Whether this VMM's machines were confined to their system calls: `on`, `log` or `off`. Empty where there was no filter yet.
+    #[serde(default)]
+    pub seccomp: String,
     /// What the order of the runs followed from.
     #[serde(default)]
     pub seed: u32,

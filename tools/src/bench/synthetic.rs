@@ -346,6 +346,7 @@ pub fn report(modes: Vec<super::schema::ModeReport>) -> Report {
             patience_s: None,
             hold_push_s: None,
             parameters: serde_json::Map::new(),
+            seccomp: "on".to_owned(),
             seed: 7,
             peer: None,
         },

@@ -18,6 +18,9 @@ pub const HELLO: Magic = *b"\x93SWOVR\r\n";
 /// What a destination's begins with.
 pub const ANSWER: Magic = *b"\x93SWOVA\r\n";
 
+/// What a source's answer to a challenge begins with.
+pub const RESPONSE: Magic = *b"\x93SWOVC\r\n";
+
 /// The longest body, in bytes. A description of 1000 MSRs and 200 CPUID leaves has less than 10 KiB.
 pub const MAX_BODY: usize = 64 << 10;
 

@@ -47,15 +47,29 @@ fn begun_with(magic: &[u8; 8], body: &[u8]) -> Vec<u8> {
 fn read_raw(bytes: &[u8]) -> (Result<Hello, HandshakeError>, Option<String>) {
     let (near, far) = Socket::pair().unwrap();
     raw(&near, bytes);
-    let hello = read_hello_within(&far, SHORT);
+    let hello = read_hello_within(&far, SHORT).map(|introduction| introduction.unproven().clone());
     drop(far);
-    let told = envelope::read(&near, envelope::ANSWER, &Deadline::after(SHORT)).ok().map(|body| {
-        match postcard::from_bytes(&body).unwrap() {
-            Answer::Refused { reason } => reason,
-            Answer::Welcome(_) => "welcome".to_owned(),
-        }
-    });
-    (hello, told)
+    (hello, next_answer(&near).map(said))
+}
+
+/// What a destination says next, if anything.
+fn next_answer(near: &Socket) -> Option<Answer> {
+    let body = envelope::read(near, envelope::ANSWER, &Deadline::after(TIME_LIMIT)).ok()?;
+    Some(postcard::from_bytes(&body).unwrap())
+}
+
+fn said(answer: Answer) -> String {
+    match answer {
+        Answer::Refused { reason } => reason,
+        Answer::Welcome(_) => "welcome".to_owned(),
+        Answer::Challenge { .. } => "challenge".to_owned(),
+    }
+}
+
+/// As a destination that takes whatever is sound.
+fn take(far: &Socket) -> Result<Hello, HandshakeError> {
+    let hello = read_hello(far)?.proven(far)?;
+    accept(far, &welcome()).map(|()| hello)
 }
 
 /// What a source makes of a destination that answers these bytes.
@@ -73,8 +87,7 @@ fn a_lane_of_each_role_is_greeted_and_taken() {
             let answer = greet(&near, &hello(role));
             (answer, near.counters().sent(), near.counters().received())
         });
-        assert_eq!(read_hello(&far).unwrap(), hello(role));
-        accept(&far, &welcome()).unwrap();
+        assert_eq!(take(&far).unwrap(), hello(role));
         let (answer, sent, received) = source.join().unwrap();
         assert_eq!(answer.unwrap(), welcome());
         assert_eq!((sent, received), (far.counters().received(), far.counters().sent()));
@@ -126,9 +139,9 @@ fn ranges_without_a_common_version_are_refused_with_both() {
     let future = postcard::to_stdvec(&(7_u16, 9_u16, "laid out otherwise")).unwrap();
     let (hello, told) = read_raw(&wrapped(&future));
     let text = hello.unwrap_err().to_string();
-    assert!(text.contains("speaks protocol versions 7 to 9, this side version 2"), "{text}");
+    assert!(text.contains("speaks protocol versions 7 to 9, this side version 3"), "{text}");
     let told = told.unwrap();
-    assert!(told.contains("the destination speaks protocol version 2, the source versions 7 to 9"), "{told}");
+    assert!(told.contains("the destination speaks protocol version 3, the source versions 7 to 9"), "{told}");
 }
 
 #[test]
@@ -206,12 +219,96 @@ fn an_echo_is_no_answer() {
 #[test]
 fn an_answer_is_checked_too() {
     let answer = |answer: &Answer| begun_with(b"\x93SWOVA\r\n", &postcard::to_stdvec(answer).unwrap());
-    let error = greet_raw(&answer(&Answer::Welcome(Welcome { version: 3, ..welcome() })));
-    assert!(error.to_string().contains("chose version 3, where version 2 was offered"), "{error}");
+    let error = greet_raw(&answer(&Answer::Welcome(Welcome { version: 4, ..welcome() })));
+    assert!(error.to_string().contains("chose version 4, where version 3 was offered"), "{error}");
     let clock = HostClock { boot_id: "x".repeat(65) };
     let error = greet_raw(&answer(&Answer::Welcome(Welcome { clock, ..welcome() })));
     assert!(error.to_string().contains("boot id has 65 bytes"), "{error}");
     assert!(matches!(greet_raw(&begun_with(b"\x93SWOVA\r\n", &[9])), HandshakeError::Malformed { .. }));
+}
+
+/// A connection on which a source said all that it has to say, up to its welcome, as it crossed.
+fn recorded(role: LaneRole) -> Vec<u8> {
+    let (near, relay) = Socket::pair().unwrap();
+    let (other, far) = Socket::pair().unwrap();
+    let there = thread::spawn(move || take(&far).unwrap());
+    let here = thread::spawn(move || greet(&near, &hello(role)).unwrap());
+    let deadline = Deadline::after(TIME_LIMIT);
+    let mut recording = Vec::new();
+    let pass = |from: &Socket, to: &Socket, magic| {
+        let body = envelope::read(from, magic, &deadline).unwrap();
+        envelope::write(to, magic, &body, &deadline).unwrap();
+        begun_with(&magic, &body)
+    };
+    recording.extend(pass(&relay, &other, envelope::HELLO));
+    pass(&other, &relay, envelope::ANSWER);
+    recording.extend(pass(&relay, &other, envelope::RESPONSE));
+    pass(&other, &relay, envelope::ANSWER);
+    here.join().unwrap();
+    there.join().unwrap();
+    recording
+}
+
+#[test]
+fn what_was_said_on_one_connection_opens_no_other() {
+    for role in [LaneRole::Control, LaneRole::Fault, LaneRole::Bulk] {
+        let recording = recorded(role);
+        let (near, far) = Socket::pair().unwrap();
+        raw(&near, &recording);
+        let introduction = read_hello(&far).unwrap();
+        assert_eq!(introduction.unproven(), &hello(role), "it is a sound one");
+        let error = introduction.proven(&far).unwrap_err();
+        assert!(matches!(error, HandshakeError::Repeated { .. }), "{error}");
+        assert_eq!(next_answer(&near).map(said).as_deref(), Some("challenge"));
+        let told = next_answer(&near).map(said).unwrap();
+        assert!(told.contains("said on another one"), "{told}");
+    }
+}
+
+#[test]
+fn a_challenge_is_answered_for_what_was_said_and_in_time() {
+    let body = postcard::to_stdvec(&hello(LaneRole::Fault)).unwrap();
+    let right = |nonce: Nonce| nonce.response(&body).as_bytes().to_vec();
+    for case in ["taken", "for another text", "cut short", "none"] {
+        let (near, far) = Socket::pair().unwrap();
+        raw(&near, &wrapped(&body));
+        let limit = if case == "none" { SHORT } else { TIME_LIMIT };
+        let there = thread::spawn(move || {
+            let proven = read_hello(&far).unwrap().proven_by(&far, &Deadline::after(limit));
+            proven.map_or_else(|error| error.to_string(), |_| "taken".to_owned())
+        });
+        let Some(Answer::Challenge { nonce }) = next_answer(&near) else { panic!("no challenge") };
+        let (response, expected) = match case {
+            "taken" => (right(nonce), "taken"),
+            "for another text" => (nonce.response(b"something else").as_bytes().to_vec(), "repeats it"),
+            "cut short" => (right(nonce)[..31].to_vec(), "repeats it"),
+            _ => (Vec::new(), "not finished within"),
+        };
+        if !response.is_empty() {
+            envelope::write(&near, envelope::RESPONSE, &response, &Deadline::after(TIME_LIMIT)).unwrap();
+        }
+        let outcome = there.join().unwrap();
+        assert!(outcome.contains(expected), "{case}: {outcome}");
+    }
+}
+
+#[test]
+fn no_two_challenges_are_alike_and_a_source_answers_one() {
+    let challenge = || {
+        let (near, far) = Socket::pair().unwrap();
+        raw(&near, &wrapped(&postcard::to_stdvec(&hello(LaneRole::Bulk)).unwrap()));
+        let introduction = read_hello(&far).unwrap();
+        let _ = introduction.proven_by(&far, &Deadline::after(SHORT / 10));
+        match next_answer(&near) {
+            Some(Answer::Challenge { nonce }) => nonce,
+            other => panic!("{:?}", other.map(said)),
+        }
+    };
+    let nonce = challenge();
+    assert_ne!(nonce, challenge());
+    let challenge = begun_with(&envelope::ANSWER, &postcard::to_stdvec(&Answer::Challenge { nonce }).unwrap());
+    let error = greet_raw(&[&challenge[..], &challenge].concat()).to_string();
+    assert!(error.contains("challenges this side twice"), "{error}");
 }
 
 #[test]

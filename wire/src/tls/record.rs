@@ -91,6 +91,7 @@ pub struct Sealer {
     /// Records before the next key.
     limit: u64,
     keys: Arc<Keys>,
+    updates: u64,
     /// The other side wants a new key: said by the receiving direction.
     update_wanted: Arc<AtomicBool>,
 }
@@ -148,6 +149,7 @@ impl Sealer {
             cipher: Cipher::new(secrets)?,
             limit,
             keys: Arc::clone(keys),
+            updates: 0,
             update_wanted: Arc::clone(update_wanted),
         })
     }
@@ -164,8 +166,15 @@ impl Sealer {
         if self.cipher.sequence >= self.limit - 1 || self.update_wanted.swap(false, Ordering::AcqRel) {
             self.record(to, HANDSHAKE, KEY_UPDATE_NOTICE.len(), |bytes| bytes.copy_from_slice(&KEY_UPDATE_NOTICE))?;
             self.cipher = Cipher::new(self.keys.next_to_send()?)?;
+            self.updates += 1;
         }
         self.record(to, APPLICATION_DATA, length, fill)
+    }
+
+    /// How many keys came after the handshake's.
+    #[must_use]
+    pub const fn updates(&self) -> u64 {
+        self.updates
     }
 
     /// Announces a new key and asks the other side for one.
@@ -176,6 +185,7 @@ impl Sealer {
         let notice = [kind, high, middle, low, UPDATE_REQUESTED];
         self.record(&mut sealed, HANDSHAKE, notice.len(), |bytes| bytes.copy_from_slice(&notice))?;
         self.cipher = Cipher::new(self.keys.next_to_send()?)?;
+        self.updates += 1;
         Ok(sealed.bytes().to_vec())
     }
 
@@ -213,6 +223,7 @@ pub struct Opener {
     cipher: Cipher,
     keys: Arc<Keys>,
     update_wanted: Arc<AtomicBool>,
+    updates: u64,
     fruitless: u32,
     buffer: Box<[u8]>,
     /// Received and not opened yet.
@@ -242,6 +253,7 @@ impl Opener {
             cipher: Cipher::new(secrets)?,
             keys: Arc::clone(keys),
             update_wanted: Arc::clone(update_wanted),
+            updates: 0,
             fruitless: 0,
             buffer,
             sealed: plain..end,
@@ -286,6 +298,12 @@ impl Opener {
     #[must_use]
     pub fn opened_at(&self, position: usize) -> &[u8] {
         self.buffer.get(position..self.plain.end).unwrap_or_default()
+    }
+
+    /// How many keys came after the handshake's.
+    #[must_use]
+    pub const fn updates(&self) -> u64 {
+        self.updates
     }
 
     /// Whether a part of a record is here.
@@ -380,6 +398,7 @@ impl Opener {
             self.update_wanted.store(true, Ordering::Release);
         }
         self.cipher = Cipher::new(self.keys.next_to_receive()?)?;
+        self.updates += 1;
         Ok(())
     }
 

@@ -58,15 +58,20 @@ impl TestSet {
     }
 
     pub fn revoke(&self, serial: u64) {
+        self.revoke_until(serial, 2200);
+    }
+
+    /// By a list that is good until this year begins.
+    pub fn revoke_until(&self, serial: u64, year: i32) {
         let revoked = RevokedCertParams {
             serial_number: SerialNumber::from(serial),
-            revocation_time: date_time_ymd(2024, 1, 1),
+            revocation_time: date_time_ymd(2023, 1, 1),
             reason_code: None,
             invalidity_date: None,
         };
         let list = CertificateRevocationListParams {
-            this_update: date_time_ymd(2024, 1, 1),
-            next_update: date_time_ymd(2200, 1, 1),
+            this_update: date_time_ymd(2023, 1, 1),
+            next_update: date_time_ymd(year, 1, 1),
             crl_number: SerialNumber::from(1_u64),
             issuing_distribution_point: None,
             revoked_certs: vec![revoked],

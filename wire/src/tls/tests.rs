@@ -148,10 +148,14 @@ fn raw_parts_go_the_same_way() {
 #[test]
 fn keys_are_changed_in_both_directions_as_often_as_the_cipher_wants() {
     let set = TestSet::new();
-    let few = || vec![few_records(3)];
+    const LIMIT: u64 = 3;
+    /// Records of each side, all of them data.
+    const RECORDS: u64 = 140;
+    let few = || vec![few_records(LIMIT)];
     let source = Credentials::load_with(set.path(), Role::Source, few()).unwrap();
     let destination = Credentials::load_with(set.path(), Role::Destination, few()).unwrap();
     let (near, far) = pair_of(&source, &destination);
+    let both = [Arc::clone(&near), Arc::clone(&far)];
     let echo = thread::spawn(move || {
         let mut stream = Stream::new(far).unwrap();
         let mut page = [0; 4112];
@@ -176,6 +180,27 @@ fn keys_are_changed_in_both_directions_as_often_as_the_cipher_wants() {
     stream.recv_exact(&mut [IoSliceMut::new(&mut back)]).unwrap();
     assert!(back == much);
     echo.join().unwrap();
+    drop(stream);
+    let sent = both.each_ref().map(|socket| socket.tls().unwrap().sealer().updates());
+    let received = both.each_ref().map(|socket| socket.tls().unwrap().take_opener().unwrap().updates());
+    // The last of each key's records announces the next: behind every other one, but for the last.
+    assert_eq!(sent, [(RECORDS - 1) / (LIMIT - 1); 2]);
+    assert_eq!(received, [sent[1], sent[0]]);
+}
+
+#[test]
+fn no_new_key_is_made_before_one_is_due() {
+    let (near, far) = pair();
+    let both = [Arc::clone(&near), Arc::clone(&far)];
+    let mut stream = Stream::new(near).unwrap();
+    let mut there = Stream::new(far).unwrap();
+    for _ in 0..100 {
+        stream.send_all(&[IoSlice::new(&[7; 100])]).unwrap();
+        there.recv_exact(&mut [IoSliceMut::new(&mut [0; 100])]).unwrap();
+    }
+    drop((stream, there));
+    assert_eq!(both[0].tls().unwrap().sealer().updates(), 0);
+    assert_eq!(both[1].tls().unwrap().take_opener().unwrap().updates(), 0);
 }
 
 #[test]
@@ -192,6 +217,7 @@ fn a_new_key_that_is_asked_for_is_made() {
     // What is sent next announces it, and is under it.
     let answer = seal(&mut near.tls().unwrap().sealer(), b"x");
     assert_eq!(answer.len(), 5 + OVERHEAD + 1 + OVERHEAD);
+    assert_eq!(near.tls().unwrap().sealer().updates(), 1);
     let mut other = far.take_opener().unwrap();
     other.space(1).0[..answer.len()].copy_from_slice(&answer);
     other.received(answer.len());
@@ -264,6 +290,19 @@ fn an_end_is_no_success_whoever_makes_it() {
         let error = Stream::new(far).unwrap().recv_exact(&mut [IoSliceMut::new(&mut [0; 100])]).unwrap_err();
         assert!(error.to_string().contains(expected), "{error}");
     }
+}
+
+#[test]
+fn nothing_is_opened_behind_an_end() {
+    let (near, far) = pair();
+    let end = near.tls().unwrap().sealer().alert(0).unwrap();
+    let more = seal(&mut near.tls().unwrap().sealer(), b"one more");
+    let mut opener = far.tls().unwrap().take_opener().unwrap();
+    let bytes = [end, more].concat();
+    opener.space(1).0[..bytes.len()].copy_from_slice(&bytes);
+    opener.received(bytes.len());
+    assert!(matches!(opener.plaintext(), Err(TlsError::Closed)));
+    assert!(matches!(opener.plaintext(), Err(TlsError::Broken)));
 }
 
 #[test]
@@ -348,6 +387,34 @@ fn each_wrong_certificate_is_refused_with_a_reason_on_both_sides() {
         fs::copy(good.path().join(from), good.path().join(to)).unwrap();
     }
     check(&good, true, "localhost", "not made out for a TLS server", "does not take this side's");
+}
+
+#[test]
+fn an_expired_revocation_list_vouches_for_nobody() {
+    let good = TestSet::new();
+    let without = clone_of(&good);
+    fs::copy(good.path().join(CA_CERT), without.path().join(CA_CERT)).unwrap();
+    good.revoke_until(77, 2025);
+    let expected = "the revocation list has expired; put a new ca-crl.pem";
+    let (source, _) = say(good.path(), without.path(), "localhost");
+    assert!(source.contains(expected), "{source}");
+    let (_, destination) = say(without.path(), good.path(), "localhost");
+    assert!(destination.contains(expected), "{destination}");
+}
+
+#[test]
+fn a_handshake_that_is_longer_than_any_is_not_waited_for() {
+    let set = TestSet::new();
+    let (near, far) = Socket::pair().unwrap();
+    // A ClientHello that says that it has 60,000 bytes.
+    let message = [&[1, 0, 0xEA, 0x60][..], &[0; 60_000]].concat();
+    let records = message.chunks(MAX_PLAINTEXT).map(|piece| {
+        let length = u16::try_from(piece.len()).unwrap().to_be_bytes();
+        [&[22, 3, 1][..], &length, piece].concat()
+    });
+    send(near.as_fd().as_raw_fd(), &records.collect::<Vec<_>>().concat(), MsgFlags::empty()).unwrap();
+    let error = secure_as_destination(&far, &set.good_destination()).unwrap_err().to_string();
+    assert!(error.contains("longer than any needs to be"), "{error}");
 }
 
 fn clone_of(set: &TestSet) -> tempfile::TempDir {

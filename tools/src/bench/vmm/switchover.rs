@@ -9,6 +9,7 @@ use switchover_hybrid::report::SideReport;
 use super::{Machine, Vmm};
 use crate::bench::run_error::RunError;
 use crate::bench::schema::OURS;
+use crate::confine::filter::Mode;
 use crate::qmp_client::QmpClient;
 
 const REPORT: &str = "x-switchover-report";
@@ -20,6 +21,8 @@ pub struct Switchover {
     pub executable: PathBuf,
     /// What its lanes are protected by.
     pub lanes: Lanes,
+    /// Whether it is confined to its system calls.
+    pub seccomp: Mode,
 }
 
 /// What lanes are protected by.
@@ -72,6 +75,7 @@ impl Switchover {
             Lanes::Plain => command.arg("--allow-plain"),
             Lanes::Tls(folder) => command.arg("--tls-creds").arg(folder),
         };
+        command.args(["--seccomp", self.seccomp.name()]);
         command.arg("--qmp").arg(format!("unix:{}", qmp.display()));
         command
     }
