@@ -12,6 +12,8 @@
 //! image made durable, while it runs. The image is the guest as it was in that pause, which is as long as it takes to copy those pages,
 //! however large memory is.
 
+use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -24,7 +26,6 @@ use switchover_image::error::ImageError;
 use switchover_image::sections::{Origin, Sections};
 use switchover_image::writer::{ImageWriter, Options, Written};
 use switchover_pager::cpu::CpuMeter;
-use switchover_pager::ram::{Ram, RamError};
 use switchover_precopy::bitmap::PageBitmap;
 use switchover_precopy::dirty::{DirtyLog, DirtyLogError};
 use switchover_wire::clock::Nanos;
@@ -44,8 +45,6 @@ use crate::status::MigrationStatus;
 const MOST_PASSES: u32 = 10;
 /// Pages that are copied in the pause of a live save without another pass before it: a megabyte, a fraction of a millisecond.
 const FEW: PageCount = PageCount(256);
-/// Pages that are copied at a time.
-const COPIED_AT_A_TIME: u64 = 256;
 
 /// How a guest is saved.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -79,15 +78,42 @@ enum Trouble {
     Image(ImageError),
     Machine(MachineError),
     Log(DirtyLogError),
-    Memory(RamError),
 }
 
 /// The guest in the pause of a live save.
 struct Moment {
     sections: Sections,
-    /// The pages that it had written since they were last written to the image, in their places; nothing else is in it.
-    copy: Ram,
+    /// The pages that it had written since they were last written to the image.
     which: PageBitmap,
+    copy: Copied,
+}
+
+/// Stretches of pages and their bytes, in order.
+struct Copied(Vec<(PageIndex, Vec<u8>)>);
+
+impl Copied {
+    /// Those of `which`, as they are in `memory` now.
+    fn of(memory: &File, which: &PageBitmap) -> Result<Self, ImageError> {
+        let copy = |(first, count): (PageIndex, PageCount)| {
+            let mut bytes = vec![0; usize::try_from(count.bytes()).unwrap_or(usize::MAX)];
+            match memory.read_exact_at(&mut bytes, first.offset()) {
+                Ok(()) => Ok((first, bytes)),
+                Err(source) => Err(ImageError::Memory { attempted: "read", page: first, source }),
+            }
+        };
+        which.runs().map(copy).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// Pages that lie in one stretch.
+    fn read(&self, first: PageIndex, bytes: &mut [u8]) -> io::Result<()> {
+        let behind = self.0.partition_point(|(start, _)| *start <= first);
+        let found = behind.checked_sub(1).and_then(|index| self.0.get(index)).and_then(|(start, held)| {
+            let at = usize::try_from(first.offset() - start.offset()).ok()?;
+            held.get(at..)?.get(..bytes.len())
+        });
+        bytes.copy_from_slice(found.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
 }
 
 impl Saving {
@@ -234,10 +260,11 @@ impl Shared {
         self.recorder.write(|record| record.running_heard = Some(Nanos::now()));
         log.stop();
         let Moment { sections, copy, which } = moment.map_err(unharmed)?;
+        let read = |first: PageIndex, bytes: &mut [u8]| copy.read(first, bytes);
         let nothing = |_: PageIndex, _: &[u64]| Ok(());
         let written = self
             .recorder
-            .timed("write-memory", || writer.rewrite(copy.file(), which.words(), &nothing, &self.tally))
+            .timed("write-memory", || writer.rewrite(&read, which.words(), &nothing, &self.tally))
             .and_then(|()| writer.settle(&self.tally))
             .and_then(|()| self.recorder.timed("make-durable", || writer.commit(&sections)));
         written.map_err(|error| unharmed(Trouble::Image(error)))
@@ -251,6 +278,7 @@ impl Shared {
         let rearm = |first: PageIndex, words: &[u64]| {
             log.rearm(first, words).map_err(|error| ImageError::Track(Box::new(error)))
         };
+        let read = |first: PageIndex, bytes: &mut [u8]| ram.file().read_exact_at(bytes, first.offset());
         self.begin_pass();
         writer.write_moving(ram.file(), &rearm, &self.tally).map_err(Trouble::Image)?;
         let mut before = ram.pages();
@@ -263,7 +291,7 @@ impl Shared {
             }
             before = count;
             self.begin_pass();
-            writer.rewrite(ram.file(), written.words(), &rearm, &self.tally).map_err(Trouble::Image)?;
+            writer.rewrite(&read, written.words(), &rearm, &self.tally).map_err(Trouble::Image)?;
         }
         Ok(())
     }
@@ -274,18 +302,7 @@ impl Shared {
         let sections = self.sections(paused)?;
         let mut which = PageBitmap::new(ram.pages());
         log.peek(&mut which).map_err(Trouble::Log)?;
-        let copy = Ram::new(ram.pages()).map_err(Trouble::Memory)?;
-        let mut bytes = Vec::new();
-        for (first, count) in which.runs() {
-            for start in (first.0..first.0 + count.0).step_by(usize::try_from(COPIED_AT_A_TIME).unwrap_or(1)) {
-                let pages = PageCount(COPIED_AT_A_TIME.min(first.0 + count.0 - start));
-                bytes.resize(usize::try_from(pages.bytes()).unwrap_or(0), 0);
-                let (page, at) = (PageIndex(start), PageIndex(start).offset());
-                let failed = |attempted| move |source| Trouble::Image(ImageError::Memory { attempted, page, source });
-                ram.file().read_exact_at(&mut bytes, at).map_err(failed("read"))?;
-                copy.file().write_all_at(&bytes, at).map_err(failed("copy"))?;
-            }
-        }
+        let copy = Copied::of(ram.file(), &which).map_err(Trouble::Image)?;
         Ok(Moment { sections, copy, which })
     }
 
@@ -341,7 +358,6 @@ impl Shared {
             Trouble::Image(error) => (FailureKind::Image, error.to_string()),
             Trouble::Machine(error) => (FailureKind::Machine, error.to_string()),
             Trouble::Log(error) => (FailureKind::Machine, error.to_string()),
-            Trouble::Memory(error) => (FailureKind::Machine, error.to_string()),
         };
         let path = self.path.display();
         let sentence = format!("cannot save the guest to {path}: {reason}; {}", guest.sentence());

@@ -58,6 +58,9 @@ struct Slot {
 /// Called with the first page of a chunk and bits for some of its pages, before these are read.
 pub type BeforeRead<'a> = &'a (dyn Fn(PageIndex, &[u64]) -> Result<(), ImageError> + Sync);
 
+/// Reads pages from the first one on, as many as there is room for.
+pub type ReadPages<'a> = &'a (dyn Fn(PageIndex, &mut [u8]) -> io::Result<()> + Sync);
+
 /// What an image has come to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Written {
@@ -131,13 +134,13 @@ impl ImageWriter {
         share_out(threads_for(chunks), chunks, tally, || self.tool(memory), work)
     }
 
-    /// Writes those pages again that have a bit in `which`, as they are in `memory` now. Not into a compressed image.
+    /// Writes those pages again that have a bit in `which`, as `read` finds them. Not into a compressed image.
     ///
     /// # Errors
     /// As [`write_moving`](Self::write_moving).
     pub fn rewrite(
         &self,
-        memory: &File,
+        read: ReadPages<'_>,
         which: &[u64],
         before: BeforeRead<'_>,
         tally: &Tally,
@@ -154,9 +157,9 @@ impl ImageWriter {
                 return Ok(());
             }
             before(PageIndex(range.start), &asked.0)?;
-            self.rewrite_chunk(tool, number, asked, tally)
+            self.rewrite_chunk(tool, number, asked, read, tally)
         };
-        share_out(threads_for(chunks), chunks, tally, || self.tool(memory), work)
+        share_out(threads_for(chunks), chunks, tally, || self.tool(self.partial.file()), work)
     }
 
     /// Hashes the chunks anew in which pages were written again. To be called when nothing will be any more.
@@ -259,7 +262,14 @@ impl ImageWriter {
         Ok(())
     }
 
-    fn rewrite_chunk(&self, tool: &mut Tool<'_>, number: u64, asked: Present, tally: &Tally) -> Result<(), ImageError> {
+    fn rewrite_chunk(
+        &self,
+        tool: &mut Tool<'_>,
+        number: u64,
+        asked: Present,
+        read: ReadPages<'_>,
+        tally: &Tally,
+    ) -> Result<(), ImageError> {
         let Some(mut slot) = self.slot(number) else { return Ok(()) };
         let range = pages_of(number, self.pages);
         let bytes = tool.chunk.bytes_mut();
@@ -267,8 +277,11 @@ impl ImageWriter {
         for run in asked.runs(1) {
             let first = PageIndex(range.start + run.start as u64);
             let within = run.start * PAGE_SIZE..run.end * PAGE_SIZE;
-            let read = tool.memory.read_exact_at(&mut bytes[within], first.offset());
-            read.map_err(|source| ImageError::Memory { attempted: "read", page: first, source })?;
+            read(first, &mut bytes[within]).map_err(|source| ImageError::Memory {
+                attempted: "read",
+                page: first,
+                source,
+            })?;
             let present = Present::of(bytes, run.clone());
             for page in run {
                 if present.contains(page) {

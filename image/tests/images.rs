@@ -240,7 +240,8 @@ fn memory_that_changes_meanwhile_is_written_again() {
         ram.file().write_all_at(&[byte; PAGE_SIZE], PageIndex(page).offset()).unwrap();
         which[usize::try_from(page / 64).unwrap()] |= 1 << (page % 64);
     }
-    writer.rewrite(ram.file(), &which, &before, &tally).unwrap();
+    let read = |first: PageIndex, bytes: &mut [u8]| ram.file().read_exact_at(bytes, first.offset());
+    writer.rewrite(&read, &which, &before, &tally).unwrap();
     asked.lock().unwrap().sort_unstable();
     assert_eq!(*asked.lock().unwrap(), [(0, 3), (256, 1)]);
     writer.settle(&tally).unwrap();

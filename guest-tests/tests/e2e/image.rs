@@ -272,9 +272,12 @@ fn a_save_that_finds_no_room_or_no_place_leaves_the_guest_running() {
     lab.close();
 }
 
+/// Kills, unless `SWITCHOVER_SAVE_KILLS` says otherwise.
+const SAVE_KILLS: u64 = 8;
+
 #[test]
 fn whoever_is_killed_while_it_saves_leaves_a_whole_image() {
-    const POINTS: u64 = 8;
+    let kills = std::env::var("SWITCHOVER_SAVE_KILLS").map_or(SAVE_KILLS, |text| text.parse().unwrap());
     let lab = lab!("whoever_is_killed_while_it_saves_leaves_a_whole_image");
     let image = lab.path("guest.image");
     let spec = lab.guest("random", "ws=16M period=50");
@@ -282,13 +285,15 @@ fn whoever_is_killed_while_it_saves_leaves_a_whole_image() {
     let mut journey = Journey::from(&machine);
     journey.works_on(1);
     save(&mut machine, &image);
-    for point in 0..POINTS {
-        machine.execute("cont", json!({}));
+    machine.execute("cont", json!({}));
+    for point in 0..kills {
+        let live = point % 2 == 1;
+        machine.execute("migrate-set-parameters", json!({ "x-switchover-live-save": live }));
         machine.execute("migrate", uri(&image));
         until("it has come that far", || {
             let look = machine.execute("query-migrate", json!({}));
             let left = look["ram"]["remaining"].as_u64().unwrap_or(64 << 20);
-            (look["status"] == "completed" || ((64 << 20) - left) * POINTS >= point * (64 << 20)).then_some(())
+            (look["status"] == "completed" || ((64 << 20) - left) * kills >= point * (64 << 20)).then_some(())
         });
         machine.kill();
         fs::remove_file(machine.qmp_path()).unwrap();
