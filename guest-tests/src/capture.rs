@@ -1,11 +1,14 @@
 //! What a process prints, as it prints it.
 
 use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
 
-use crate::waiting::PATIENCE;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::waiting::{PATIENCE, until};
 
 /// A stream that a thread reads to its end.
 #[derive(Debug, Default)]
@@ -18,22 +21,31 @@ pub struct Capture {
 struct State {
     bytes: Vec<u8>,
     ended: bool,
+    /// Where the bytes come from.
+    stream: Option<OwnedFd>,
 }
 
 impl Capture {
     /// Reads `stream` from now on.
-    pub fn of(mut stream: impl Read + Send + 'static) -> Arc<Self> {
+    ///
+    /// # Panics
+    /// When its descriptor cannot be duplicated.
+    pub fn of(mut stream: impl Read + AsFd + Send + 'static) -> Arc<Self> {
         let capture = Arc::new(Self::default());
+        capture.lock().stream = Some(stream.as_fd().try_clone_to_owned().unwrap());
         let fill = Arc::clone(&capture);
         thread::spawn(move || {
             let mut bytes = [0; 4096];
             loop {
-                let count = stream.read(&mut bytes).unwrap_or(0);
+                // Read under the lock, so that whoever holds it and finds nothing to read has all of it.
+                let _ = poll(&mut [PollFd::new(stream.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
                 let mut state = fill.lock();
+                let count = stream.read(&mut bytes).unwrap_or(0);
                 state.bytes.extend_from_slice(&bytes[..count]);
                 state.ended = count == 0;
                 fill.changed.notify_all();
                 if state.ended {
+                    state.stream = None;
                     return;
                 }
             }
@@ -55,6 +67,21 @@ impl Capture {
     /// How many bytes have come.
     pub fn len(&self) -> usize {
         self.lock().bytes.len()
+    }
+
+    /// How many bytes have come, once all that was written before this call has.
+    ///
+    /// # Panics
+    /// When that takes too long.
+    pub fn len_of_all(&self) -> usize {
+        until("all that was written is read", || {
+            let state = self.lock();
+            let more = state.stream.as_ref().is_some_and(|stream| {
+                poll(&mut [PollFd::new(stream.as_fd(), PollFlags::POLLIN)], PollTimeout::ZERO)
+                    .is_ok_and(|ready| ready > 0)
+            });
+            (state.ended || !more).then_some(state.bytes.len())
+        })
     }
 
     /// Whether nothing has come.

@@ -317,7 +317,7 @@ impl Cell {
         assert!(!self.source.refuses("cont", json!({})).is_empty());
         assert!(self.source.refuses("quit", json!({})).contains("only here yet"));
         assert!(!self.source.refuses("migrate_cancel", json!({})).is_empty());
-        let printed = self.source.serial().len();
+        let printed = self.source.serial().len_of_all();
         assert_eq!(printed, *self.printed.get_or_insert(printed), "the guest ran at a source that had given it away");
     }
 
