@@ -235,6 +235,10 @@ fn memory() -> Vec<Group> {
             "a destination's pager, where this host has no /dev/userfaultfd; how much of the guest is in memory",
             [libc::SYS_userfaultfd, SYS_CACHESTAT],
         ),
+        group(
+            "what a guest overwrites while it is saved as it runs waits in memory of its own",
+            [libc::SYS_memfd_create],
+        ),
     ]
 }
 
