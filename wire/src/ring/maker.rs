@@ -3,7 +3,7 @@
 //! seccomp does not see what an io_uring does, so a process that is confined by it must not be able to make a ring that does
 //! everything. Rings cannot all be made before: each belongs to the thread that enables it, and a lost link is joined again with
 //! new threads, without end. So a child is split off while this process has a single thread and nothing to lose. All that it
-//! can do is make rings, [restricted](super::restrict) and disabled.
+//! can do is make rings, restricted (`setup.rs`) and disabled.
 //!
 //! No ring goes through a socket (Linux 6.7 and later refuse to send one). The child shares the *table of descriptors* with its
 //! parent and nothing else, no memory: a ring that it makes is a descriptor of both, and a message says which. It follows that

@@ -1,8 +1,8 @@
 //! Files of the host that a guest may open, read and write: a paravirtual device behind one port.
 //!
-//! The guest writes the guest-physical address of a [request](request) to the port, 32 bits at once, and finds the result in the
-//! request when the instruction is over. What it opens lies under one directory ([`directory`]); nothing else of the host can be
-//! reached. Which files are open, how, and where in them the guest is travels with the guest ([`table`]): the other side opens them
+//! The guest writes the guest-physical address of a [`request`] to the port, 32 bits at once, and finds the result in the
+//! request when the instruction is over. What it opens lies under one directory (`directory.rs`); nothing else of the host can be
+//! reached. Which files are open, how, and where in them the guest is travels with the guest (`table.rs`): the other side opens them
 //! again under its own directory, which must hold the same files.
 //!
 //! What the device writes into guest memory counts as written by the guest, for whoever keeps the book of dirty pages.

@@ -45,7 +45,7 @@ impl OpenFiles {
     /// Opens a file and gives it the lowest free number.
     ///
     /// # Errors
-    /// As [`Directory::file`], and `EMFILE` where the guest has too many open.
+    /// As open(2), `EINVAL` and `EPERM` for what is not for guests, and `EMFILE` where the guest has too many open.
     pub fn open(&mut self, directory: &Directory, path: String, flags: u32, mode: u32) -> Result<u32, Errno> {
         let number = (FIRST..FIRST + MOST).find(|number| !self.0.contains_key(number)).ok_or(Errno::EMFILE)?;
         let file = directory.file(&path, flags, mode)?;
