@@ -193,7 +193,7 @@ fn saved_files_that_make_no_sense_are_refused() {
     let guest = Guest::new();
     fs::write(guest.path("file"), b"").unwrap();
     for (numbers, paths) in [
-        ([2, 3], ["file", "file"]),
+        ([2_u32, 3], ["file", "file"]),
         ([259, 3], ["file", "file"]),
         ([3, 3], ["file", "file"]),
         ([3, 4], ["file", "../x"]),
