@@ -306,7 +306,7 @@ fn whoever_is_killed_while_it_saves_leaves_a_whole_image() {
     }
     let text = machine.serial();
     until("the guest works on", || text.text().contains("bad 0").then_some(()));
-    assert!(!text.text().lines().any(|line| line.contains(" bad ") && !line.contains(" bad 0")), "{}", text.text());
+    assert!(!text.text().lines().any(|line| line.contains(" h: ") && !line.contains(" bad 0 ")), "{}", text.text());
     machine.quit();
     lab.close();
 }
