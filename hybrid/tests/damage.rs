@@ -295,8 +295,11 @@ fn without_checksums_a_damaged_page_goes_unnoticed() {
     let story = migrate(settings, Some(IN_A_PAGE));
     assert!(story.flipped && story.logged.contains("CRC-32"), "{:?} {}", story.said, story.logged);
     assert_eq!(story.wrong, None);
-    let story = migrate(Settings { checksums: false, ..settings }, Some(IN_A_PAGE));
-    assert!(story.flipped && story.wrong.is_some() && story.said.is_empty(), "{:?}", story.said);
+    // The guest may have asked for that very page, which then comes twice, and once undamaged.
+    let damaged = (0..10).map(|_| migrate(Settings { checksums: false, ..settings }, Some(IN_A_PAGE)));
+    let story = damaged.inspect(|story| assert!(story.flipped)).find(|story| story.wrong.is_some());
+    let story = story.expect("no damaged page got through");
+    assert!(story.said.is_empty(), "{:?}", story.said);
     assert_eq!(story.compared, [None, None]);
 }
 
