@@ -52,6 +52,7 @@
 #![doc = include_str!("../examples/toy.rs")]
 //! ```
 
+mod at_rest;
 pub mod capability;
 pub mod comparison;
 mod control;

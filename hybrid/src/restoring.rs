@@ -8,23 +8,18 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread;
 
-use switchover_image::Tally;
 use switchover_image::reader::Image;
-use switchover_pager::cpu::CpuMeter;
 use switchover_wire::clock::Nanos;
 use switchover_wire::description::describe_mismatches;
-use switchover_wire::types::PAGE_SIZE_U64;
 
+use crate::at_rest::Books;
 use crate::error::MigrationError;
 use crate::failure::{FailureKind, FailureView, GuestAfter};
-use crate::lanes::Lanes;
-use crate::machine::Machine;
+use crate::machine::{Machine, MachineError};
 use crate::progress::Progress;
-use crate::recorder::Recorder;
-use crate::report::{CpuSeconds, Side, SideReport};
+use crate::report::{Side, SideReport};
 use crate::settings::Observer;
 use crate::status::MigrationStatus;
 
@@ -35,11 +30,8 @@ pub struct Restoring {
 }
 
 struct Shared {
-    machine: Arc<dyn Machine>,
+    books: Books,
     image: Image,
-    recorder: Recorder,
-    tally: Tally,
-    cpu: CpuMeter,
 }
 
 impl Restoring {
@@ -56,13 +48,11 @@ impl Restoring {
             let reason = describe_mismatches(&mismatches);
             return Err(MigrationError::ImageMismatch { path: path.to_owned(), reason });
         }
-        let (recorder, tally, cpu) = (Recorder::new(observer), Tally::default(), CpuMeter::default());
-        let shared = Arc::new(Shared { machine, image, recorder, tally, cpu });
-        shared.recorder.begin();
+        let shared = Arc::new(Shared { books: Books::begin(machine, observer), image });
         let restorer = Arc::clone(&shared);
         thread::Builder::new()
             .name("restore".to_owned())
-            .spawn(move || restorer.cpu.measure(|| restorer.run()))
+            .spawn(move || restorer.books.cpu.measure(|| restorer.run()))
             .map_err(MigrationError::Thread)?;
         Ok(Self { shared })
     }
@@ -70,61 +60,41 @@ impl Restoring {
     /// How far it has come.
     #[must_use]
     pub fn progress(&self) -> Progress {
-        let Shared { machine, recorder, tally, .. } = &*self.shared;
-        let record = recorder.read();
-        let ram_total = machine.ram().pages().bytes();
-        let (zero, data) = (tally.zero.load(Ordering::Relaxed), tally.data.load(Ordering::Relaxed));
-        let bytes = tally.bytes.load(Ordering::Relaxed);
-        Progress {
-            status: record.status,
-            error: record.error.clone(),
-            failure: record.failure,
-            ram_total,
-            transferred: bytes,
-            remaining: ram_total.saturating_sub((zero + data).saturating_mul(PAGE_SIZE_U64)),
-            zero_pages: zero,
-            normal_pages: data,
-            total_time_ns: record.total_time_ns(),
-            setup_time_ns: record.setup_time_ns(),
-            downtime_bytes: bytes,
-            phases: record.phases,
-            ..Progress::default()
-        }
+        let progress = self.shared.books.progress();
+        // Nothing of the guest runs before all of it is here.
+        Progress { downtime_bytes: progress.transferred, ..progress }
     }
 
     /// What is known of it. Complete once it is over.
     #[must_use]
     pub fn report(&self) -> SideReport {
-        let shared = &self.shared;
-        let pages = shared.machine.ram().pages();
-        let mut report = shared.recorder.read().into_report(Side::Destination, &Lanes::default(), pages);
-        report.cpu += CpuSeconds::from(shared.cpu.total());
-        report
+        self.shared.books.report(Side::Destination)
     }
 
     /// Waits until it is over.
     #[must_use]
     pub fn wait(&self) -> MigrationStatus {
-        self.shared.recorder.wait()
+        self.shared.books.recorder.wait()
     }
 }
 
 impl Shared {
     fn run(&self) {
-        self.recorder.set_status(MigrationStatus::Active);
+        let recorder = &self.books.recorder;
+        recorder.set_status(MigrationStatus::Active);
         match self.restore() {
-            Ok(()) => self.recorder.set_status(MigrationStatus::Completed),
+            Ok(()) => recorder.set_status(MigrationStatus::Completed),
             Err((kind, reason)) => {
                 let guest = GuestAfter::InImage;
                 let path = self.image.path().display();
                 let sentence = format!("cannot restore the guest of {path}: {reason}; {}", guest.sentence());
-                self.recorder.fail(FailureView { kind, guest }, sentence);
+                recorder.fail(FailureView { kind, guest }, sentence);
             }
         }
     }
 
     fn restore(&self) -> Result<(), (FailureKind, String)> {
-        let Self { machine, image, recorder, tally, .. } = self;
+        let Self { books: Books { machine, recorder, tally, .. }, image } = self;
         let sections = image.sections();
         recorder.write(|record| {
             record.was_running = sections.was_running;
@@ -133,7 +103,7 @@ impl Shared {
         recorder
             .timed("load-memory", || image.load(machine.ram().file(), tally))
             .map_err(|error| (FailureKind::Image, error.to_string()))?;
-        let of_machine = |error: crate::machine::MachineError| (FailureKind::Machine, error.to_string());
+        let of_machine = |error: MachineError| (FailureKind::Machine, error.to_string());
         recorder.timed("load-state", || machine.load_state(&sections.state)).map_err(of_machine)?;
         recorder.write(|record| record.instants.commit_ns = Some(Nanos::now().0));
         machine.take_right_to_run();

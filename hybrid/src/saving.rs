@@ -21,23 +21,20 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use switchover_image::Tally;
 use switchover_image::error::ImageError;
 use switchover_image::sections::{Origin, Sections};
 use switchover_image::writer::{ImageWriter, Options, Written};
-use switchover_pager::cpu::CpuMeter;
 use switchover_precopy::bitmap::PageBitmap;
 use switchover_precopy::dirty::{DirtyLog, DirtyLogError};
 use switchover_wire::clock::Nanos;
-use switchover_wire::types::{PAGE_SIZE_U64, PageCount, PageIndex};
+use switchover_wire::types::{PageCount, PageIndex};
 
+use crate::at_rest::Books;
 use crate::error::MigrationError;
 use crate::failure::{FailureKind, FailureView, GuestAfter};
-use crate::lanes::Lanes;
 use crate::machine::{Machine, MachineError, Paused};
 use crate::progress::Progress;
-use crate::recorder::Recorder;
-use crate::report::{CpuSeconds, Side, SideReport};
+use crate::report::{Side, SideReport};
 use crate::settings::Observer;
 use crate::status::MigrationStatus;
 
@@ -62,14 +59,11 @@ pub struct Saving {
 }
 
 struct Shared {
-    machine: Arc<dyn Machine>,
+    books: Books,
     path: PathBuf,
     live: bool,
-    recorder: Recorder,
     /// Passes over memory begun.
     passes: AtomicU32,
-    tally: Tally,
-    cpu: CpuMeter,
     written: Mutex<Option<Written>>,
 }
 
@@ -126,66 +120,39 @@ impl Saving {
         let options = Options { compress: how.compress && !how.live };
         let writer = ImageWriter::create(path, machine.ram().pages(), options)?;
         let shared = Arc::new(Shared {
-            machine,
+            books: Books::begin(machine, observer),
             path: path.to_owned(),
             live: how.live,
             passes: AtomicU32::new(0),
-            recorder: Recorder::new(observer),
-            tally: Tally::default(),
-            cpu: CpuMeter::default(),
             written: Mutex::new(None),
         });
-        shared.recorder.begin();
         let saver = Arc::clone(&shared);
         thread::Builder::new()
             .name("save".to_owned())
-            .spawn(move || saver.cpu.measure(|| saver.run(writer)))
+            .spawn(move || saver.books.cpu.measure(|| saver.run(writer)))
             .map_err(MigrationError::Thread)?;
         Ok(Self { shared })
     }
 
     /// Calls the save off; the guest runs on. One that is as good as done may be done first: the status says.
     pub fn cancel(&self) {
-        self.shared.tally.called_off.store(true, Ordering::Relaxed);
+        self.shared.books.tally.called_off.store(true, Ordering::Relaxed);
     }
 
     /// How far it has come.
     #[must_use]
     pub fn progress(&self) -> Progress {
-        let Shared { machine, recorder, tally, .. } = &*self.shared;
-        let record = recorder.read();
-        let ram_total = machine.ram().pages().bytes();
-        let (zero, data) = (tally.zero.load(Ordering::Relaxed), tally.data.load(Ordering::Relaxed));
-        let bytes = tally.bytes.load(Ordering::Relaxed);
-        Progress {
-            status: record.status,
-            error: record.error.clone(),
-            failure: record.failure,
-            ram_total,
-            transferred: bytes,
-            remaining: ram_total.saturating_sub((zero + data).saturating_mul(PAGE_SIZE_U64)),
-            zero_pages: zero,
-            normal_pages: data,
-            total_time_ns: record.total_time_ns(),
-            setup_time_ns: record.setup_time_ns(),
-            // Unless it is live, the guest stands still while its memory is written.
-            downtime_bytes: if self.shared.live { 0 } else { bytes },
-            precopy_bytes: if self.shared.live { bytes } else { 0 },
-            downtime_ns: record.downtime_ns(),
-            rounds: self.shared.passes.load(Ordering::Relaxed),
-            phases: record.phases,
-            ..Progress::default()
-        }
+        let Shared { books, live, passes, .. } = &*self.shared;
+        let progress = books.progress();
+        // Unless it is live, the guest stands still while its memory is written.
+        let (precopy_bytes, downtime_bytes) = if *live { (progress.transferred, 0) } else { (0, progress.transferred) };
+        Progress { precopy_bytes, downtime_bytes, rounds: passes.load(Ordering::Relaxed), ..progress }
     }
 
     /// What is known of it. Complete once it is over.
     #[must_use]
     pub fn report(&self) -> SideReport {
-        let shared = &self.shared;
-        let pages = shared.machine.ram().pages();
-        let mut report = shared.recorder.read().into_report(Side::Source, &Lanes::default(), pages);
-        report.cpu += CpuSeconds::from(shared.cpu.total());
-        report
+        self.shared.books.report(Side::Source)
     }
 
     /// What the image has come to, once it is whole.
@@ -197,47 +164,46 @@ impl Saving {
     /// Waits until it is over.
     #[must_use]
     pub fn wait(&self) -> MigrationStatus {
-        self.shared.recorder.wait()
+        self.shared.books.recorder.wait()
     }
 }
 
 impl Shared {
     fn run(&self, writer: ImageWriter) {
-        self.recorder.set_status(MigrationStatus::Active);
-        if self.live {
-            let log = self.machine.dirty_log();
-            let saved = self.save_live(writer, &*log);
-            log.stop();
-            return match saved {
-                Ok(written) => {
-                    *self.written.lock().unwrap_or_else(PoisonError::into_inner) = Some(written);
-                    self.recorder.set_status(MigrationStatus::Completed);
-                }
-                Err((trouble, guest)) => self.end(&trouble, guest),
-            };
-        }
-        let paused = match self.pause() {
-            Ok(paused) => paused,
-            Err(trouble) => {
-                // The guest was not paused: there is nothing to undo but the image.
-                drop(writer);
-                return self.fail(&trouble, GuestAfter::OnSource);
+        self.books.recorder.set_status(MigrationStatus::Active);
+        let saved = if self.live { self.save_live(writer) } else { self.save_paused(writer) };
+        match saved {
+            Ok(written) => {
+                *self.written.lock().unwrap_or_else(PoisonError::into_inner) = Some(written);
+                self.books.recorder.set_status(MigrationStatus::Completed);
             }
-        };
+            Err((trouble, guest)) => self.end(&trouble, guest),
+        }
+    }
+
+    /// Of a guest that is paused for it, and stays so.
+    fn save_paused(&self, writer: ImageWriter) -> Result<Written, (Trouble, GuestAfter)> {
+        // Where the guest was not paused there is nothing to undo but the image.
+        let paused = self.pause().map_err(|trouble| (trouble, GuestAfter::OnSource))?;
         self.begin_pass();
         match self.write(writer, paused) {
             Ok(written) => {
-                *self.written.lock().unwrap_or_else(PoisonError::into_inner) = Some(written);
-                self.machine.keep_paused();
-                self.recorder.set_status(MigrationStatus::Completed);
+                self.books.machine.keep_paused();
+                Ok(written)
             }
-            Err(trouble) => self.run_on(&trouble),
+            Err(trouble) => match self.books.machine.resume() {
+                Ok(()) => Err((trouble, GuestAfter::OnSource)),
+                Err(error) => {
+                    tracing::error!(%error, "the guest cannot go on after a save that failed");
+                    Err((trouble, GuestAfter::PausedOnSource))
+                }
+            },
         }
     }
 
     fn pause(&self) -> Result<Paused, Trouble> {
-        let paused = self.recorder.timed("pause", || self.machine.pause()).map_err(Trouble::Machine)?;
-        self.recorder.write(|record| {
+        let paused = self.books.recorder.timed("pause", || self.books.machine.pause()).map_err(Trouble::Machine)?;
+        self.books.recorder.write(|record| {
             record.instants.last_exit_ns = Some(paused.last_exit.0);
             record.was_running = paused.was_running;
         });
@@ -245,34 +211,40 @@ impl Shared {
     }
 
     fn begin_pass(&self) {
-        self.recorder.tell_round(self.passes.fetch_add(1, Ordering::Relaxed) + 1);
+        self.books.recorder.tell_round(self.passes.fetch_add(1, Ordering::Relaxed) + 1);
     }
 
     /// Of a guest that runs. What goes wrong leaves it so, but for one that cannot be let go on.
-    fn save_live(&self, writer: ImageWriter, log: &dyn DirtyLog) -> Result<Written, (Trouble, GuestAfter)> {
-        let unharmed = |trouble| (trouble, GuestAfter::OnSource);
-        self.passes_over(&writer, log).map_err(unharmed)?;
-        let paused = self.pause().map_err(unharmed)?;
-        let moment = self.recorder.timed("copy", || self.moment(paused, log));
-        if let Err(error) = self.machine.resume() {
-            return Err((Trouble::Machine(error), GuestAfter::PausedOnSource));
-        }
-        self.recorder.write(|record| record.running_heard = Some(Nanos::now()));
+    fn save_live(&self, writer: ImageWriter) -> Result<Written, (Trouble, GuestAfter)> {
+        let log = self.books.machine.dirty_log();
+        let caught = self.catch(&writer, &*log);
         log.stop();
-        let Moment { sections, copy, which } = moment.map_err(unharmed)?;
+        let Moment { sections, copy, which } = caught?;
+        let Books { recorder, tally, .. } = &self.books;
         let read = |first: PageIndex, bytes: &mut [u8]| copy.read(first, bytes);
         let nothing = |_: PageIndex, _: &[u64]| Ok(());
-        let written = self
-            .recorder
-            .timed("write-memory", || writer.rewrite(&read, which.words(), &nothing, &self.tally))
-            .and_then(|()| writer.settle(&self.tally))
-            .and_then(|()| self.recorder.timed("make-durable", || writer.commit(&sections)));
-        written.map_err(|error| unharmed(Trouble::Image(error)))
+        let written = recorder
+            .timed("write-memory", || writer.rewrite(&read, which.words(), &nothing, tally))
+            .and_then(|()| writer.settle(tally))
+            .and_then(|()| recorder.timed("make-durable", || writer.commit(&sections)));
+        written.map_err(|error| (Trouble::Image(error), GuestAfter::OnSource))
+    }
+
+    /// Writes memory while the guest runs, and pauses it for a moment of which the rest is kept.
+    fn catch(&self, writer: &ImageWriter, log: &dyn DirtyLog) -> Result<Moment, (Trouble, GuestAfter)> {
+        let unharmed = |trouble| (trouble, GuestAfter::OnSource);
+        let Books { machine, recorder, .. } = &self.books;
+        self.passes_over(writer, log).map_err(unharmed)?;
+        let paused = self.pause().map_err(unharmed)?;
+        let moment = recorder.timed("copy", || self.moment(paused, log));
+        machine.resume().map_err(|error| (Trouble::Machine(error), GuestAfter::PausedOnSource))?;
+        recorder.write(|record| record.running_heard = Some(Nanos::now()));
+        moment.map_err(unharmed)
     }
 
     /// Writes all of memory, then what was written meanwhile, until that is little or becomes no less.
     fn passes_over(&self, writer: &ImageWriter, log: &dyn DirtyLog) -> Result<(), Trouble> {
-        let ram = self.machine.ram();
+        let ram = self.books.machine.ram();
         log.start().map_err(Trouble::Log)?;
         // Rearmed before it is read: what is written in between is noted.
         let rearm = |first: PageIndex, words: &[u64]| {
@@ -280,7 +252,7 @@ impl Shared {
         };
         let read = |first: PageIndex, bytes: &mut [u8]| ram.file().read_exact_at(bytes, first.offset());
         self.begin_pass();
-        writer.write_moving(ram.file(), &rearm, &self.tally).map_err(Trouble::Image)?;
+        writer.write_moving(ram.file(), &rearm, &self.books.tally).map_err(Trouble::Image)?;
         let mut before = ram.pages();
         for _ in 1..MOST_PASSES {
             let mut written = PageBitmap::new(ram.pages());
@@ -291,14 +263,14 @@ impl Shared {
             }
             before = count;
             self.begin_pass();
-            writer.rewrite(&read, written.words(), &rearm, &self.tally).map_err(Trouble::Image)?;
+            writer.rewrite(&read, written.words(), &rearm, &self.books.tally).map_err(Trouble::Image)?;
         }
         Ok(())
     }
 
     /// What of the paused guest is not in the image yet.
     fn moment(&self, paused: Paused, log: &dyn DirtyLog) -> Result<Moment, Trouble> {
-        let ram = self.machine.ram();
+        let ram = self.books.machine.ram();
         let sections = self.sections(paused)?;
         let mut which = PageBitmap::new(ram.pages());
         log.peek(&mut which).map_err(Trouble::Log)?;
@@ -308,23 +280,25 @@ impl Shared {
 
     fn write(&self, writer: ImageWriter, paused: Paused) -> Result<Written, Trouble> {
         let sections = self.sections(paused)?;
-        let ram = self.machine.ram();
-        self.recorder
-            .timed("write-memory", || writer.write_memory(ram.file(), &self.tally))
-            .and_then(|()| self.recorder.timed("make-durable", || writer.commit(&sections)))
+        let ram = self.books.machine.ram();
+        self.books
+            .recorder
+            .timed("write-memory", || writer.write_memory(ram.file(), &self.books.tally))
+            .and_then(|()| self.books.recorder.timed("make-durable", || writer.commit(&sections)))
             .map_err(Trouble::Image)
     }
 
     /// Everything of the paused guest but its memory.
     fn sections(&self, paused: Paused) -> Result<Sections, Trouble> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let state = self.recorder.timed("save-state", || self.machine.save_state()).map_err(Trouble::Machine)?;
-        self.recorder.write(|record| record.state_bytes = state.len() as u64);
+        let state =
+            self.books.recorder.timed("save-state", || self.books.machine.save_state()).map_err(Trouble::Machine)?;
+        self.books.recorder.write(|record| record.state_bytes = state.len() as u64);
         Ok(Sections {
-            machine: self.machine.describe(),
+            machine: self.books.machine.describe(),
             state,
             was_running: paused.was_running,
-            first_pages: self.machine.first_pages(),
+            first_pages: self.books.machine.first_pages(),
             origin: Origin {
                 version: concat!("switchover ", env!("CARGO_PKG_VERSION")).to_owned(),
                 saved_at: now.as_secs(),
@@ -332,28 +306,13 @@ impl Shared {
         })
     }
 
-    /// The image is gone; the guest is where it was.
-    fn run_on(&self, trouble: &Trouble) {
-        match self.machine.resume() {
-            Ok(()) => self.end(trouble, GuestAfter::OnSource),
-            Err(error) => {
-                tracing::error!(%error, "the guest cannot go on after a save that failed");
-                self.fail(trouble, GuestAfter::PausedOnSource);
-            }
-        }
-    }
-
     /// It was called off, or it failed.
     fn end(&self, trouble: &Trouble, guest: GuestAfter) {
+        let recorder = &self.books.recorder;
         if matches!((trouble, guest), (Trouble::Image(ImageError::Cancelled), GuestAfter::OnSource)) {
-            self.recorder.set_status(MigrationStatus::Cancelling);
-            self.recorder.set_status(MigrationStatus::Cancelled);
-        } else {
-            self.fail(trouble, guest);
+            recorder.set_status(MigrationStatus::Cancelling);
+            return recorder.set_status(MigrationStatus::Cancelled);
         }
-    }
-
-    fn fail(&self, trouble: &Trouble, guest: GuestAfter) {
         let (kind, reason) = match trouble {
             Trouble::Image(error) => (FailureKind::Image, error.to_string()),
             Trouble::Machine(error) => (FailureKind::Machine, error.to_string()),
@@ -361,6 +320,6 @@ impl Shared {
         };
         let path = self.path.display();
         let sentence = format!("cannot save the guest to {path}: {reason}; {}", guest.sentence());
-        self.recorder.fail(FailureView { kind, guest }, sentence);
+        recorder.fail(FailureView { kind, guest }, sentence);
     }
 }
