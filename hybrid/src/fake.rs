@@ -12,8 +12,8 @@ use switchover_pager::ram::{Ram, RamError};
 use switchover_precopy::bitmap::{AtomicPageBitmap, PageBitmap};
 use switchover_precopy::dirty::{DirtyLog, DirtyLogError};
 use switchover_wire::clock::Nanos;
-use switchover_wire::description::{MachineDescription, RamRegion};
-use switchover_wire::types::{PAGE_SIZE_U64, PageCount, PageIndex};
+use switchover_wire::description::MachineDescription;
+use switchover_wire::types::{PageCount, PageIndex};
 
 use crate::machine::{Machine, MachineError, Paused};
 
@@ -218,18 +218,7 @@ impl Inner {
 
 impl Machine for FakeMachine {
     fn describe(&self) -> MachineDescription {
-        MachineDescription {
-            architecture: "fake".to_owned(),
-            page_size: u32::try_from(PAGE_SIZE_U64).unwrap_or(u32::MAX),
-            ram: vec![RamRegion { guest_address: 0, pages: self.ram.pages() }],
-            vcpus: 1,
-            cpuid: Vec::new(),
-            xcr0: 0,
-            msrs: Vec::new(),
-            tsc_khz: 0,
-            devices: Vec::new(),
-            state_version: 1,
-        }
+        MachineDescription::of_memory_alone("fake", self.ram.pages())
     }
 
     fn ram(&self) -> Ram {

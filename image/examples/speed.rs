@@ -9,7 +9,7 @@ use switchover_image::reader::Image;
 use switchover_image::sections::{Origin, Sections};
 use switchover_image::writer::{ImageWriter, Options};
 use switchover_pager::ram::Ram;
-use switchover_wire::description::{MachineDescription, RamRegion};
+use switchover_wire::description::MachineDescription;
 use switchover_wire::types::PageCount;
 
 fn main() {
@@ -23,18 +23,7 @@ fn main() {
         ram.file().write_all_at(&noise, chunk << 20).unwrap();
     }
     let sections = Sections {
-        machine: MachineDescription {
-            architecture: "none".to_owned(),
-            page_size: 4096,
-            ram: vec![RamRegion { guest_address: 0, pages: ram.pages() }],
-            vcpus: 1,
-            cpuid: Vec::new(),
-            xcr0: 0,
-            msrs: Vec::new(),
-            tsc_khz: 0,
-            devices: Vec::new(),
-            state_version: 1,
-        },
+        machine: MachineDescription::of_memory_alone("none", ram.pages()),
         state: Vec::new(),
         was_running: true,
         first_pages: Vec::new(),

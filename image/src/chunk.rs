@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use switchover_pager::zero::is_zero;
-use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageIndex};
+use switchover_wire::types::{PAGE_SIZE, PageIndex};
 
 use crate::layout::{CHUNK_PAGES, INDEX_ENTRY, MEMORY_OFFSET};
 
@@ -22,6 +22,13 @@ impl Present {
                 present.insert(page);
             }
         }
+        present
+    }
+
+    /// The next chunk's, of a bitmap's words.
+    pub(crate) fn of_words(words: &mut impl Iterator<Item = u64>) -> Self {
+        let mut present = Self::default();
+        present.0.iter_mut().zip(words).for_each(|(own, word)| *own = word);
         present
     }
 
@@ -112,11 +119,9 @@ pub(crate) struct Entry {
 impl Entry {
     /// That of chunk `number` in place, of memory with `pages` pages.
     pub(crate) fn in_place(number: u64, pages: u64, hash: Hash) -> Self {
-        let range = pages_of(number, pages);
         // A chunk is of 1 MiB.
-        let length = u32::try_from((range.end - range.start) * PAGE_SIZE_U64).unwrap_or(0);
-        let offset = MEMORY_OFFSET + PageIndex(range.start).offset();
-        Self { offset, length, encoding: Encoding::InPlace, hash }
+        let length = u32::try_from(count_of(number, pages) * PAGE_SIZE).unwrap_or(0);
+        Self { offset: place_of(number, pages), length, encoding: Encoding::InPlace, hash }
     }
 
     pub(crate) fn encode(&self) -> [u8; INDEX_ENTRY] {
@@ -148,6 +153,23 @@ impl Entry {
 pub(crate) fn pages_of(number: u64, pages: u64) -> Range<u64> {
     let first = number.saturating_mul(CHUNK_PAGES as u64).min(pages);
     first..first.saturating_add(CHUNK_PAGES as u64).min(pages)
+}
+
+/// The first page of chunk `number`.
+pub(crate) fn first_of(number: u64, pages: u64) -> PageIndex {
+    PageIndex(pages_of(number, pages).start)
+}
+
+/// How many pages chunk `number` has.
+pub(crate) fn count_of(number: u64, pages: u64) -> usize {
+    let range = pages_of(number, pages);
+    // At most `CHUNK_PAGES`.
+    usize::try_from(range.end - range.start).unwrap_or(0)
+}
+
+/// Where in the file chunk `number` begins, in place.
+pub(crate) fn place_of(number: u64, pages: u64) -> u64 {
+    MEMORY_OFFSET + first_of(number, pages).offset()
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use switchover_pager::zero::{Holes, is_zero};
 use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 
 use crate::buffer::ChunkBuffer;
-use crate::chunk::{Encoding, Entry, Present, pages_of};
+use crate::chunk::{Encoding, Entry, Present, count_of, first_of, pages_of};
 use crate::crew::{Tally, share_out, threads_for};
 use crate::error::ImageError;
 use crate::layout::{CHUNK_LEN, CHUNK_PAGES, HEADER_LEN, Header, INDEX_ENTRY, MEMORY_OFFSET};
@@ -140,9 +140,9 @@ impl Image {
     pub fn load(&self, memory: &File, tally: &Tally) -> Result<(), ImageError> {
         self.each_chunk(tally, |reader, number| {
             let read = reader.read(number)?;
-            let first = pages_of(number, self.header.pages).start;
+            let first = first_of(number, self.header.pages);
             for run in read.present.byte_runs(1) {
-                let at = PageIndex(first).offset() + run.start as u64;
+                let at = first.offset() + run.start as u64;
                 memory.write_all_at(&read.bytes[run], at).map_err(|source| ImageError::Memory {
                     attempted: "write",
                     page: PageIndex::containing(at),
@@ -178,8 +178,7 @@ impl Image {
             |reader, number| {
                 work(reader, number)?;
                 let (present, entry) = self.chunk(number);
-                let range = pages_of(number, self.header.pages);
-                let pages = usize::try_from(range.end - range.start).unwrap_or(0);
+                let pages = count_of(number, self.header.pages);
                 tally.note(pages - present.count(), present.count(), usize::try_from(entry.length).unwrap_or(0));
                 Ok(())
             },
@@ -203,7 +202,7 @@ impl Image {
         ImageError::Chunk {
             path: self.path.clone(),
             chunk: number,
-            first: PageIndex(pages_of(number, self.header.pages).start),
+            first: first_of(number, self.header.pages),
             offset: self.chunk(number).1.offset,
             reason,
         }
@@ -309,11 +308,8 @@ fn chunks(header: &Header, bitmap: &[u8], index: &[u8], path: &Path) -> Result<B
         let at = header.index_at() + number * INDEX_ENTRY as u64;
         let wrong =
             |got: String, allowed: String| field(at, format!("the index's entry of chunk {number}"), got, allowed);
-        let mut present = Present::default();
-        present.0.iter_mut().zip(words.by_ref()).for_each(|(own, word)| *own = word);
-        let range = pages_of(number, header.pages);
-        let count = usize::try_from(range.end - range.start).unwrap_or(0);
-        if (count..CHUNK_PAGES).any(|page| present.contains(page)) {
+        let present = Present::of_words(&mut words);
+        if (count_of(number, header.pages)..CHUNK_PAGES).any(|page| present.contains(page)) {
             let at = header.bitmap_at();
             let allowed = format!("none behind page {:#x}", header.pages - 1);
             return Err(field(at, "the bitmap".to_owned(), "one with more pages than memory has".to_owned(), allowed));

@@ -12,7 +12,7 @@ use switchover_pager::zero::Holes;
 use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 
 use crate::buffer::ChunkBuffer;
-use crate::chunk::{Encoding, Entry, Present, pages_of};
+use crate::chunk::{Encoding, Entry, Present, count_of, first_of, place_of};
 use crate::crew::{Tally, share_out, threads_for};
 use crate::error::ImageError;
 use crate::layout::{CHUNK_LEN, CHUNK_PAGES, Header, MEMORY_OFFSET, MOST_PAGES, PACKED};
@@ -128,7 +128,7 @@ impl ImageWriter {
     pub fn write_moving(&self, memory: &File, before: BeforeRead<'_>, tally: &Tally) -> Result<(), ImageError> {
         let chunks = self.slots.len() as u64;
         let work = |tool: &mut Tool<'_>, number| {
-            before(PageIndex(pages_of(number, self.pages).start), &[u64::MAX; CHUNK_PAGES / 64])?;
+            before(first_of(number, self.pages), &[u64::MAX; CHUNK_PAGES / 64])?;
             self.write_chunk(tool, number, tally)
         };
         share_out(threads_for(chunks), chunks, tally, || self.tool(memory), work)
@@ -148,15 +148,12 @@ impl ImageWriter {
         let chunks = self.slots.len() as u64;
         let work = |tool: &mut Tool<'_>, number| {
             let first_word = usize::try_from(number).unwrap_or(0) * (CHUNK_PAGES / 64);
-            let mut asked = Present::default();
-            asked.0.iter_mut().zip(which.iter().skip(first_word)).for_each(|(own, word)| *own = *word);
-            let range = pages_of(number, self.pages);
-            let count = usize::try_from(range.end - range.start).unwrap_or(0);
-            (count..CHUNK_PAGES).for_each(|page| asked.remove(page));
+            let mut asked = Present::of_words(&mut which.iter().skip(first_word).copied());
+            (count_of(number, self.pages)..CHUNK_PAGES).for_each(|page| asked.remove(page));
             if asked.is_empty() {
                 return Ok(());
             }
-            before(PageIndex(range.start), &asked.0)?;
+            before(first_of(number, self.pages), &asked.0)?;
             self.rewrite_chunk(tool, number, asked, read, tally)
         };
         share_out(threads_for(chunks), chunks, tally, || self.tool(self.partial.file()), work)
@@ -170,7 +167,7 @@ impl ImageWriter {
         let chunks = self.slots.len() as u64;
         let work = |tool: &mut Tool<'_>, number| {
             let Some(mut slot) = self.slot(number).filter(|slot| slot.stale) else { return Ok(()) };
-            let (file, at) = (self.partial.file(), Entry::in_place(number, self.pages, [0; blake3::OUT_LEN]).offset);
+            let (file, at) = (self.partial.file(), place_of(number, self.pages));
             let bytes = tool.chunk.bytes_mut();
             for run in slot.present.byte_runs(1) {
                 let read = file.read_exact_at(&mut bytes[run.clone()], at + run.start as u64);
@@ -240,8 +237,7 @@ impl ImageWriter {
     }
 
     fn write_chunk(&self, tool: &mut Tool<'_>, number: u64, tally: &Tally) -> Result<(), ImageError> {
-        let range = pages_of(number, self.pages);
-        let (first, count) = (PageIndex(range.start), usize::try_from(range.end - range.start).unwrap_or(0));
+        let (first, count) = (first_of(number, self.pages), count_of(number, self.pages));
         let present = if tool.holes.run_from(first).0 >= count as u64 {
             Present::default()
         } else {
@@ -271,11 +267,11 @@ impl ImageWriter {
         tally: &Tally,
     ) -> Result<(), ImageError> {
         let Some(mut slot) = self.slot(number) else { return Ok(()) };
-        let range = pages_of(number, self.pages);
+        let chunk_first = first_of(number, self.pages);
         let bytes = tool.chunk.bytes_mut();
         let mut to_write = Present::default();
         for run in asked.runs(1) {
-            let first = PageIndex(range.start + run.start as u64);
+            let first = PageIndex(chunk_first.0 + run.start as u64);
             let within = run.start * PAGE_SIZE..run.end * PAGE_SIZE;
             read(first, &mut bytes[within]).map_err(|source| ImageError::Memory {
                 attempted: "read",
@@ -296,7 +292,7 @@ impl ImageWriter {
                 }
             }
         }
-        let at = MEMORY_OFFSET + PageIndex(range.start).offset();
+        let at = place_of(number, self.pages);
         let mut written = 0;
         for run in to_write.byte_runs(1) {
             self.write_run(&bytes[run.clone()], at + run.start as u64)?;

@@ -13,7 +13,7 @@ use switchover_image::sections::{Origin, Sections};
 use switchover_image::writer::{ImageWriter, Options, Written};
 use switchover_image::{Tally, differences};
 use switchover_pager::ram::Ram;
-use switchover_wire::description::{MachineDescription, RamRegion};
+use switchover_wire::description::MachineDescription;
 use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 use tempfile::TempDir;
 
@@ -34,18 +34,7 @@ fn memory(pages: u64, contents: &[Content]) -> Ram {
 
 fn sections(pages: u64) -> Sections {
     Sections {
-        machine: MachineDescription {
-            architecture: "fake".to_owned(),
-            page_size: 4096,
-            ram: vec![RamRegion { guest_address: 0, pages: PageCount(pages) }],
-            vcpus: 1,
-            cpuid: Vec::new(),
-            xcr0: 0,
-            msrs: Vec::new(),
-            tsc_khz: 0,
-            devices: Vec::new(),
-            state_version: 1,
-        },
+        machine: MachineDescription::of_memory_alone("fake", PageCount(pages)),
         state: b"a state".to_vec(),
         was_running: true,
         first_pages: vec![PageIndex(0)],

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::bounds::DescriptionError;
 pub use self::mismatch::{Mismatch, describe_mismatches};
-use crate::types::PageCount;
+use crate::types::{PAGE_SIZE_U64, PageCount};
 
 /// A run of guest-physical addresses backed by RAM.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -56,6 +56,23 @@ pub struct MachineDescription {
 }
 
 impl MachineDescription {
+    /// A machine that has nothing but memory from address 0 on, as of a test or an example: `architecture` is its name.
+    #[must_use]
+    pub fn of_memory_alone(architecture: &str, pages: PageCount) -> Self {
+        Self {
+            architecture: architecture.to_owned(),
+            page_size: u32::try_from(PAGE_SIZE_U64).unwrap_or(u32::MAX),
+            ram: vec![RamRegion { guest_address: 0, pages }],
+            vcpus: 1,
+            cpuid: Vec::new(),
+            xcr0: 0,
+            msrs: Vec::new(),
+            tsc_khz: 0,
+            devices: Vec::new(),
+            state_version: 1,
+        }
+    }
+
     /// All pages of RAM.
     #[must_use]
     pub fn pages(&self) -> PageCount {

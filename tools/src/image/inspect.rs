@@ -9,7 +9,7 @@ use switchover_image::reader::Image;
 use switchover_runtime::state;
 use switchover_wire::types::PageCount;
 
-use crate::bench::calendar::utc;
+use crate::calendar::utc;
 
 /// The root hash, in hexadecimal.
 pub(super) fn root(image: &Image) -> String {
