@@ -1,10 +1,9 @@
 //! What a process holds while something is done to it.
 
 use std::fs;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
 use std::time::Duration;
+
+use crate::watching::Watching;
 
 /// How often it is looked at.
 const LOOK: Duration = Duration::from_millis(5);
@@ -54,8 +53,7 @@ impl Cost {
 #[derive(Debug)]
 pub struct Watched {
     before: Cost,
-    ended: Arc<AtomicBool>,
-    looking: Option<JoinHandle<Cost>>,
+    most: Watching<Cost>,
 }
 
 impl Watched {
@@ -66,17 +64,8 @@ impl Watched {
     #[must_use]
     pub fn from_now(pid: u32) -> Self {
         let before = Cost::of(pid).expect("a process");
-        let ended = Arc::new(AtomicBool::new(false));
-        let end = Arc::clone(&ended);
-        let looking = thread::spawn(move || {
-            let mut most = before;
-            while !end.load(Ordering::Acquire) {
-                most = most.most(Cost::of(pid).unwrap_or_default());
-                thread::sleep(LOOK);
-            }
-            most
-        });
-        Self { before, ended, looking: Some(looking) }
+        let look = move |most: &mut Cost| *most = most.most(Cost::of(pid).unwrap_or_default());
+        Self { before, most: Watching::from_now(before, LOOK, look) }
     }
 
     /// The most that it held since, beyond what it held when that began.
@@ -84,14 +73,7 @@ impl Watched {
     /// # Panics
     /// When it could not be looked at.
     #[must_use]
-    pub fn grew_by(mut self) -> Cost {
-        self.ended.store(true, Ordering::Release);
-        self.looking.take().expect("it is taken once").join().unwrap().beyond(self.before)
-    }
-}
-
-impl Drop for Watched {
-    fn drop(&mut self) {
-        self.ended.store(true, Ordering::Release);
+    pub fn grew_by(self) -> Cost {
+        self.most.end().beyond(self.before)
     }
 }

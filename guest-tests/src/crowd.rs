@@ -60,10 +60,9 @@ impl Heard {
     /// What the stranger of this number says at once, what it may say later, and how it goes on.
     fn says(&self, number: usize) -> (Vec<u8>, VecDeque<u8>, Then) {
         let whole = &self.handshakes[number / 10 % self.handshakes.len()];
-        let noise = |length: usize| (0..length).map(|at| mixed(number + at)).collect::<Vec<u8>>();
         let ends = |bytes| (bytes, VecDeque::new(), Then::Ends);
         match number % 10 {
-            0 => ends(noise(1 + number * 37 % 9000)),
+            0 => ends(noise(number, 1 + number * 37 % 9000)),
             1 => ends(b"GET / HTTP/1.1\r\nHost: destination\r\n\r\n".to_vec()),
             // A handshake that is cut short, somewhere.
             2 => ends(whole[..number * 7 % whole.len()].to_vec()),
@@ -87,9 +86,14 @@ impl Heard {
     }
 }
 
-/// A byte that looks like none in particular.
-fn mixed(number: usize) -> u8 {
-    u32::try_from(number % (1 << 31)).unwrap().wrapping_mul(2_654_435_761).to_be_bytes()[0]
+/// So many bytes that look like none in particular, the same each time.
+///
+/// # Panics
+/// Never.
+#[must_use]
+pub fn noise(seed: usize, length: usize) -> Vec<u8> {
+    let byte = |number: usize| u32::try_from(number % (1 << 31)).unwrap().wrapping_mul(2_654_435_761).to_be_bytes()[0];
+    (seed..seed + length).map(byte).collect()
 }
 
 /// Sends a crowd of so many to `to`, a TCP address, and returns when the last has spoken and all are gone.

@@ -35,3 +35,4 @@ pub mod link;
 pub mod machine;
 pub mod moving;
 pub mod waiting;
+pub mod watching;

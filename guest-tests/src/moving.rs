@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::lab::Lab;
+use crate::link::{Ended, Link};
 use crate::machine::{Machine, Spec};
 use crate::waiting::until;
 
@@ -72,6 +73,24 @@ pub fn begin(source: &mut Machine, to: &str) {
 /// Hands off and waits until all has arrived.
 pub fn finish(source: &mut Machine, destination: &mut Machine) {
     source.execute("migrate-start-postcopy", json!({}));
+    source.wait_migration("completed");
+    destination.wait_migration("completed");
+}
+
+/// Hands off over `link`, and cuts that once the guest runs at the destination: both sides wait for it to be joined again.
+pub fn lose_link(source: &mut Machine, destination: &mut Machine, link: &Link) {
+    source.execute("migrate-start-postcopy", json!({}));
+    destination.wait_migration("postcopy-active");
+    link.cut(Ended::Reset);
+    for machine in [source, destination] {
+        machine.wait_migration("postcopy-paused");
+    }
+}
+
+/// Joins a lost link again at `to`, and waits until all has arrived, as fast as it may.
+pub fn join_and_finish(source: &mut Machine, destination: &mut Machine, to: &str) {
+    set(source, json!({ "max-postcopy-bandwidth": 0 }));
+    source.execute("migrate", json!({ "uri": to, "resume": true }));
     source.wait_migration("completed");
     destination.wait_migration("completed");
 }

@@ -7,9 +7,11 @@ use serde_json::{Value, json};
 use switchover_guest_tests::certificates::{FLAWS, Flaw, Folders};
 use switchover_guest_tests::journey::Journey;
 use switchover_guest_tests::lab::Lab;
-use switchover_guest_tests::link::{Ended, Link};
+use switchover_guest_tests::link::Link;
 use switchover_guest_tests::machine::{Machine, Spec};
-use switchover_guest_tests::moving::{Transport, begin, destination, migrate, set, slow_down};
+use switchover_guest_tests::moving::{
+    Transport, begin, destination, join_and_finish, lose_link, migrate, set, slow_down,
+};
 use switchover_guest_tests::waiting::until;
 use switchover_wire::tls::{CA_CERT, Role};
 
@@ -105,12 +107,7 @@ fn a_link_is_joined_again_with_good_certificates_alone() {
     let link = Link::to(&to);
     slow_down(&mut source, 20_000);
     begin(&mut source, link.address());
-    source.execute("migrate-start-postcopy", json!({}));
-    there.wait_migration("postcopy-active");
-    link.cut(Ended::Reset);
-    for machine in [&mut source, &mut there] {
-        machine.wait_migration("postcopy-paused");
-    }
+    lose_link(&mut source, &mut there, &link);
     link.mend();
     for flaw in FLAWS.into_iter().filter(|flaw| *flaw != Flaw::OtherName) {
         println!("{flaw:?} of the source");
@@ -135,10 +132,7 @@ fn a_link_is_joined_again_with_good_certificates_alone() {
         }
         impostor.machine.quit();
     }
-    set(&mut source, json!({ "max-postcopy-bandwidth": 0 }));
-    source.execute("migrate", json!({ "uri": link.address(), "resume": true }));
-    source.wait_migration("completed");
-    there.wait_migration("completed");
+    join_and_finish(&mut source, &mut there, link.address());
     journey.ends_at(&mut source, &mut there, 1);
     lab.close();
 }

@@ -2,9 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -14,6 +11,7 @@ use switchover_guest_tests::journey::Journey;
 use switchover_guest_tests::machine::{Machine, Spec};
 use switchover_guest_tests::moving::{Transport, begin, destination, migrate, slow_down};
 use switchover_guest_tests::waiting::until;
+use switchover_guest_tests::watching::Watching;
 
 use crate::lab;
 
@@ -48,38 +46,9 @@ fn confined(pid: u32) -> BTreeSet<String> {
     seen.iter().filter_map(|status| status.lines().next()?.strip_prefix("Name:\t").map(str::to_owned)).collect()
 }
 
-/// Looks at a process again and again.
-struct Sampler {
-    over: Arc<AtomicBool>,
-    thread: Option<JoinHandle<BTreeSet<String>>>,
-}
-
-impl Sampler {
-    fn of(pid: u32) -> Self {
-        let over = Arc::<AtomicBool>::default();
-        let its = Arc::clone(&over);
-        let look = move || {
-            let mut names = confined(pid);
-            while !its.load(Ordering::Relaxed) {
-                names.extend(confined(pid));
-                thread::sleep(Duration::from_millis(1));
-            }
-            names
-        };
-        Self { over, thread: Some(thread::spawn(look)) }
-    }
-
-    /// The names of all threads that were seen.
-    fn end(mut self) -> BTreeSet<String> {
-        self.over.store(true, Ordering::Relaxed);
-        self.thread.take().unwrap().join().unwrap()
-    }
-}
-
-impl Drop for Sampler {
-    fn drop(&mut self) {
-        self.over.store(true, Ordering::Relaxed);
-    }
+/// Looks again and again, for the names of all threads that are seen.
+fn sampled(pid: u32) -> Watching<BTreeSet<String>> {
+    Watching::from_now(confined(pid), Duration::from_millis(1), move |names| names.extend(confined(pid)))
 }
 
 /// Its child, which makes rings for it.
@@ -96,7 +65,7 @@ fn every_thread_is_confined_throughout_a_migration() {
     let mut journey = Journey::from(&source);
     journey.works_on(1);
     let (mut there, to) = destination(&lab, &spec, Transport::Tcp);
-    let samplers = [source.pid(), there.pid()].map(Sampler::of);
+    let samplers = [source.pid(), there.pid()].map(sampled);
     slow_down(&mut source, 8_000_000);
     begin(&mut source, &to);
     source.execute("migrate-start-postcopy", json!({}));
@@ -106,7 +75,7 @@ fn every_thread_is_confined_throughout_a_migration() {
     slow_down(&mut source, 0);
     source.wait_migration("completed");
     there.wait_migration("completed");
-    let [at_source, at_destination] = samplers.map(Sampler::end);
+    let [at_source, at_destination] = samplers.map(Watching::end);
     let [at_source, at_destination] =
         [(at_source, &during[0]), (at_destination, &during[1])].map(|(seen, during)| &seen | during);
     for names in [&at_source, &at_destination] {

@@ -6,7 +6,7 @@ use switchover_guest_tests::journey::Journey;
 use switchover_guest_tests::lab::{Ended, Lab, switchover};
 use switchover_guest_tests::machine::Machine;
 use switchover_guest_tests::moving::{
-    Transport, allow_postcopy, begin, begin_rounds, destination, set, slow_down, switch,
+    Transport, allow_postcopy, begin, begin_rounds, destination, join_and_finish, set, slow_down, switch,
 };
 use switchover_guest_tests::waiting::until;
 
@@ -99,10 +99,7 @@ fn each_side_notices_a_silent_other_within_its_own_patience() {
     assert!(interruptions[1].get("joined-ns").is_none(), "{paused}");
     source.signal(Signal::SIGCONT);
     source.wait_migration("postcopy-paused");
-    set(&mut source, json!({ "max-postcopy-bandwidth": 0 }));
-    source.execute("migrate", json!({ "uri": to, "resume": true }));
-    source.wait_migration("completed");
-    there.wait_migration("completed");
+    join_and_finish(&mut source, &mut there, &to);
     source.quit();
     journey.goes_to(&there);
     journey.works_on(1);

@@ -11,13 +11,13 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use switchover_guest_tests::certificates::Folders;
 use switchover_guest_tests::cost::{Cost, Watched};
-use switchover_guest_tests::crowd::{self, Came, Heard, first_words, is_told, not_taken};
+use switchover_guest_tests::crowd::{self, Came, Heard, first_words, is_told, noise, not_taken};
 use switchover_guest_tests::journey::Journey;
 use switchover_guest_tests::lab::Lab;
-use switchover_guest_tests::link::{Ended, Link, Recording};
+use switchover_guest_tests::link::{Link, Recording};
 use switchover_guest_tests::machine::{Machine, Spec};
 use switchover_guest_tests::moving::{
-    Transport, Way, allow_postcopy, begin, choose, destination, finish, set, slow_down,
+    Transport, Way, allow_postcopy, begin, choose, destination, finish, lose_link, set, slow_down,
 };
 use switchover_guest_tests::waiting::{PATIENCE, until};
 
@@ -41,7 +41,7 @@ fn connect(to: &str) -> TcpStream {
 
 /// Says each kind of garbage on a connection of its own, and hears each one being ended.
 fn garbage(to: &str) {
-    let noise: Vec<u8> = (0..100_000_u32).map(|i| i.wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect();
+    let noise = noise(0, 100_000);
     for bytes in [b"GET / HTTP/1.1\r\nHost: destination\r\n\r\n", &noise[..], &[0; 4096], &[0xff; 4096], b"", b"x"] {
         let mut stranger = connect(to);
         // It may be hung up on while it still speaks.
@@ -284,12 +284,7 @@ fn what_was_recorded_of_a_migration_neither_opens_a_lane_nor_cuts_the_link() {
     let link = Link::to(&to);
     slow_down(&mut source, 20_000);
     begin(&mut source, link.address());
-    source.execute("migrate-start-postcopy", json!({}));
-    there.wait_migration("postcopy-active");
-    link.cut(Ended::Reset);
-    for machine in [&mut source, &mut there] {
-        machine.wait_migration("postcopy-paused");
-    }
+    lose_link(&mut source, &mut there, &link);
     let say_again = |recordings: &[Recording]| {
         for Recording { role, bytes } in recordings {
             let mut stranger = connect(&to);

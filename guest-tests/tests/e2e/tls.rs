@@ -14,7 +14,8 @@ use switchover_guest_tests::lab::{Lab, switchover};
 use switchover_guest_tests::link::{Ended, Link};
 use switchover_guest_tests::machine::{Machine, Spec};
 use switchover_guest_tests::moving::{
-    Transport, Way, allow_postcopy, begin, choose, destination, migrate, migrate_as, set, slow_down,
+    Transport, Way, allow_postcopy, begin, choose, destination, join_and_finish, lose_link, migrate, migrate_as, set,
+    slow_down,
 };
 use switchover_guest_tests::waiting::until;
 use switchover_wire::address::Address;
@@ -252,14 +253,9 @@ fn a_lost_link_is_joined_again_over_tls_by_its_own_source_alone() {
     slow_down(&mut source, 400_000);
     choose(&mut source, Way::new("postcopy", 2));
     begin(&mut source, link.address());
-    source.execute("migrate-start-postcopy", json!({}));
-    there.wait_migration("postcopy-active");
+    lose_link(&mut source, &mut there, &link);
     let report = source.execute("x-switchover-report", json!({}));
     let session = report["session"].as_str().unwrap().to_owned();
-    link.cut(Ended::Reset);
-    for machine in [&mut source, &mut there] {
-        machine.wait_migration("postcopy-paused");
-    }
     // Somebody with a good certificate who has learned the session's name.
     let mut second = Machine::start(&lab, &Spec { tls_creds: None, ..spec.clone() });
     let mut stolen = hello_of(&mut second);
@@ -280,10 +276,7 @@ fn a_lost_link_is_joined_again_over_tls_by_its_own_source_alone() {
         there.wait_migration("postcopy-paused");
         link.mend();
     }
-    set(&mut source, json!({ "max-postcopy-bandwidth": 0 }));
-    source.execute("migrate", json!({ "uri": link.address(), "resume": true }));
-    source.wait_migration("completed");
-    there.wait_migration("completed");
+    join_and_finish(&mut source, &mut there, link.address());
     journey.ends_at(&mut source, &mut there, 1);
     lab.close();
 }
