@@ -214,14 +214,7 @@ impl Controller for VmController {
         self.check_waiting(&migration)?;
         let restoring = Restoring::start(self.machine(), from, self.observer("in"))?;
         let (vm, watched) = (Arc::clone(&self.vm), restoring.clone());
-        thread::Builder::new()
-            .name("restore-end".to_owned())
-            .spawn(move || {
-                if watched.wait() != MigrationStatus::Completed {
-                    vm.fail(watched.progress().error.unwrap_or_else(|| "the guest was not restored".to_owned()));
-                }
-            })
-            .map_err(MigrationError::Thread)?;
+        at_the_end("restore-end", move || fail_without_restoring(&vm, &watched))?;
         *migration = Migration::Restoring(restoring);
         Ok(())
     }
@@ -232,10 +225,7 @@ impl Controller for VmController {
         let settings = Settings { lazy_memory: self.lazy_memory, ..settings };
         let incoming = Incoming::listen(self.machine(), at, settings, security, self.observer("in"))?;
         let (vm, watched) = (Arc::clone(&self.vm), incoming.clone());
-        thread::Builder::new()
-            .name("incoming-end".to_owned())
-            .spawn(move || fail_without_a_guest(&vm, &watched))
-            .map_err(MigrationError::Thread)?;
+        at_the_end("incoming-end", move || fail_without_a_guest(&vm, &watched))?;
         *migration = Migration::Incoming(incoming);
         Ok(())
     }
@@ -434,6 +424,18 @@ impl Migration {
 
     fn is_under_way(&self) -> bool {
         self.progress().is_some_and(|(_, progress)| progress.status.is_under_way())
+    }
+}
+
+/// Starts a thread that waits for the end of what brings the guest.
+fn at_the_end(name: &str, wait: impl FnOnce() + Send + 'static) -> Result<(), MigrationError> {
+    thread::Builder::new().name(name.to_owned()).spawn(wait).map(drop).map_err(MigrationError::Thread)
+}
+
+/// A machine whose guest could not be restored has none.
+fn fail_without_restoring(vm: &Vm, restoring: &Restoring) {
+    if restoring.wait() != MigrationStatus::Completed {
+        vm.fail(restoring.progress().error.unwrap_or_else(|| "the guest was not restored".to_owned()));
     }
 }
 

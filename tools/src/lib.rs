@@ -20,6 +20,7 @@
 mod allocator;
 pub mod audit;
 pub mod bench;
+mod calendar;
 pub mod certs;
 pub mod check;
 pub mod cli;

@@ -125,10 +125,10 @@ impl Platform {
         let parts = Parts { vcpus: self.plans.len(), host_files: ports.host_files.is_some() };
         let SavedMachine { vcpus: saved, chipset, clock, serial, host_files } = SavedMachine::read(state, parts)?;
         let unusable = |reason| StateError::Contents { section: saved::HOST_FILES, reason };
-        let host_files = ports.host_files.as_ref().zip(host_files.as_ref());
-        let reopened =
-            host_files.map(|(device, saved)| Ok::<_, StateError>((device, device.reopen(saved).map_err(unusable)?)));
-        let reopened = reopened.transpose()?;
+        let reopened = match (&ports.host_files, &host_files) {
+            (Some(device), Some(saved)) => Some((device, device.reopen(saved).map_err(unusable)?)),
+            _ => None,
+        };
 
         // The clock first: what the TSCs are set to depends on when it was.
         let advance = clock.restore(&self.vm, &self.host).map_err(VmError::kvm("set the clock"))?;

@@ -6,7 +6,6 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::aggregate::Aggregate;
 use super::args::{Cell, Plan};
-use super::calendar;
 use super::comparison::Comparison;
 use super::driver::{Driver, Order};
 use super::host_info::HostInfo;
@@ -15,6 +14,7 @@ use super::modes::Mode;
 use super::schema::{PeerInfo, Report, RunReport, SCHEMA, Settings};
 use super::statistics::shuffle;
 use super::vmm::Vmm;
+use crate::calendar;
 use crate::failure::Failure;
 use crate::floor;
 use crate::rng::Rng;

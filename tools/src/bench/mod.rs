@@ -19,7 +19,6 @@
 pub mod aggregate;
 pub mod args;
 pub mod bandwidth;
-pub(crate) mod calendar;
 pub mod comparison;
 mod cpu_time;
 mod driver;

@@ -165,10 +165,15 @@ impl Sealer {
         }
         if self.cipher.sequence >= self.limit - 1 || self.update_wanted.swap(false, Ordering::AcqRel) {
             self.record(to, HANDSHAKE, KEY_UPDATE_NOTICE.len(), |bytes| bytes.copy_from_slice(&KEY_UPDATE_NOTICE))?;
-            self.cipher = Cipher::new(self.keys.next_to_send()?)?;
-            self.updates += 1;
+            self.change_key()?;
         }
         self.record(to, APPLICATION_DATA, length, fill)
+    }
+
+    fn change_key(&mut self) -> Result<(), TlsError> {
+        self.cipher = Cipher::new(self.keys.next_to_send()?)?;
+        self.updates += 1;
+        Ok(())
     }
 
     /// How many keys came after the handshake's.
@@ -184,8 +189,7 @@ impl Sealer {
         let [kind, high, middle, low, _] = KEY_UPDATE_NOTICE;
         let notice = [kind, high, middle, low, UPDATE_REQUESTED];
         self.record(&mut sealed, HANDSHAKE, notice.len(), |bytes| bytes.copy_from_slice(&notice))?;
-        self.cipher = Cipher::new(self.keys.next_to_send()?)?;
-        self.updates += 1;
+        self.change_key()?;
         Ok(sealed.bytes().to_vec())
     }
 

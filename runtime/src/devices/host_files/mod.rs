@@ -40,7 +40,7 @@ pub struct HostFiles {
     memory: GuestMemory,
     directory: Directory,
     files: Mutex<OpenFiles>,
-    log: Option<Mutex<Output>>,
+    log: Option<Output>,
 }
 
 impl fmt::Debug for HostFiles {
@@ -58,7 +58,7 @@ impl HostFiles {
         let opened = Directory::open(directory);
         let directory =
             opened.map_err(|source| VmError::HostFiles { path: directory.to_owned(), source: source.into() })?;
-        Ok(Self { memory, directory, files: Mutex::default(), log: log.map(Mutex::new) })
+        Ok(Self { memory, directory, files: Mutex::default(), log })
     }
 
     /// The guest writes to the port.
@@ -84,7 +84,7 @@ impl HostFiles {
     pub fn note(&self, line: fmt::Arguments<'_>) {
         if let Some(log) = &self.log {
             // An output drops what it cannot write.
-            let _ = lock(log).write_all(format!("{line}\n").as_bytes());
+            let _ = log.clone().write_all(format!("{line}\n").as_bytes());
         }
     }
 

@@ -2,8 +2,7 @@
 //!
 //! | byte | what |
 //! |---|---|
-//! | 0 | the operation, 32 bits |
-//! | 4 | zero, 32 bits |
+//! | 0 | the operation, 64 bits |
 //! | 8 | the result, 64 bits with a sign: as of the system call of that name on Linux, an error as its negative number |
 //! | 16 | four arguments of 64 bits |
 //!
@@ -94,10 +93,9 @@ impl Request {
 
 impl Operation {
     fn from_bytes(bytes: &[u8; REQUEST_BYTES]) -> Self {
-        let mut words =
-            bytes.chunks_exact(8).map(|word| word.iter().rev().fold(0, |n, byte| n << 8 | u64::from(*byte)));
-        let number = words.next().unwrap_or(0);
-        let [first, second, third, fourth] = std::array::from_fn(|n| words.nth(usize::from(n == 0)).unwrap_or(0));
+        let mut words = [0; REQUEST_BYTES / 8];
+        words.iter_mut().zip(bytes.as_chunks().0).for_each(|(word, bytes)| *word = u64::from_le_bytes(*bytes));
+        let [number, _result, first, second, third, fourth] = words;
         // What is too large for its type is too large for a length, and no flag, mode or file of anybody's.
         let small = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
         match number {

@@ -213,7 +213,7 @@ fn each_request_is_a_line_of_the_log() {
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("log");
     let mut guest = Guest::new();
-    guest.device.log = Some(Mutex::new(Output::file(&log).unwrap()));
+    guest.device.log = Some(Output::file(&log).unwrap());
     assert_eq!(guest.open("./ay_caramba", CREATE), 3);
     assert_eq!(guest.write(3, b"0123456789abcdef"), 16);
     assert_eq!(guest.ask([2, 3, DATA_AT, 1, 0]), 0);
