@@ -7,12 +7,11 @@
 //!
 //! The machine keeps the right to run: its controller may let the guest go on, which then lives on beside its image.
 //!
-//! A *live* save writes memory while the guest runs, then again what it has written meanwhile, as long as that becomes less. Then it
-//! pauses the guest, reads its state, copies the pages that it has written since, and lets it go on; the copy is written, and the
-//! image made durable, while it runs. The image is the guest as it was in that pause, which is as long as it takes to copy those pages,
-//! however large memory is.
+//! A *live* save writes memory while the guest runs, then again what it has written meanwhile, as long as that becomes less. What is left
+//! is protected against writing, still while it runs; then it is paused, its state read, and let go on. The image is the guest as it was in
+//! that pause, in which nothing is copied: the pages that were left are written out while it runs, and who wants to write to one before
+//! that waits until it was put aside ([`Snapshot`]). So the pause grows neither with memory nor with what the guest writes.
 
-use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -24,8 +23,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use switchover_image::error::ImageError;
 use switchover_image::sections::{Origin, Sections};
 use switchover_image::writer::{ImageWriter, Options, Written};
+use switchover_pager::collapse::Collapse;
 use switchover_precopy::bitmap::PageBitmap;
 use switchover_precopy::dirty::{DirtyLog, DirtyLogError};
+use switchover_precopy::snapshot::{Snapshot, SnapshotError};
 use switchover_wire::clock::Nanos;
 use switchover_wire::types::{PageCount, PageIndex};
 
@@ -40,8 +41,12 @@ use crate::status::MigrationStatus;
 
 /// Passes of a live save over what was written meanwhile. A guest that writes as fast as the disk would go on for ever.
 const MOST_PASSES: u32 = 10;
-/// Pages that are copied in the pause of a live save without another pass before it: a megabyte, a fraction of a millisecond.
+/// Pages that another pass is not worth.
 const FEW: PageCount = PageCount(256);
+/// Times that pages are protected before the pause of a live save, which the guest undoes as it writes.
+const MOST_SWEEPS: u32 = 10;
+/// Pages that are protected in the pause itself without another time before it: a tenth of a millisecond.
+const FEW_TO_PROTECT: PageCount = PageCount(32);
 
 /// How a guest is saved.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -65,6 +70,8 @@ struct Shared {
     /// Passes over memory begun.
     passes: AtomicU32,
     written: Mutex<Option<Written>>,
+    /// Makes the guest's memory as fast as it was.
+    collapse: Mutex<Option<Collapse>>,
 }
 
 /// Why a guest was not saved.
@@ -72,6 +79,7 @@ enum Trouble {
     Image(ImageError),
     Machine(MachineError),
     Log(DirtyLogError),
+    Snapshot(SnapshotError),
 }
 
 /// The guest in the pause of a live save.
@@ -79,35 +87,8 @@ struct Moment {
     sections: Sections,
     /// The pages that it had written since they were last written to the image.
     which: PageBitmap,
-    copy: Copied,
-}
-
-/// Stretches of pages and their bytes, in order.
-struct Copied(Vec<(PageIndex, Vec<u8>)>);
-
-impl Copied {
-    /// Those of `which`, as they are in `memory` now.
-    fn of(memory: &File, which: &PageBitmap) -> Result<Self, ImageError> {
-        let copy = |(first, count): (PageIndex, PageCount)| {
-            let mut bytes = vec![0; usize::try_from(count.bytes()).unwrap_or(usize::MAX)];
-            match memory.read_exact_at(&mut bytes, first.offset()) {
-                Ok(()) => Ok((first, bytes)),
-                Err(source) => Err(ImageError::Memory { attempted: "read", page: first, source }),
-            }
-        };
-        which.runs().map(copy).collect::<Result<_, _>>().map(Self)
-    }
-
-    /// Pages that lie in one stretch.
-    fn read(&self, first: PageIndex, bytes: &mut [u8]) -> io::Result<()> {
-        let behind = self.0.partition_point(|(start, _)| *start <= first);
-        let found = behind.checked_sub(1).and_then(|index| self.0.get(index)).and_then(|(start, held)| {
-            let at = usize::try_from(first.offset() - start.offset()).ok()?;
-            held.get(at..)?.get(..bytes.len())
-        });
-        bytes.copy_from_slice(found.ok_or(io::ErrorKind::UnexpectedEof)?);
-        Ok(())
-    }
+    /// What they held.
+    snapshot: Snapshot,
 }
 
 impl Saving {
@@ -125,6 +106,7 @@ impl Saving {
             live: how.live,
             passes: AtomicU32::new(0),
             written: Mutex::new(None),
+            collapse: Mutex::new(None),
         });
         let saver = Arc::clone(&shared);
         thread::Builder::new()
@@ -219,15 +201,39 @@ impl Shared {
         let log = self.books.machine.dirty_log();
         let caught = self.catch(&writer, &*log);
         log.stop();
-        let Moment { sections, copy, which } = caught?;
-        let Books { recorder, tally, .. } = &self.books;
-        let read = |first: PageIndex, bytes: &mut [u8]| copy.read(first, bytes);
+        let Moment { sections, snapshot, which } = caught?;
+        let written = self.write_moment(writer, &sections, snapshot, &which);
+        written.map_err(|trouble| (trouble, GuestAfter::OnSource))
+    }
+
+    /// Writes what the moment left to be written, while the guest runs.
+    fn write_moment(
+        &self,
+        writer: ImageWriter,
+        sections: &Sections,
+        snapshot: Snapshot,
+        which: &PageBitmap,
+    ) -> Result<Written, Trouble> {
+        let Books { machine, recorder, tally, .. } = &self.books;
+        let read = |first: PageIndex, bytes: &mut [u8]| snapshot.read(first, bytes).map_err(io::Error::other);
         let nothing = |_: PageIndex, _: &[u64]| Ok(());
-        let written = recorder
-            .timed("write-memory", || writer.rewrite(&read, which.words(), &nothing, tally))
-            .and_then(|()| writer.settle(tally))
-            .and_then(|()| recorder.timed("make-durable", || writer.commit(&sections)));
-        written.map_err(|error| (Trouble::Image(error), GuestAfter::OnSource))
+        let rewritten = recorder.timed("write-memory", || writer.rewrite(&read, which.words(), &nothing, tally));
+        rewritten.map_err(Trouble::Image)?;
+        tracing::debug!(
+            pages = which.count().0,
+            overwritten = snapshot.put_aside().0,
+            "the moment's pages are written"
+        );
+        snapshot.end().map_err(Trouble::Snapshot)?;
+        // What was protected page by page is mapped page by page.
+        match Collapse::start(&machine.ram()) {
+            Ok(collapse) => *self.collapse.lock().unwrap_or_else(PoisonError::into_inner) = Some(collapse),
+            Err(error) => tracing::warn!(%error, "the guest runs slower than it could, on small pages"),
+        }
+        writer
+            .settle(tally)
+            .and_then(|()| recorder.timed("make-durable", || writer.commit(sections)))
+            .map_err(Trouble::Image)
     }
 
     /// Writes memory while the guest runs, and pauses it for a moment of which the rest is kept.
@@ -235,8 +241,9 @@ impl Shared {
         let unharmed = |trouble| (trouble, GuestAfter::OnSource);
         let Books { machine, recorder, .. } = &self.books;
         self.passes_over(writer, log).map_err(unharmed)?;
+        let snapshot = recorder.timed("protect", || self.protect(log)).map_err(unharmed)?;
         let paused = self.pause().map_err(unharmed)?;
-        let moment = recorder.timed("copy", || self.moment(paused, log));
+        let moment = self.moment(paused, log, snapshot);
         machine.resume().map_err(|error| (Trouble::Machine(error), GuestAfter::PausedOnSource))?;
         recorder.write(|record| record.running_heard = Some(Nanos::now()));
         moment.map_err(unharmed)
@@ -255,8 +262,7 @@ impl Shared {
         writer.write_moving(ram.file(), &rearm, &self.books.tally).map_err(Trouble::Image)?;
         let mut before = ram.pages();
         for _ in 1..MOST_PASSES {
-            let mut written = PageBitmap::new(ram.pages());
-            log.peek(&mut written).map_err(Trouble::Log)?;
+            let written = self.noted(log)?;
             let count = written.count();
             if count <= FEW || count.0 > before.0 / 4 * 3 {
                 return Ok(());
@@ -268,14 +274,35 @@ impl Shared {
         Ok(())
     }
 
-    /// What of the paused guest is not in the image yet.
-    fn moment(&self, paused: Paused, log: &dyn DirtyLog) -> Result<Moment, Trouble> {
+    /// Protects what is not in the image yet, and again what the guest has written meanwhile, until that is little.
+    fn protect(&self, log: &dyn DirtyLog) -> Result<Snapshot, Trouble> {
         let ram = self.books.machine.ram();
+        let snapshot = Snapshot::begin(&ram).map_err(Trouble::Snapshot)?;
+        let mut before = ram.pages();
+        for _ in 0..MOST_SWEEPS {
+            let count = snapshot.protect(&self.noted(log)?).map_err(Trouble::Snapshot)?;
+            if count <= FEW_TO_PROTECT || count.0 > before.0 / 4 * 3 {
+                break;
+            }
+            before = count;
+        }
+        Ok(snapshot)
+    }
+
+    /// What of the paused guest is not in the image yet.
+    fn moment(&self, paused: Paused, log: &dyn DirtyLog, snapshot: Snapshot) -> Result<Moment, Trouble> {
+        // First: it may write to guest memory.
         let sections = self.sections(paused)?;
-        let mut which = PageBitmap::new(ram.pages());
-        log.peek(&mut which).map_err(Trouble::Log)?;
-        let copy = Copied::of(ram.file(), &which).map_err(Trouble::Image)?;
-        Ok(Moment { sections, copy, which })
+        let which = self.noted(log)?;
+        let late = self.books.recorder.timed("take-snapshot", || snapshot.take(&which)).map_err(Trouble::Snapshot)?;
+        tracing::debug!(pages = which.count().0, late = late.0, "the image is of this moment");
+        Ok(Moment { sections, which, snapshot })
+    }
+
+    fn noted(&self, log: &dyn DirtyLog) -> Result<PageBitmap, Trouble> {
+        let mut noted = PageBitmap::new(self.books.machine.ram().pages());
+        log.peek(&mut noted).map_err(Trouble::Log)?;
+        Ok(noted)
     }
 
     fn write(&self, writer: ImageWriter, paused: Paused) -> Result<Written, Trouble> {
@@ -317,6 +344,7 @@ impl Shared {
             Trouble::Image(error) => (FailureKind::Image, error.to_string()),
             Trouble::Machine(error) => (FailureKind::Machine, error.to_string()),
             Trouble::Log(error) => (FailureKind::Machine, error.to_string()),
+            Trouble::Snapshot(error) => (FailureKind::Machine, error.to_string()),
         };
         let path = self.path.display();
         let sentence = format!("cannot save the guest to {path}: {reason}; {}", guest.sentence());

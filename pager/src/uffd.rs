@@ -1,6 +1,6 @@
 //! The userfaultfds that watch guest RAM, and what their return codes mean.
 //!
-//! This module (with [`device`]) is the only one that calls userfaultfd. What holds here:
+//! This module (with [`device`] and [`write`](self::write)) is the only one that calls userfaultfd. What holds here:
 //! - The watched range is the whole guest mapping of one [`Ram`], which [`Watch`] keeps alive. Each page of it is registered
 //!   with the userfaultfd of its shard, and every call about it goes to that one: another would wake nobody.
 //! - Addresses are made from page indices that were checked against the RAM's size.
@@ -8,6 +8,7 @@
 //!   answer every pending fault with a zero page. A [`Watch`] that is dropped while registered leaks them on purpose.
 
 pub mod device;
+pub mod write;
 
 use std::ffi::c_void;
 use std::io;
@@ -43,6 +44,12 @@ pub enum WatchError {
          later for minor faults on shared memory (`switchover check` tells)"
     )]
     Open(#[source] UffdError),
+    /// No userfaultfd could be made that protects shared memory.
+    #[error(
+        "cannot open a userfaultfd that makes writes to guest RAM wait: {0}; it needs CAP_SYS_PTRACE, or access to \
+         /dev/userfaultfd, and Linux 5.19 or later (`switchover check` tells)"
+    )]
+    Protect(#[source] UffdError),
     /// Guest RAM could not be registered.
     #[error("cannot register {pages} of guest RAM with userfaultfd: {source}")]
     Register {
@@ -54,7 +61,7 @@ pub enum WatchError {
     /// A page could not be mapped.
     #[error("cannot {attempted} {count} from {first}: {source}")]
     Place {
-        /// "map", "map zeros at", "unmap", "wake".
+        /// "map", "map zeros at", "unmap", "wake", "protect", "let go of".
         attempted: &'static str,
         /// The first page.
         first: PageIndex,
@@ -253,7 +260,7 @@ impl Watch {
             let mut read = 0;
             for event in self.uffds[shard].read_events(&mut buffer.0).map_err(WatchError::Read)? {
                 match event.map_err(WatchError::Read)? {
-                    Event::Pagefault { addr, .. } => faults.push(self.page_at(addr as usize)?),
+                    Event::Pagefault { addr, .. } => faults.push(page_at(&self.ram, addr as usize)?),
                     other => return Err(WatchError::Unexpected(format!("{other:?}"))),
                 }
                 read += 1;
@@ -393,14 +400,6 @@ impl Watch {
         let offset = usize::try_from(page.offset()).unwrap_or(usize::MAX);
         self.ram.guest_base().wrapping_add(offset).cast::<c_void>()
     }
-
-    fn page_at(&self, address: usize) -> Result<PageIndex, WatchError> {
-        address
-            .checked_sub(self.ram.guest_base() as usize)
-            .filter(|offset| *offset < self.ram.len_bytes())
-            .map(|offset| PageIndex::containing(offset as u64))
-            .ok_or_else(|| WatchError::Unexpected(format!("a fault at address {address:#x}, outside guest RAM")))
-    }
 }
 
 impl Drop for Watch {
@@ -416,7 +415,10 @@ impl Drop for Watch {
 type FillHole<'a> = &'a dyn Fn(&Uffd, *mut c_void) -> Result<u64, UffdError>;
 
 fn open() -> Result<Uffd, UffdError> {
-    let features = FeatureFlags::MISSING_SHMEM | FeatureFlags::from_bits_retain(FEATURE_MINOR_SHMEM);
+    open_with(FeatureFlags::MISSING_SHMEM | FeatureFlags::from_bits_retain(FEATURE_MINOR_SHMEM))
+}
+
+fn open_with(features: FeatureFlags) -> Result<Uffd, UffdError> {
     if let Some(device) = device::kept() {
         return device::open(device, features.bits()).map_err(UffdError::OpenDevUserfaultfd);
     }
@@ -427,6 +429,14 @@ fn open() -> Result<Uffd, UffdError> {
         .user_mode_only(false)
         .require_features(features)
         .create()
+}
+
+fn page_at(ram: &Ram, address: usize) -> Result<PageIndex, WatchError> {
+    address
+        .checked_sub(ram.guest_base() as usize)
+        .filter(|offset| *offset < ram.len_bytes())
+        .map(|offset| PageIndex::containing(offset as u64))
+        .ok_or_else(|| WatchError::Unexpected(format!("a fault at address {address:#x}, outside guest RAM")))
 }
 
 fn bytes(count: PageCount) -> usize {

@@ -17,6 +17,7 @@
 //! - [`pack`]: how a lane sends a page in fewer bytes, where that is faster.
 //! - [`heat`]: which pages are likely to be written, and so wanted, next.
 //! - [`throttle`]: slowing the guest down, for those who have nothing but pre-copy.
+//! - [`snapshot`]: pages as they are at one moment, of a guest that runs on.
 //! - [`bitmap`]: one bit a page, walked a word at a time.
 //!
 //! # What it promises
@@ -32,5 +33,6 @@ pub mod heat;
 mod live;
 pub mod pack;
 pub mod rounds;
+pub mod snapshot;
 mod sync;
 pub mod throttle;

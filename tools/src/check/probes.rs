@@ -10,8 +10,9 @@ use kvm_ioctls::{Cap, Kvm};
 use nix::sys::resource::{Resource, getrlimit};
 use switchover_pager::ram::Ram;
 use switchover_pager::uffd::Watch;
+use switchover_pager::uffd::write::WriteWatch;
 use switchover_wire::ring::{EventRing, Ring};
-use switchover_wire::types::PageCount;
+use switchover_wire::types::{PageCount, PageIndex};
 
 use super::{Finding, Verdict};
 
@@ -40,6 +41,7 @@ pub fn all() -> Vec<Finding> {
         Finding { name: "platform", verdict: platform() },
         Finding { name: "kvm", verdict: kvm() },
         Finding { name: "userfaultfd", verdict: userfaultfd() },
+        Finding { name: "protection", verdict: protection() },
         Finding { name: "io_uring", verdict: io_uring() },
         Finding { name: "files", verdict: files() },
         Finding { name: "memory", verdict: memory() },
@@ -121,6 +123,21 @@ fn userfaultfd() -> Verdict {
     match watched {
         Ok(()) => Verdict::Fine("missing and minor faults on shared memory, the kernel's own included".to_owned()),
         Err(error) => missing(format!("a page cannot be watched: {error}")),
+    }
+}
+
+fn protection() -> Verdict {
+    let protected = Ram::new(PageCount(1)).map_err(|error| innermost(&error)).and_then(|ram| {
+        let watch = WriteWatch::register(ram).map_err(|error| innermost(&error))?;
+        watch.protect(PageIndex(0), PageCount(1)).map_err(|error| innermost(&error))
+    });
+    match protected {
+        Ok(()) => Verdict::Fine("writes to shared memory can be made to wait".to_owned()),
+        Err(error) => Verdict::Wanting {
+            seen: format!("a page cannot be protected: {error}"),
+            fix: "guests can be saved while they stand still, and not while they run: that takes Linux 5.19 or later"
+                .to_owned(),
+        },
     }
 }
 

@@ -69,6 +69,7 @@ const IOCTLS: &[u32] = &[
     KVM | 0x80,  // KVM_RUN
     UFFD | 0x02, // UFFDIO_WAKE
     UFFD | 0x04, // UFFDIO_ZEROPAGE: a page that is zero
+    UFFD | 0x06, // UFFDIO_WRITEPROTECT: a guest is saved while it runs
     KVM | 0x61,  // KVM_IRQ_LINE: the serial port's interrupt
     KVM | 0xc7,  // KVM_RESET_DIRTY_RINGS
     KVM | 0xc0,  // KVM_CLEAR_DIRTY_LOG
@@ -232,12 +233,8 @@ fn memory() -> Vec<Group> {
             [libc::SYS_munmap, libc::SYS_mremap, libc::SYS_brk, libc::SYS_madvise],
         ),
         group(
-            "a destination's pager, where this host has no /dev/userfaultfd; how much of the guest is in memory",
+            "a pager, where this host has no /dev/userfaultfd; how much of the guest is in memory",
             [libc::SYS_userfaultfd, SYS_CACHESTAT],
-        ),
-        group(
-            "what a guest overwrites while it is saved as it runs waits in memory of its own",
-            [libc::SYS_memfd_create],
         ),
     ]
 }
