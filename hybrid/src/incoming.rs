@@ -6,7 +6,7 @@ mod gate;
 mod tally;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, unbounded};
 use switchover_pager::collapse::Collapse;
@@ -255,6 +255,13 @@ impl Incoming {
     #[must_use]
     pub fn wait(&self) -> MigrationStatus {
         self.shared.recorder.wait()
+    }
+
+    /// Waits until nothing more comes over the link that there is, but not past `deadline`: all has come, or the link is lost.
+    pub fn wait_for_the_rest(&self, deadline: Instant) {
+        use MigrationStatus as Is;
+        let goes_on = |status| matches!(status, Is::Active | Is::Device | Is::PostcopyActive | Is::PostcopyRecover);
+        self.shared.recorder.wait_until(deadline, |record| !goes_on(record.status));
     }
 
     /// Waits until its status is one of those that are `wanted`, which it must come to.

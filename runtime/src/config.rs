@@ -20,8 +20,20 @@ pub enum SerialTarget {
 pub struct HostFilesConfig {
     /// They lie under this directory.
     pub directory: PathBuf,
-    /// Whether each request is noted on standard output, in a line of its own.
-    pub log: bool,
+    /// Whether each request is noted on standard output, in a line of its own, and how.
+    pub log: HostFilesLog,
+}
+
+/// What is printed of the things that a guest does with its host files.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub enum HostFilesLog {
+    /// Nothing.
+    #[default]
+    Off,
+    /// A line for each.
+    Lines,
+    /// Lines that begin with this name.
+    Named(String),
 }
 
 /// How it is found out what the guest writes.

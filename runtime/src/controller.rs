@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{io, thread};
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
@@ -29,6 +29,9 @@ use crate::lock;
 use crate::qmp::controller::{ControlError, Controller, Event, MigrationView, TimedEvent, WrittenPagesMode};
 use crate::run_state::{ExitReason, RunState};
 use crate::vm::Vm;
+
+/// How long a machine whose guest has ended goes on taking what its source still sends.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Drives a [`Vm`] and its migrations: at most one at a time, into it or out of it.
 pub struct VmController {
@@ -80,8 +83,14 @@ impl VmController {
     /// file that a source may still connect to, since the threads that hold it end with the process.
     pub fn finish(&self, exit: &ExitReason) {
         match &*self.migration() {
-            // Its threads end with the process, and would leave a unix socket's file behind.
-            Migration::Incoming(incoming) => incoming.close(),
+            Migration::Incoming(incoming) => {
+                // A guest that has ended wants nothing more, but its source does not know that, and would wait for this side.
+                if matches!(exit, ExitReason::Guest(_) | ExitReason::Shutdown) {
+                    incoming.wait_for_the_rest(Instant::now() + DRAIN_PATIENCE);
+                }
+                // Its threads end with the process, and would leave a unix socket's file behind.
+                incoming.close();
+            }
             // And this one half an image.
             Migration::Saving(saving) => {
                 saving.cancel();
@@ -105,6 +114,23 @@ impl VmController {
     /// Ends the machine, on behalf of whoever runs this process.
     pub fn end(&self) {
         self.vm.quit();
+    }
+
+    /// Waits for the end of the migration out of this machine, or of the save, that was begun last; `None` where none was.
+    pub fn wait_until_it_has_left(&self) -> Option<MigrationStatus> {
+        enum Leaving {
+            Guest(Outgoing),
+            Image(Saving),
+        }
+        let leaving = match &*self.migration() {
+            Migration::Outgoing(outgoing) => Leaving::Guest(outgoing.clone()),
+            Migration::Saving(saving) => Leaving::Image(saving.clone()),
+            Migration::None | Migration::Incoming(_) | Migration::Restoring(_) => return None,
+        };
+        Some(match leaving {
+            Leaving::Guest(outgoing) => outgoing.wait(),
+            Leaving::Image(saving) => saving.wait(),
+        })
     }
 
     fn migration(&self) -> MutexGuard<'_, Migration> {

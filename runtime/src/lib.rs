@@ -47,6 +47,7 @@ pub mod error;
 mod governor;
 mod kick;
 pub mod memory;
+pub mod on_save;
 pub mod qmp;
 pub mod run_state;
 pub mod state;

@@ -82,6 +82,9 @@ fn live(vcpu: &Vcpu, shared: &Shared) {
     warm_up(vcpu);
     let mut last_exit = None;
     while shared.control.park(vcpu.index, last_exit) {
+        if let Some(files) = &shared.ports.host_files {
+            files.hold(&|| vcpu.exit_byte.is_set());
+        }
         let mut fd = lock(&vcpu.fd);
         shared.control.entering();
         last_exit = Some(run(vcpu, &mut fd, shared));
@@ -103,7 +106,7 @@ fn warm_up(vcpu: &Vcpu) {
 fn run(vcpu: &Vcpu, fd: &mut VcpuFd, shared: &Shared) -> Nanos {
     loop {
         let outcome = match fd.run() {
-            Ok(exit) => handle(exit, vcpu.index, shared),
+            Ok(exit) => handle(exit, vcpu, shared),
             // EAGAIN: a vCPU that waited for another to start it has been started.
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                 let left = Nanos::now();
@@ -134,9 +137,9 @@ fn run(vcpu: &Vcpu, fd: &mut VcpuFd, shared: &Shared) -> Nanos {
     }
 }
 
-fn handle(exit: VcpuExit<'_>, vcpu: usize, shared: &Shared) -> Outcome {
+fn handle(exit: VcpuExit<'_>, vcpu: &Vcpu, shared: &Shared) -> Outcome {
     match exit {
-        VcpuExit::IoOut(port, data) => match shared.ports.write(port, data) {
+        VcpuExit::IoOut(port, data) => match shared.ports.write(port, data, &|| vcpu.exit_byte.is_set()) {
             None => Outcome::GoOn,
             Some(reason) => Outcome::End(reason),
         },
@@ -159,7 +162,7 @@ fn handle(exit: VcpuExit<'_>, vcpu: usize, shared: &Shared) -> Outcome {
             Outcome::Broken(format!("has no memory behind {size} bytes at {gpa:#x}"))
         }
         VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => {
-            match shared.ring.as_ref().map(|ring| ring.make_room(vcpu)) {
+            match shared.ring.as_ref().map(|ring| ring.make_room(vcpu.index)) {
                 Some(Err(error)) => Outcome::Broken(format!("cannot go on with its dirty ring full: {error}")),
                 Some(Ok(())) | None => Outcome::GoOn,
             }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crossbeam::channel::Receiver;
 use kvm_ioctls::{Kvm, VcpuFd};
+use nix::errno::Errno;
 use switchover_hybrid::machine::{Machine, MachineError, Paused};
 use switchover_pager::ram::Ram;
 use switchover_precopy::dirty::DirtyLog;
@@ -16,9 +17,10 @@ use switchover_wire::description::MachineDescription;
 use switchover_wire::types::PageIndex;
 
 use crate::arch::{LEAST_MEMORY, MOST_MEMORY, Platform, Ports, ram_regions};
-use crate::config::{SerialTarget, VmConfig};
+use crate::config::{HostFilesLog, SerialTarget, VmConfig};
 use crate::control::{Control, VmEvent};
 use crate::devices::host_files::HostFiles;
+use crate::devices::host_files::log::Log;
 use crate::devices::input::InputPump;
 use crate::devices::output::Output;
 use crate::devices::serial::{InputGate, SerialPort};
@@ -156,6 +158,12 @@ impl Vm {
         &self.shared.memory
     }
 
+    /// The files that its guest has open, where it may have any.
+    #[must_use]
+    pub fn host_files(&self) -> Option<&HostFiles> {
+        self.shared.ports.host_files.as_ref()
+    }
+
     /// Whether written pages are found by a ring for each vCPU, rather than a bit for each page.
     #[must_use]
     pub fn keeps_rings(&self) -> bool {
@@ -215,7 +223,11 @@ impl Vm {
         };
         let input = Arc::new(InputGate::new().map_err(host("make an eventfd"))?);
         let host_files = config.host_files.as_ref().map(|files| {
-            let log = files.log.then(Output::stdout).transpose()?;
+            let log = match &files.log {
+                HostFilesLog::Off => Log::default(),
+                HostFilesLog::Lines => Log::new(Output::stdout()?, None),
+                HostFilesLog::Named(name) => Log::new(Output::stdout()?, Some(name.clone())),
+            };
             HostFiles::new(memory.clone(), &files.directory, log)
         });
         let ports = Ports { serial: SerialPort::new(fd, output, input), host_files: host_files.transpose()? };
@@ -293,6 +305,10 @@ impl Machine for Vm {
     }
 
     fn resume(&self) -> Result<(), MachineError> {
+        // Whatever it was paused for: a guest that wished to be saved, and goes on here, was not.
+        if let Some(files) = self.host_files() {
+            files.refuse_to_save(Errno::EIO);
+        }
         self.shared.control.resume().map_err(|error| MachineError::new("resume the guest", error))?;
         self.shared.ports.serial.open_input();
         Ok(())

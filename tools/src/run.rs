@@ -9,11 +9,13 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 use kvm_ioctls::Kvm;
 use serde_json::json;
+use switchover_hybrid::monitor::{Limits, Mode};
 use switchover_hybrid::settings::Settings;
 use switchover_pager::uffd::device;
 use switchover_runtime::audit::Audit;
-use switchover_runtime::config::{DirtyTracking, HostFilesConfig, SerialTarget, VmConfig};
+use switchover_runtime::config::{DirtyTracking, HostFilesConfig, HostFilesLog, SerialTarget, VmConfig};
 use switchover_runtime::controller::VmController;
+use switchover_runtime::on_save::{self, OnSave};
 use switchover_runtime::qmp::controller::Controller as _;
 use switchover_runtime::qmp::endpoint::Endpoint;
 use switchover_runtime::qmp::parameters::Parameters;
@@ -27,7 +29,7 @@ use switchover_wire::tls::Role;
 
 use crate::allocator;
 use crate::confine;
-use crate::confine::filter::Mode;
+use crate::confine::filter;
 use crate::confine::privileges::{self, Kept};
 use crate::confine::user::RunAs;
 use crate::failure::{Failure, say};
@@ -67,9 +69,14 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR")]
     host_files: Option<PathBuf>,
 
-    /// Print each request for a host file, and the guest's exit, in a line of its own
-    #[arg(long, requires = "host_files")]
-    log_host_files: bool,
+    /// Print each request for a host file, and the guest's exit, in a line of its own. With a name, each line begins with it
+    #[arg(long, value_name = "NAME", requires = "host_files", num_args = 0..=1, require_equals = true)]
+    log_host_files: Option<Option<String>>,
+
+    /// Where the guest goes when it asks its host files' device to be saved: into an image, or to a machine that waits for it. This
+    /// machine ends when that is done. Without this, the guest is told that it cannot be saved
+    #[arg(long, value_name = "file:PATH|tcp:HOST:PORT|unix:PATH", requires = "host_files")]
+    on_save: Option<SaveTo>,
 
     /// Socket to control the machine by, in QEMU's protocol
     #[arg(long, value_name = "unix:PATH")]
@@ -116,7 +123,7 @@ pub struct RunArgs {
     /// it over: it ends, with the call's name on standard error (on); the kernel notes the call in its own audit log, and it is made
     /// (log); nothing, there is no filter (off)
     #[arg(long, value_name = "on|log|off", default_value = "on", hide_possible_values = true)]
-    seccomp: Mode,
+    seccomp: filter::Mode,
 }
 
 const EXAMPLES: &str = "\
@@ -159,6 +166,25 @@ impl FromStr for IncomingAt {
 
     fn from_str(text: &str) -> Result<Self, AddressError> {
         if text == "defer" { Ok(Self::Deferred) } else { text.parse().map(Self::Address) }
+    }
+}
+
+/// Where a guest goes that asks to be saved.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum SaveTo {
+    Image(PathBuf),
+    Machine(Address),
+}
+
+impl FromStr for SaveTo {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.strip_prefix("file:") {
+            Some("") => Err("the path of the image is missing: write for example file:guest.image".to_owned()),
+            Some(path) => Ok(Self::Image(path.into())),
+            None => text.parse().map(Self::Machine).map_err(|error: AddressError| error.to_string()),
+        }
     }
 }
 
@@ -226,7 +252,14 @@ pub fn main(args: RunArgs) -> Result<(), Failure> {
         serial: args.serial.0,
         // What is restored takes the memory that it needs as it is loaded, before the guest runs.
         lazy_memory: args.lazy_memory || args.restore.is_some(),
-        host_files: args.host_files.map(|directory| HostFilesConfig { directory, log: args.log_host_files }),
+        host_files: args.host_files.map(|directory| HostFilesConfig {
+            directory,
+            log: match args.log_host_files {
+                None => HostFilesLog::Off,
+                Some(None) => HostFilesLog::Lines,
+                Some(Some(name)) => HostFilesLog::Named(name),
+            },
+        }),
         dirty_tracking: args.dirty_tracking.into(),
     };
     let no_threads = |error| Failure::failed(format_args!("cannot start the machine's threads: {error}"));
@@ -239,6 +272,9 @@ pub fn main(args: RunArgs) -> Result<(), Failure> {
     let (ended, path) = (Arc::clone(&controller), args.qmp.as_ref().map(|endpoint| endpoint.path().to_owned()));
     let take_ends = move || ends.into_iter().for_each(|number: u32| end(&ended, number, path.as_deref()));
     std::thread::Builder::new().name("end".to_owned()).spawn(take_ends).map_err(no_threads)?;
+    if let Some(to) = args.on_save {
+        on_save::attend(&vm, &controller, on_save(to, &parameters)?).map_err(no_threads)?;
+    }
     // What comes from here on comes from others: the guest, the network, clients, an image.
     confine::confine_all_threads(args.seccomp).map_err(Failure::failed)?;
     match &args.restore {
@@ -277,6 +313,20 @@ fn parameters(tls_creds: Option<&Path>, allow_plain: bool) -> Result<Parameters,
         text.clone_into(&mut parameters.tls_creds);
     }
     Ok(parameters)
+}
+
+/// What becomes of a guest that asks to be saved.
+fn on_save(to: SaveTo, parameters: &Parameters) -> Result<OnSave, Failure> {
+    Ok(match to {
+        SaveTo::Image(path) => OnSave::File(path),
+        SaveTo::Machine(address) => {
+            let security = security(parameters, Role::Source).map_err(Failure::failed)?;
+            // It stands still meanwhile: nothing is won by letting it run before all of it is there.
+            let limits = Limits { mode: Mode::Precopy, ..Limits::default() };
+            let settings = Settings { limits, postcopy: false, ..Settings::default() };
+            OnSave::Machine(address, Box::new((settings, security)))
+        }
+    })
 }
 
 fn begin(

@@ -1,6 +1,6 @@
 //! The guest that works on a file of the host: it opens one, writes 16 bytes, writes 12 more, closes it, and ends itself with 0.
 //!
-//! On its command line, `wait` has it wait between the two writes for the file `./go` to appear.
+//! On its command line, `wait` has it wait between the two writes for the file `./go` to appear, and `save` has it ask to be saved there.
 //!
 //! It prints nothing: the device's log says what it does.
 
@@ -18,6 +18,7 @@ const PORT: u16 = 0x5c0;
 const OPEN: u64 = 1;
 const WRITE: u64 = 3;
 const CLOSE: u64 = 4;
+const SAVE: u64 = 5;
 
 /// `O_RDWR | O_CREAT | O_LARGEFILE`, as Linux has them, and permissions for all.
 const FLAGS: u64 = 0x8042;
@@ -45,13 +46,14 @@ pub fn run() -> ! {
     traps::init();
     platform::quiet();
     serial::init();
-    let waits = waits().unwrap_or_else(|reason| platform::fail(EXIT_REFUSED, format_args!("E {reason}")));
+    let between = Between::read().unwrap_or_else(|reason| platform::fail(EXIT_REFUSED, format_args!("E {reason}")));
     let file = needed("open a file", ask(OPEN, [address(PATH), PATH.len() as u64, FLAGS, MODE]));
     needed("write", ask(WRITE, [file, address(FIRST), FIRST.len() as u64, 0]));
-    while waits && ask(OPEN, [address(GO), GO.len() as u64, 0, 0]) < 0 {
-        let until = tsc() + PAUSE_TICKS;
-        while tsc() < until {
-            spin_loop();
+    match between {
+        Between::Nothing => {}
+        Between::Wait => wait_for_the_file(),
+        Between::Save => {
+            needed("be saved", ask(SAVE, [0; 4]));
         }
     }
     needed("write", ask(WRITE, [file, address(SECOND), SECOND.len() as u64, 0]));
@@ -59,12 +61,31 @@ pub fn run() -> ! {
     platform::exit(EXIT_DONE)
 }
 
-fn waits() -> Result<bool, &'static str> {
-    let mut buffer = [0; COMMAND_LINE_MAX];
-    match StartInfo::find()?.command_line(&mut buffer)?.trim_ascii() {
-        b"" => Ok(false),
-        b"wait" => Ok(true),
-        _ => Err("the command line is neither empty nor `wait`"),
+/// What it does between its two writes.
+enum Between {
+    Nothing,
+    Wait,
+    Save,
+}
+
+impl Between {
+    fn read() -> Result<Self, &'static str> {
+        let mut buffer = [0; COMMAND_LINE_MAX];
+        match StartInfo::find()?.command_line(&mut buffer)?.trim_ascii() {
+            b"" => Ok(Self::Nothing),
+            b"wait" => Ok(Self::Wait),
+            b"save" => Ok(Self::Save),
+            _ => Err("the command line is neither empty nor `wait` nor `save`"),
+        }
+    }
+}
+
+fn wait_for_the_file() {
+    while ask(OPEN, [address(GO), GO.len() as u64, 0, 0]) < 0 {
+        let until = tsc() + PAUSE_TICKS;
+        while tsc() < until {
+            spin_loop();
+        }
     }
 }
 

@@ -81,7 +81,7 @@ fn an_open_file_moves_with_its_guest() {
         assert_eq!(there.wait_end(), 0, "{}", there.stderr().text());
         scene.is_done();
         assert_eq!(said(&source), ["OPEN ./ay_caramba 511 - return 3", "WRITE 3 16 - return 16"]);
-        assert_eq!(said(&there), ["WRITE 3 12 - return 12", "CLOSE 3 return 0", "EXIT 0"]);
+        assert_eq!(said(&there), ["RESTORE OPERATION", "WRITE 3 12 - return 12", "CLOSE 3 return 0", "EXIT 0"]);
         lab.close();
     }
 }

@@ -26,6 +26,7 @@ mod qmp_recovery;
 mod qmp_together;
 mod refusing;
 mod running;
+mod save_operation;
 mod strangers;
 mod tls;
 

@@ -20,8 +20,9 @@ pub struct Ports {
 }
 
 impl Ports {
-    /// The guest writes. A string instruction comes as all its bytes at once.
-    pub fn write(&self, port: u16, data: &[u8]) -> Option<ExitReason> {
+    /// The guest writes. A string instruction comes as all its bytes at once. A device that keeps the vCPU waiting lets it go when it
+    /// is `leaving` the guest.
+    pub fn write(&self, port: u16, data: &[u8], leaving: &dyn Fn() -> bool) -> Option<ExitReason> {
         match port {
             SERIAL_PORT..=SERIAL_LAST => {
                 data.iter().for_each(|byte| self.serial.write(offset(port), *byte));
@@ -29,7 +30,7 @@ impl Ports {
             }
             HOST_FILES_PORT => {
                 if let Some(files) = &self.host_files {
-                    files.write(data);
+                    files.write(data, leaving);
                 }
                 None
             }
@@ -42,7 +43,7 @@ impl Ports {
     fn debug_exit(&self, data: &[u8]) -> ExitReason {
         let reason = debug_exit(data);
         if let (Some(files), ExitReason::Guest(status)) = (&self.host_files, &reason) {
-            files.note(format_args!("EXIT {}", status >> 1));
+            files.log().note(format_args!("EXIT {}", status >> 1));
         }
         reason
     }

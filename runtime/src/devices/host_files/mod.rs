@@ -8,11 +8,12 @@
 //! What the device writes into guest memory counts as written by the guest, for whoever keeps the book of dirty pages.
 
 mod directory;
+pub mod log;
 pub mod request;
 mod table;
+mod wish;
 
 use std::fmt;
-use std::io::Write as _;
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -20,9 +21,10 @@ use nix::errno::Errno;
 use vm_memory::{Bytes as _, GuestAddress};
 
 use self::directory::Directory;
+use self::log::Log;
 use self::request::{Operation, Request};
 pub use self::table::{OpenFiles, SavedHostFiles};
-use crate::devices::output::Output;
+use self::wish::Wish;
 use crate::error::VmError;
 use crate::lock;
 use crate::memory::GuestMemory;
@@ -40,7 +42,8 @@ pub struct HostFiles {
     memory: GuestMemory,
     directory: Directory,
     files: Mutex<OpenFiles>,
-    log: Option<Output>,
+    wish: Wish,
+    log: Log,
 }
 
 impl fmt::Debug for HostFiles {
@@ -50,19 +53,19 @@ impl fmt::Debug for HostFiles {
 }
 
 impl HostFiles {
-    /// A device whose files lie under `directory`. With a `log`, each request is noted there, in a line of its own.
+    /// A device whose files lie under `directory`. Each request is noted in the `log`, in a line of its own.
     ///
     /// # Errors
     /// When the directory cannot be opened.
-    pub fn new(memory: GuestMemory, directory: &Path, log: Option<Output>) -> Result<Self, VmError> {
+    pub fn new(memory: GuestMemory, directory: &Path, log: Log) -> Result<Self, VmError> {
         let opened = Directory::open(directory);
         let directory =
             opened.map_err(|source| VmError::HostFiles { path: directory.to_owned(), source: source.into() })?;
-        Ok(Self { memory, directory, files: Mutex::default(), log })
+        Ok(Self { memory, directory, files: Mutex::default(), wish: Wish::default(), log })
     }
 
-    /// The guest writes to the port.
-    pub fn write(&self, data: &[u8]) {
+    /// The guest writes to the port. A vCPU that asks for its guest to be saved stays in here until it is `leaving` the guest.
+    pub fn write(&self, data: &[u8], leaving: &dyn Fn() -> bool) {
         let Ok(address) = <[u8; 4]>::try_from(data).map(|bytes| u64::from(u32::from_le_bytes(bytes))) else {
             tracing::debug!(bytes = data.len(), "a request for a host file whose address is not of 32 bits");
             return;
@@ -71,20 +74,58 @@ impl HostFiles {
             tracing::debug!(address, "a request for a host file that lies outside of memory");
             return;
         };
+        if request.operation == Operation::Save {
+            return self.save_guest(&request, leaving);
+        }
         let (result, line) = self.perform(&request);
         let value = match result {
             Ok(value) => i64::from(value),
             Err(errno) => -i64::from(errno as i32),
         };
         request.answer(&self.memory, value);
-        self.note(format_args!("{line} - return {value}"));
+        self.log.note(format_args!("{line} - return {value}"));
     }
 
-    /// Adds a line to the log, where there is one.
-    pub fn note(&self, line: fmt::Arguments<'_>) {
-        if let Some(log) = &self.log {
-            // An output drops what it cannot write.
-            let _ = log.clone().write_all(format!("{line}\n").as_bytes());
+    /// What is printed of it.
+    #[must_use]
+    pub const fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// Somebody saves the guest when it asks for that: `heard` is called then, and must not wait for it.
+    pub fn tell_of_wishes(&self, heard: impl Fn() + Send + Sync + 'static) {
+        self.wish.tell(heard);
+    }
+
+    /// The guest goes on, and was not saved if it wished to be.
+    pub fn refuse_to_save(&self, errno: Errno) {
+        self.wish.refuse(errno, &self.memory, || {
+            self.log.note(format_args!("SAVE OPERATION - return {}", -i64::from(errno as i32)));
+        });
+    }
+
+    /// Keeps a vCPU from running on that has asked for its guest to be saved, until it is `leaving` the guest again or has its answer.
+    /// Called on its thread, before it enters the guest.
+    pub fn hold(&self, leaving: &dyn Fn() -> bool) {
+        self.wish.hold(leaving);
+    }
+
+    /// The guest was saved as it wished.
+    pub fn saved(&self) {
+        self.wish.fulfil();
+    }
+
+    fn save_guest(&self, request: &Request, leaving: &dyn Fn() -> bool) {
+        match self.wish.ask(request, &self.memory) {
+            Ok(()) => {
+                self.log.note(format_args!("SAVE OPERATION"));
+                self.wish.hold(leaving);
+            }
+            Err(errno) => {
+                let value = -i64::from(errno as i32);
+                request.answer(&self.memory, value);
+                self.log.note(format_args!("SAVE OPERATION - return {value}"));
+            }
         }
     }
 
@@ -104,6 +145,8 @@ impl HostFiles {
                 (self.write_file(file, address, count), format!("WRITE {file} {address:x} {count}"))
             }
             Operation::Close { file } => (lock(&self.files).close(file).map(|()| 0), format!("CLOSE {file}")),
+            // Not a matter of a file: it never gets here.
+            Operation::Save => (Err(Errno::ENOTSUP), "SAVE OPERATION".to_owned()),
             Operation::Unknown(number) => (Err(Errno::ENOSYS), format!("OPERATION {number}")),
         }
     }
@@ -162,6 +205,7 @@ impl HostFiles {
     /// Gives the guest these open files.
     pub fn load(&self, files: OpenFiles) {
         *lock(&self.files) = files;
+        self.log.note(format_args!("RESTORE OPERATION"));
     }
 }
 

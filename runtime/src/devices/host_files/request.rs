@@ -12,6 +12,7 @@
 //! | 2 | read | file, address, bytes |
 //! | 3 | write | file, address, bytes |
 //! | 4 | close | file |
+//! | 5 | save the guest | |
 //!
 //! All numbers are little-endian and of guest-physical addresses.
 
@@ -60,6 +61,8 @@ pub enum Operation {
         /// As [`Open`](Self::Open) returned it.
         file: u32,
     },
+    /// Save the guest itself.
+    Save,
     /// Something that this device does not do.
     Unknown(u32),
 }
@@ -103,6 +106,7 @@ impl Operation {
             2 => Self::Read { file: small(first), address: second, count: small(third) },
             3 => Self::Write { file: small(first), address: second, count: small(third) },
             4 => Self::Close { file: small(first) },
+            5 => Self::Save,
             other => Self::Unknown(small(other)),
         }
     }

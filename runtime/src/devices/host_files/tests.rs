@@ -2,6 +2,10 @@ use std::fs;
 use std::io::Read as _;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
@@ -12,6 +16,7 @@ use tempfile::TempDir;
 
 use super::request::REQUEST_BYTES;
 use super::*;
+use crate::devices::output::Output;
 
 const PAGES: u64 = 8;
 const REQUEST_AT: u64 = 0x1000;
@@ -35,7 +40,7 @@ impl Guest {
         let regions = vec![RamRegion { guest_address: 0, pages: PageCount(PAGES) }];
         let memory = GuestMemory::new(Ram::new(PageCount(PAGES)).unwrap(), regions).unwrap();
         fs::create_dir_all(folder.path().join("inside")).unwrap();
-        let device = HostFiles::new(memory, &folder.path().join("inside"), None).unwrap();
+        let device = HostFiles::new(memory, &folder.path().join("inside"), Log::default()).unwrap();
         Self { device, folder }
     }
 
@@ -52,7 +57,7 @@ impl Guest {
         let request: Vec<u8> =
             [operation, 77, first, second, third, fourth].into_iter().flat_map(u64::to_le_bytes).collect();
         self.put(REQUEST_AT, &request);
-        self.device.write(&u32::try_from(REQUEST_AT).unwrap().to_le_bytes());
+        self.device.write(&u32::try_from(REQUEST_AT).unwrap().to_le_bytes(), &|| true);
         self.device.memory.read_u64(REQUEST_AT + 8).unwrap().cast_signed()
     }
 
@@ -142,9 +147,9 @@ fn what_is_not_memory_is_an_error_and_changes_nothing() {
     assert_eq!(fs::read(guest.path("file")).unwrap(), b"four");
     // Requests that are none: nobody can be told.
     for address in [0xffff_fff8_u64, end - REQUEST_BYTES as u64 + 8, REQUEST_AT + 4] {
-        guest.device.write(&u32::try_from(address).unwrap().to_le_bytes());
+        guest.device.write(&u32::try_from(address).unwrap().to_le_bytes(), &|| true);
     }
-    guest.device.write(&[0]);
+    guest.device.write(&[0], &|| true);
 }
 
 #[test]
@@ -213,7 +218,7 @@ fn each_request_is_a_line_of_the_log() {
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("log");
     let mut guest = Guest::new();
-    guest.device.log = Some(Output::file(&log).unwrap());
+    guest.device.log = Log::new(Output::file(&log).unwrap(), None);
     assert_eq!(guest.open("./ay_caramba", CREATE), 3);
     assert_eq!(guest.write(3, b"0123456789abcdef"), 16);
     assert_eq!(guest.ask([2, 3, DATA_AT, 1, 0]), 0);
@@ -225,5 +230,72 @@ fn each_request_is_a_line_of_the_log() {
         said,
         "OPEN ./ay_caramba 32834 511 - return 3\nWRITE 3 3000 16 - return 16\nREAD 3 3000 1 - return 0\n\
          CLOSE 3 - return 0\nOPEN \\u{1b}[2J\\n 0 511 - return -2\n"
+    );
+}
+
+#[test]
+fn a_guest_that_nobody_saves_is_told_so() {
+    let guest = Guest::new();
+    assert_eq!(guest.ask([5, 0, 0, 0, 0]), error(Errno::ENOTSUP));
+}
+
+#[test]
+fn a_guest_that_asks_to_be_saved_goes_no_further_until_it_leaves_or_is_answered() {
+    let mut guest = Guest::new();
+    let log = guest.folder.path().join("log");
+    guest.device.log = Log::new(Output::file(&log).unwrap(), Some("HERE".to_owned()));
+    let heard = Arc::new(AtomicU32::new(0));
+    let counted = Arc::clone(&heard);
+    guest.device.tell_of_wishes(move || {
+        counted.fetch_add(1, Ordering::SeqCst);
+    });
+    let result = |guest: &Guest| guest.device.memory.read_u64(REQUEST_AT + 8).unwrap().cast_signed();
+    let asks = |guest: &Guest, leaving: &AtomicBool, meanwhile: &dyn Fn()| {
+        let request: Vec<u8> = [5, 77, 0, 0, 0, 0_u64].into_iter().flat_map(u64::to_le_bytes).collect();
+        guest.put(REQUEST_AT, &request);
+        let before = heard.load(Ordering::SeqCst);
+        thread::scope(|scope| {
+            let at = u32::try_from(REQUEST_AT).unwrap().to_le_bytes();
+            let vcpu = scope.spawn(move || guest.device.write(&at, &|| leaving.load(Ordering::SeqCst)));
+            while heard.load(Ordering::SeqCst) == before {
+                thread::yield_now();
+            }
+            thread::sleep(Duration::from_millis(20));
+            assert!(!vcpu.is_finished(), "it went on");
+            assert_eq!(result(guest), 0, "what the restored guest finds");
+            meanwhile();
+        });
+    };
+
+    // It is paused and saved, and the one that goes on here afterwards finds the same.
+    let leaving = AtomicBool::new(false);
+    asks(&guest, &leaving, &|| leaving.store(true, Ordering::SeqCst));
+    guest.device.saved();
+    guest.device.refuse_to_save(Errno::EIO);
+    assert_eq!(result(&guest), 0);
+    // It is not paused, as nothing could be begun.
+    let stays = AtomicBool::new(false);
+    asks(&guest, &stays, &|| guest.device.refuse_to_save(Errno::EBUSY));
+    assert_eq!(result(&guest), error(Errno::EBUSY));
+    // It was paused, and the save failed. Meanwhile nobody else can ask.
+    let leaving = AtomicBool::new(false);
+    asks(&guest, &leaving, &|| leaving.store(true, Ordering::SeqCst));
+    guest.put(PATH_AT, &[5_u64, 77, 0, 0, 0, 0].into_iter().flat_map(u64::to_le_bytes).collect::<Vec<_>>());
+    guest.device.write(&u32::try_from(PATH_AT).unwrap().to_le_bytes(), &|| true);
+    assert_eq!(guest.device.memory.read_u64(PATH_AT + 8).unwrap().cast_signed(), error(Errno::EBUSY));
+    guest.device.refuse_to_save(Errno::EIO);
+    assert_eq!(result(&guest), error(Errno::EIO));
+    let lines = fs::read_to_string(log).unwrap();
+    let save = "HERE: VM_APP - SAVE OPERATION";
+    assert_eq!(
+        lines.lines().collect::<Vec<_>>(),
+        [
+            save,
+            save,
+            &format!("{save} - return -16"),
+            save,
+            &format!("{save} - return -16"),
+            &format!("{save} - return -5")
+        ]
     );
 }
