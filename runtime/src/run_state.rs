@@ -165,13 +165,12 @@ impl RunFlags {
         self.exit.as_ref()
     }
 
-    /// Its user pauses it. Paused already is no error.
+    /// Its user pauses it. Paused already is no error. A guest that has not arrived yet arrives paused, as with QEMU.
     ///
     /// # Errors
-    /// Before the guest has arrived, and during a handoff.
+    /// During a handoff.
     pub fn stop(&mut self) -> Result<(), Refusal> {
         match self.hold {
-            Hold::Incoming { .. } if !self.right_to_run => Err(Refusal::NotArrived),
             Hold::Outgoing if self.right_to_run => Err(Refusal::Handoff),
             _ => {
                 self.paused_by_user = true;
@@ -180,13 +179,15 @@ impl RunFlags {
         }
     }
 
-    /// Its user starts it, or lets it go on. Running already is no error. A guest that has arrived paused starts.
+    /// Its user starts it, or lets it go on. Running already is no error. A guest that has arrived paused starts; one that was to arrive
+    /// paused is not to any more.
     ///
     /// # Errors
     /// Without the right to run, during a handoff, and after its end.
     pub fn cont(&mut self) -> Result<(), Refusal> {
         self.check_alive()?;
         match self.hold {
+            Hold::Incoming { .. } if !self.right_to_run && std::mem::take(&mut self.paused_by_user) => return Ok(()),
             Hold::Incoming { .. } if !self.right_to_run => return Err(Refusal::NotArrived),
             _ if !self.right_to_run => return Err(Refusal::MovedAway),
             Hold::Outgoing => return Err(Refusal::Handoff),
@@ -396,7 +397,7 @@ mod tests {
         let mut flags = RunFlags::incoming();
         assert_eq!(flags.state(), RunState::Inmigrate);
         assert!(!flags.take(), "the right without a state");
-        for attempt in [RunFlags::cont, RunFlags::resume, RunFlags::stop] {
+        for attempt in [RunFlags::cont, RunFlags::resume] {
             assert_eq!(attempt(&mut flags), Err(Refusal::NotArrived));
         }
         assert_eq!(flags.pause(), Err(Refusal::NotArrived));
@@ -414,6 +415,28 @@ mod tests {
             start(&mut flags).unwrap();
             assert_eq!(flags.state(), RunState::Running);
         }
+    }
+
+    #[test]
+    fn a_guest_whose_user_stops_it_before_it_has_arrived_arrives_paused() {
+        let arrive = |flags: &mut RunFlags| {
+            flags.loaded();
+            assert!(flags.take());
+            flags.resume().unwrap();
+        };
+        let mut flags = RunFlags::incoming();
+        flags.stop().unwrap();
+        assert_eq!(flags.state(), RunState::Inmigrate);
+        arrive(&mut flags);
+        assert_eq!((flags.state(), flags.may_run()), (RunState::Paused, false));
+        flags.cont().unwrap();
+        assert!(flags.may_run());
+        let mut flags = RunFlags::incoming();
+        flags.stop().unwrap();
+        flags.cont().unwrap();
+        assert_eq!(flags.state(), RunState::Inmigrate, "it is not here for that");
+        arrive(&mut flags);
+        assert!(flags.may_run());
     }
 
     #[test]

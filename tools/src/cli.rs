@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::failure::Failure;
-use crate::{audit, bench, certs, check, floor, image, migrate, run, save, simulate};
+use crate::{audit, bench, certs, check, floor, image, migrate, rollback, run, save, simulate};
 
 /// The environment variable that says what is logged.
 const LOG_VARIABLE: &str = "SWITCHOVER_LOG";
@@ -45,6 +45,8 @@ enum Command {
     Migrate(migrate::MigrateArgs),
     /// Save the guest of a running machine to a file
     Save(save::SaveArgs),
+    /// Return a guest to its checkpoint, wherever it has gone since
+    Rollback(rollback::RollbackArgs),
     /// Move real guests on this host, prove that no byte was lost, and write a report of what it cost
     Bench(bench::BenchArgs),
     /// Play recorded or made-up guests through the convergence monitor, and compare it with the best that could be done
@@ -69,6 +71,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::main(args),
         Command::Migrate(args) => migrate::main(&args),
         Command::Save(args) => save::main(&args),
+        Command::Rollback(args) => rollback::main(&args),
         Command::Bench(args) => bench::main(&args),
         Command::Simulate(args) => simulate::main(&args),
         Command::Audit(args) => audit::main(&args),
@@ -120,6 +123,7 @@ mod tests {
             &["switchover", "run", "--restore", "f", "--incoming", "defer"],
             &["switchover", "save", "--qmp", "unix:/q"],
             &["switchover", "save", "--qmp", "unix:/q", "--to", "f", "--live", "--compress"],
+            &["switchover", "rollback", "--checkpoint", "f", "--source", "unix:/s", "--destination", "unix:/d"],
             &["switchover", "audit"],
             &["switchover", "audit", "verify"],
             &["switchover", "audit", "verify", "file", "--known", "12"],

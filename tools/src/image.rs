@@ -1,7 +1,7 @@
 //! `switchover image`: what is in an image, whether it is as it was written, and where two differ.
 
 mod diff;
-mod inspect;
+pub(crate) mod inspect;
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};

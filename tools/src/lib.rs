@@ -32,6 +32,7 @@ pub mod image;
 pub mod migrate;
 pub mod qmp_client;
 pub mod rng;
+pub mod rollback;
 pub mod run;
 pub mod save;
 pub mod signals;

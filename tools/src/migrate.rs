@@ -16,6 +16,7 @@ use switchover_wire::address::Address;
 
 use crate::failure::{Failure, say};
 use crate::qmp_client::{QmpClient, QmpError};
+use crate::save;
 use crate::signals::EndRequests;
 use rate::Rate;
 use summary::{gave_up, last_decision, number, rounds, summary, text};
@@ -45,6 +46,10 @@ pub struct MigrateArgs {
     #[arg(long, value_name = "tcp:HOST:PORT|unix:PATH", conflicts_with_all = ONLY_AT_FIRST,
           conflicts_with_all = ["to", "resume", "max_postcopy_bandwidth"])]
     recover: Option<Address>,
+
+    /// Save the guest into this image before it moves, while it runs: `switchover rollback` returns to it
+    #[arg(long, value_name = "FILE")]
+    checkpoint: Option<PathBuf>,
 
     /// How the guest moves
     #[arg(long, value_enum, default_value_t = Mode::Hybrid)]
@@ -97,8 +102,17 @@ pub struct MigrateArgs {
 }
 
 /// What a migration takes along when it begins, and a link that is joined again does not change.
-const ONLY_AT_FIRST: [&str; 8] =
-    ["mode", "max_bandwidth", "downtime_limit", "blackout", "time_budget", "channels", "compression", "verify_memory"];
+const ONLY_AT_FIRST: [&str; 9] = [
+    "checkpoint",
+    "mode",
+    "max_bandwidth",
+    "downtime_limit",
+    "blackout",
+    "time_budget",
+    "channels",
+    "compression",
+    "verify_memory",
+];
 
 const EXAMPLES: &str = "\
 Examples:
@@ -110,6 +124,8 @@ Examples:
   50 ms at most:
     switchover migrate --qmp unix:/tmp/source.qmp --to tcp:10.0.0.2:4444 \\
       --mode precopy --max-bandwidth 2Gbit --downtime-limit 50
+  With a way back, by `switchover rollback`:
+    switchover migrate --qmp unix:/tmp/source.qmp --to tcp:10.0.0.2:4444 --checkpoint before.image
   Over a fast link, on four connections:
     switchover migrate --qmp unix:/tmp/source.qmp --to tcp:10.0.0.2:4444 --channels 4
   After a link was lost with the guest at the destination already, join it again; over another network, let the
@@ -229,6 +245,9 @@ fn migrate(args: &MigrateArgs, to: &Address) -> Result<(), Failure> {
     let ends = EndRequests::take(|_| ())?;
     let mut source = connect(args.qmp.path())?;
     let refused = |error: QmpError| Failure::failed(format_args!("cannot migrate to {to}: {error}"));
+    if let Some(path) = &args.checkpoint {
+        save::save(&mut source, path, &ends, false, true)?;
+    }
     if !args.resume {
         source.execute("migrate-set-capabilities", args.capabilities()).map_err(refused)?;
     }

@@ -1,7 +1,7 @@
 //! `switchover save`: drives a machine over QMP until its guest is in an image.
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use indicatif::{BinaryBytes, HumanCount};
@@ -10,7 +10,7 @@ use switchover_runtime::qmp::endpoint::Endpoint;
 
 use crate::failure::Failure;
 use crate::migrate::{connect, error_of, watch};
-use crate::qmp_client::QmpError;
+use crate::qmp_client::{QmpClient, QmpError};
 use crate::signals::EndRequests;
 
 /// What `switchover save` takes.
@@ -57,21 +57,36 @@ Exit status: 0 when the guest is saved, durably, 1 when not (stderr says why), 2
 /// # Errors
 /// When it was not saved.
 pub fn main(args: &SaveArgs) -> Result<(), Failure> {
-    let path = std::path::absolute(&args.to).unwrap_or_else(|_| args.to.clone());
-    let name = path.to_str().ok_or_else(|| Failure::usage("--to has a name that is no text, which QMP cannot tell"))?;
     let ends = EndRequests::take(|_| ())?;
     let mut machine = connect(args.qmp.path())?;
+    save(&mut machine, &args.to, &ends, args.compress, args.live)
+}
+
+/// Saves the guest of `machine` into the image `to`, and tells of it.
+pub(crate) fn save(
+    machine: &mut QmpClient,
+    to: &Path,
+    ends: &EndRequests,
+    compress: bool,
+    live: bool,
+) -> Result<(), Failure> {
+    let path = std::path::absolute(to).unwrap_or_else(|_| to.to_owned());
+    let name = path.to_str().ok_or_else(|| {
+        Failure::usage(format_args!("{} is a name that is no text, which QMP cannot tell", path.display()))
+    })?;
     let refused = |error: QmpError| Failure::failed(format_args!("cannot save the guest to {name}: {error}"));
     let off = |capability: &str| json!({ "capability": capability, "state": false });
     let capabilities = json!({ "capabilities": [off("postcopy-ram"), off("pause-before-switchover")] });
     machine.execute("migrate-set-capabilities", capabilities).map_err(refused)?;
-    let parameters = json!({ "x-switchover-mode": "precopy", "x-switchover-compress-image": args.compress, "x-switchover-live-save": args.live });
+    let parameters = json!({
+        "x-switchover-mode": "precopy", "x-switchover-compress-image": compress, "x-switchover-live-save": live,
+    });
     machine.execute("migrate-set-parameters", parameters).map_err(refused)?;
     machine.execute("migrate", json!({ "uri": format!("file:{name}") })).map_err(refused)?;
-    let last = watch(&mut machine, &ends).map_err(refused)?;
+    let last = watch(machine, ends).map_err(refused)?;
     match last.get("status").and_then(Value::as_str) {
         Some("completed") => {
-            let _ = std::io::stdout().lock().write_all(summary(name, &last, args.live).as_bytes());
+            let _ = std::io::stdout().lock().write_all(summary(name, &last, live).as_bytes());
             Ok(())
         }
         Some("cancelled") => Err(Failure::failed("called off: the guest goes on where it was")),

@@ -25,6 +25,7 @@ mod qmp_python;
 mod qmp_recovery;
 mod qmp_together;
 mod refusing;
+mod rollback;
 mod running;
 mod save_operation;
 mod strangers;

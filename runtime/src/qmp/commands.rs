@@ -133,8 +133,12 @@ impl Commands {
         self.controller.stop().map_err(Refusal::generic).map(|()| json!({}))
     }
 
-    fn quit(&self, arguments: Arguments) -> Result<Value, Refusal> {
+    fn quit(&self, mut arguments: Arguments) -> Result<Value, Refusal> {
+        let force: Option<bool> = arguments.optional("x-switchover-force")?;
         arguments.finish()?;
+        if force == Some(true) {
+            return Ok(json!({}));
+        }
         self.controller.may_quit().map_err(Refusal::generic).map(|()| json!({}))
     }
 

@@ -12,7 +12,7 @@ use switchover_wire::types::PageCount;
 use crate::calendar::utc;
 
 /// The root hash, in hexadecimal.
-pub(super) fn root(image: &Image) -> String {
+pub(crate) fn root(image: &Image) -> String {
     image.header().root.iter().fold(String::new(), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");
         text

@@ -116,11 +116,8 @@ impl HostFiles {
     }
 
     fn save_guest(&self, request: &Request, leaving: &dyn Fn() -> bool) {
-        match self.wish.ask(request, &self.memory) {
-            Ok(()) => {
-                self.log.note(format_args!("SAVE OPERATION"));
-                self.wish.hold(leaving);
-            }
+        match self.wish.ask(request, &self.memory, || self.log.note(format_args!("SAVE OPERATION"))) {
+            Ok(()) => self.wish.hold(leaving),
             Err(errno) => {
                 let value = -i64::from(errno as i32);
                 request.answer(&self.memory, value);

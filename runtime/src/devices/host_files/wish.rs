@@ -37,11 +37,11 @@ impl Wish {
         let _ = self.heard.set(Box::new(heard));
     }
 
-    /// The guest asks, by this request of the vCPU whose thread this is.
+    /// The guest asks, by this request of the vCPU whose thread this is. Where it may, `told` is called before anybody hears of it.
     ///
     /// # Errors
     /// When nobody would hear, or it has asked already.
-    pub fn ask(&self, request: &Request, memory: &GuestMemory) -> Result<(), Errno> {
+    pub fn ask(&self, request: &Request, memory: &GuestMemory, told: impl FnOnce()) -> Result<(), Errno> {
         let heard = self.heard.get().ok_or(Errno::ENOTSUP)?;
         let mut asked = self.lock();
         if asked.is_some() {
@@ -50,6 +50,7 @@ impl Wish {
         request.answer(memory, 0);
         *asked = Some(Asked { request: *request, vcpu: thread::current().id() });
         drop(asked);
+        told();
         heard();
         Ok(())
     }

@@ -1,0 +1,247 @@
+//! Guests that return to a checkpoint.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::json;
+use switchover_guest_tests::journey::Journey;
+use switchover_guest_tests::lab::{Ended, Lab, binary, switchover};
+use switchover_guest_tests::machine::{Machine, Spec};
+use switchover_guest_tests::moving::{Transport, allow_postcopy, destination, slow_down};
+use switchover_guest_tests::waiting::until;
+use switchover_tools::rng::Rng;
+
+use crate::lab;
+
+const STEPS: [&str; 8] = ["fence", "verify", "stop", "restore", "confirm", "resume", "record", "clean up"];
+
+/// A guest that had a checkpoint made before it moved, and the machine that waits for it.
+struct Scene {
+    spec: Spec,
+    checkpoint: PathBuf,
+    source: Machine,
+    there: Machine,
+    again: Machine,
+}
+
+impl Scene {
+    /// With all of the move done.
+    fn moved(lab: &Lab) -> Self {
+        let spec = lab.guest("random", "ws=8M period=50");
+        let source = Machine::start(lab, &spec);
+        Journey::from(&source).works_on(1);
+        let (there, to) = destination(lab, &spec, Transport::Tcp);
+        let checkpoint = lab.path("before.image");
+        let moved = switchover(&[
+            "migrate",
+            "--qmp",
+            &source.qmp_endpoint(),
+            "--to",
+            &to,
+            "--checkpoint",
+            checkpoint.to_str().unwrap(),
+        ]);
+        assert_eq!(moved.status, Some(0), "{moved:?}");
+        assert!(moved.stdout.contains("saved to ") && moved.stdout.contains("and runs"), "{moved:?}");
+        works_on(&there);
+        let again = Machine::start(lab, &spec.incoming("defer"));
+        Self { spec, checkpoint, source, there, again }
+    }
+
+    fn arguments(&self) -> Vec<String> {
+        let sockets = [&self.source, &self.there, &self.again].map(Machine::qmp_endpoint);
+        let checkpoint = self.checkpoint.to_str().unwrap().to_owned();
+        let mut arguments = vec!["rollback".to_owned(), "--checkpoint".to_owned(), checkpoint];
+        for (name, socket) in ["--source", "--destination", "--into"].into_iter().zip(sockets) {
+            arguments.extend([name.to_owned(), socket]);
+        }
+        arguments
+    }
+
+    fn roll_back(&self) -> Ended {
+        switchover(&self.arguments())
+    }
+
+    /// It runs where it was to, nowhere else, and finds its memory as it left it.
+    fn is_back(&mut self) {
+        assert_eq!((self.source.wait_end(), self.there.wait_end()), (0, 0));
+        assert_eq!(self.again.run_state(), "running");
+        works_on(&self.again);
+    }
+
+    fn beside(&self, suffix: &str) -> PathBuf {
+        PathBuf::from(format!("{}{suffix}", self.checkpoint.display()))
+    }
+}
+
+/// Waits until the guest has told of two more periods in which it found everything as it had left it. It begins in the midst of its own
+/// story, and of a line.
+fn works_on(machine: &Machine) {
+    let told = machine.serial();
+    let before = told.text().len();
+    let sound = until("the guest works on", || {
+        let text = told.text();
+        let (whole, _) = text[before..].rsplit_once('\n')?;
+        let lines: Vec<_> = whole.lines().skip(1).filter(|line| line.starts_with("P ")).collect();
+        (lines.len() >= 2).then(|| lines.iter().all(|line| line.contains(" bad 0 ")))
+    });
+    assert!(sound, "{}", told.text());
+}
+
+fn steps(printed: &str) -> Vec<&str> {
+    let named = |line: &str| STEPS.into_iter().find(|step| line.starts_with(step));
+    printed.lines().filter_map(named).collect()
+}
+
+fn audit_verifies(path: &Path) {
+    let verified = switchover(&["audit", "verify", path.to_str().unwrap()]);
+    assert_eq!(verified.status, Some(0), "{verified:?}");
+}
+
+#[test]
+fn a_guest_returns_to_its_checkpoint_in_stated_steps() {
+    let lab = lab!("a_guest_returns_to_its_checkpoint_in_stated_steps");
+    let mut scene = Scene::moved(&lab);
+    let ended = scene.roll_back();
+    assert_eq!((ended.status, &*ended.stderr), (Some(0), ""), "{ended:?}");
+    assert_eq!(steps(&ended.stdout), STEPS);
+    scene.is_back();
+    let record = scene.beside(".rollbacks");
+    assert!(fs::read_to_string(&record).unwrap().contains("before.image"));
+    audit_verifies(&record);
+    // Once more is once too often, and does no harm.
+    let repeated = scene.roll_back();
+    assert_eq!((repeated.status, repeated.stdout.contains("back already")), (Some(0), true), "{repeated:?}");
+    assert_eq!(scene.again.run_state(), "running");
+    works_on(&scene.again);
+    scene.again.quit();
+    lab.close();
+}
+
+#[test]
+fn a_guest_returns_while_its_memory_still_follows_it() {
+    let lab = lab!("a_guest_returns_while_its_memory_still_follows_it");
+    let mut scene = Scene::moved(&lab);
+    // On from there, to a third one, slowly.
+    let (mut third, to) = destination(&lab, &scene.spec, Transport::Unix);
+    allow_postcopy(&mut scene.there);
+    slow_down(&mut scene.there, 1 << 20);
+    scene.there.execute("migrate", json!({ "uri": to }));
+    scene.there.execute("migrate-start-postcopy", json!({}));
+    until("its memory follows it", || (third.run_state() == "running").then_some(()));
+    scene.source.quit();
+    std::mem::swap(&mut scene.source, &mut scene.there);
+    scene.there = third;
+    let ended = scene.roll_back();
+    assert_eq!((ended.status, steps(&ended.stdout)), (Some(0), STEPS.to_vec()), "{ended:?}");
+    scene.is_back();
+    scene.again.quit();
+    lab.close();
+}
+
+#[test]
+fn a_damaged_checkpoint_changes_nothing() {
+    let lab = lab!("a_damaged_checkpoint_changes_nothing");
+    let mut scene = Scene::moved(&lab);
+    let image = File::options().read(true).write(true).open(&scene.checkpoint).unwrap();
+    let mut byte = [0];
+    // A page that is not zero: wherever the first one is.
+    let at = (0x1000..).step_by(8).find(|at| image.read_exact_at(&mut byte, *at).is_ok() && byte != [0]).unwrap();
+    image.write_all_at(&[!byte[0]], at).unwrap();
+    let ended = scene.roll_back();
+    assert_eq!(ended.status, Some(1), "{ended:?}");
+    for words in ["chunk", "nothing was rolled back", "the guest goes on at the destination"] {
+        assert!(ended.stderr.contains(words), "{words} is not in {ended:?}");
+    }
+    assert_eq!((&*scene.there.run_state(), &*scene.again.run_state()), ("running", "inmigrate"));
+    works_on(&scene.there);
+    assert!(!scene.beside(".rollback").exists());
+    [scene.source, scene.there, scene.again].iter_mut().for_each(Machine::quit);
+    lab.close();
+}
+
+#[test]
+fn who_cannot_be_reached_is_not_taken_for_fenced() {
+    let lab = lab!("who_cannot_be_reached_is_not_taken_for_fenced");
+    let mut scene = Scene::moved(&lab);
+    scene.source.quit();
+    let refused = scene.roll_back();
+    assert_eq!(refused.status, Some(1), "{refused:?}");
+    assert!(
+        refused.stderr.contains("the source does not answer") && refused.stderr.contains("--fenced"),
+        "{refused:?}"
+    );
+    assert_eq!(scene.there.run_state(), "running");
+    let ended = switchover(&[scene.arguments(), vec!["--fenced".to_owned()]].concat());
+    assert_eq!(ended.status, Some(0), "{ended:?}");
+    scene.is_back();
+    scene.again.quit();
+    lab.close();
+}
+
+#[test]
+fn a_machine_that_has_a_guest_is_given_no_other() {
+    let lab = lab!("a_machine_that_has_a_guest_is_given_no_other");
+    let mut scene = Scene::moved(&lab);
+    scene.again.quit();
+    scene.again = Machine::start(&lab, &scene.spec);
+    let refused = scene.roll_back();
+    assert_eq!(refused.status, Some(1), "{refused:?}");
+    assert!(refused.stderr.contains("does not wait for a guest") && refused.stderr.contains("in its checkpoint"));
+    assert_eq!(scene.again.run_state(), "running");
+    // Another rollback to the same checkpoint has to wait for the end of this one.
+    let other = Machine::start(&lab, &scene.spec.incoming("defer"));
+    let mine = std::mem::replace(&mut scene.again, other);
+    let refused = scene.roll_back();
+    assert!(refused.stderr.contains("did not come to its end"), "{refused:?}");
+    [mine, scene.again].iter_mut().for_each(Machine::quit);
+    assert_eq!((scene.source.wait_end(), scene.there.wait_end()), (0, 0));
+    lab.close();
+}
+
+/// How often a rollback is killed in the suite. `SWITCHOVER_ROLLBACK_KILLS` says otherwise.
+const KILLS: u64 = 12;
+
+#[test]
+fn a_rollback_that_is_killed_is_run_again_and_leaves_one_guest() {
+    let kills = std::env::var("SWITCHOVER_ROLLBACK_KILLS").map_or(KILLS, |text| text.parse().unwrap());
+    let lab = lab!("a_rollback_that_is_killed_is_run_again_and_leaves_one_guest");
+    let mut scene = Scene::moved(&lab);
+    let mut rng = Rng::new(kills);
+    let mut killed = 0;
+    while killed < kills {
+        // Until one comes to its end before it is killed. Each is given longer: a step that was begun is begun again.
+        let mut longest = 60_000;
+        let ended = loop {
+            let mut child = Command::new(binary())
+                .args(scene.arguments())
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap();
+            thread::sleep(Duration::from_micros(rng.below(longest) as u64));
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            child.kill().unwrap();
+            child.wait().unwrap();
+            killed += 1;
+            longest += longest / 4;
+        };
+        assert!(ended.success(), "{:?} {}", scene.roll_back(), fs::read_to_string(scene.beside(".rollback")).unwrap());
+        scene.is_back();
+        audit_verifies(&scene.beside(".rollbacks"));
+        // From here to a machine that it never gets to.
+        let (there, again) = (scene.spec.incoming("defer"), scene.spec.incoming("defer"));
+        scene.source = std::mem::replace(&mut scene.again, Machine::start(&lab, &again));
+        scene.there = Machine::start(&lab, &there);
+    }
+    println!("killed {killed} times");
+    [scene.source, scene.there, scene.again].iter_mut().for_each(Machine::quit);
+    lab.close();
+}

@@ -1,0 +1,450 @@
+//! `switchover rollback`: returns a guest to its checkpoint, wherever it has gone since.
+//!
+//! ```text
+//!   fence ─▶ verify ─▶ stop ─▶ restore ─▶ confirm ─▶ resume ─▶ record ─▶ clean up
+//!     │         └─ the checkpoint is damaged: what was fenced goes on, nothing has happened
+//!     └─ from here on the guest runs nowhere, until `resume`
+//! ```
+//!
+//! Every step can be repeated: it looks at where the machines are before it does anything, and the [`journal`] says what may have been
+//! begun. So whoever is killed, this command or the host, runs the same command again. There is never a second guest, because
+//! nothing is restored before the machines that had it have ended, and it runs in one new machine only.
+
+mod journal;
+
+use std::io;
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use serde_json::{Value, json};
+use switchover_image::Tally;
+use switchover_image::reader::Image;
+use switchover_runtime::audit::Audit;
+use switchover_runtime::qmp::endpoint::Endpoint;
+
+use self::journal::{Journal, Stage, Step, Subject};
+use crate::failure::{Failure, say};
+use crate::image::inspect;
+use crate::qmp_client::{QmpClient, QmpError};
+
+/// How long a machine has to answer, to stand still, or to end.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a socket is tried where nobody may be any more.
+const KNOCK: Duration = Duration::from_millis(100);
+const LOOK: Duration = Duration::from_millis(10);
+
+/// What `switchover rollback` takes.
+#[derive(Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct RollbackArgs {
+    /// The image to return to: what `switchover migrate --checkpoint` wrote, or any other
+    #[arg(long, value_name = "FILE")]
+    checkpoint: PathBuf,
+
+    /// QMP socket of the machine that the guest left
+    #[arg(long, value_name = "unix:PATH")]
+    source: Endpoint,
+
+    /// QMP socket of the machine that the guest moved to, or was to
+    #[arg(long, value_name = "unix:PATH")]
+    destination: Endpoint,
+
+    /// QMP socket of the machine in which the guest goes on: one that waits, as `switchover run --incoming defer` does
+    #[arg(long, value_name = "unix:PATH")]
+    into: Endpoint,
+
+    /// Source or destination cannot be reached, and you have seen to it yourself that neither of those ever runs the guest again
+    #[arg(long)]
+    fenced: bool,
+
+    /// The rollback's journal. By default beside the checkpoint: FILE.rollback
+    #[arg(long, value_name = "FILE")]
+    journal: Option<PathBuf>,
+
+    /// Where it is recorded that the guest was rolled back, as `run --audit` records what happens to a machine. By default beside the
+    /// checkpoint: FILE.rollbacks
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  A move with a checkpoint before it:
+    switchover migrate --qmp unix:/tmp/source.qmp --to tcp:10.0.0.2:4444 --checkpoint before.image
+  The guest does not get on with its new host: back to where it was before the move, in a new machine:
+    switchover run --incoming defer --memory 512M --qmp unix:/tmp/again.qmp
+    switchover rollback --checkpoint before.image --source unix:/tmp/source.qmp --destination unix:/tmp/destination.qmp \\
+      --into unix:/tmp/again.qmp
+
+The steps, each of them printed:
+  fence      the guest stands still on source and destination, and a migration between them is called off
+  verify     all of the checkpoint is read and compared with its hashes; if it is damaged, the guest goes on where it was
+  stop       source and destination end
+  restore    the guest of the checkpoint is loaded into the new machine, paused
+  confirm    that machine has all of it, and the checkpoint is still the same
+  resume     it runs, unless its user had paused it before the checkpoint
+  record     that this happened is recorded
+  clean up   sockets that nobody listens on any more are removed, and the journal is closed
+
+What the guest did after the checkpoint is lost. If this command is killed, or fails, run it again: it goes on where it was. A machine that
+cannot be reached at first may still run the guest: see to it that it does not, then say --fenced.
+
+Exit status: 0 when the guest is back, 1 when not (stderr says why, and where it is), 2 for bad usage.";
+
+/// A machine that had the guest, or could have.
+struct Machine {
+    name: &'static str,
+    socket: PathBuf,
+}
+
+/// A rollback.
+struct Rollback {
+    checkpoint: PathBuf,
+    image: Image,
+    root: String,
+    /// The destination first: it is the one that runs the guest, as a rule.
+    old: [Machine; 2],
+    into: PathBuf,
+    fenced: bool,
+    record: PathBuf,
+    journal: Journal,
+}
+
+/// Returns a guest to its checkpoint.
+///
+/// # Errors
+/// When it is not back.
+pub fn main(args: &RollbackArgs) -> Result<(), Failure> {
+    let checkpoint = std::path::absolute(&args.checkpoint).unwrap_or_else(|_| args.checkpoint.clone());
+    let sockets = [args.source.path(), args.destination.path(), args.into.path()];
+    if sockets[0] == sockets[1] || sockets[2] == sockets[0] || sockets[2] == sockets[1] {
+        return Err(Failure::usage("--source, --destination and --into are three machines, with three sockets"));
+    }
+    // Before anything is touched: most of what can be wrong with an image is found here.
+    let image = Image::open(&checkpoint).map_err(Failure::failed)?;
+    let root = inspect::root(&image);
+    let [source, destination, into] = sockets.map(|path| path.display().to_string());
+    let subject = Subject { root: root.clone(), source, destination, into };
+    let beside = |suffix: &str| {
+        let mut name = checkpoint.clone().into_os_string();
+        name.push(suffix);
+        PathBuf::from(name)
+    };
+    let path = args.journal.clone().unwrap_or_else(|| beside(".rollback"));
+    let old = [
+        Machine { name: "destination", socket: args.destination.path().to_owned() },
+        Machine { name: "source", socket: args.source.path().to_owned() },
+    ];
+    if Journal::is_over(&path, &subject) && old.iter().all(|machine| machine.knock().is_none()) {
+        tell("the guest is back already: this rollback came to its end before");
+        return Ok(());
+    }
+    let journal = Journal::open(&path, &subject).map_err(Failure::failed)?;
+    let record = args.record.clone().unwrap_or_else(|| beside(".rollbacks"));
+    let (into, fenced) = (args.into.path().to_owned(), args.fenced);
+    Rollback { checkpoint, image, root, old, into, fenced, record, journal }.run()
+}
+
+impl Rollback {
+    fn run(mut self) -> Result<(), Failure> {
+        let stopped = self.fence()?;
+        if let Err(failure) = self.verify() {
+            let told = self.let_go_on(&stopped);
+            self.journal.discard();
+            return Err(Failure::failed(format_args!("{}; nothing was rolled back: {told}", failure.sentence)));
+        }
+        self.stop()?;
+        let mut machine = self.restore()?;
+        self.confirm(&mut machine)?;
+        self.resume(&mut machine)?;
+        self.record()?;
+        self.clean_up()
+    }
+
+    /// Makes the guest stand still wherever it may be. Says which machines it ran on until now.
+    fn fence(&mut self) -> Result<Vec<usize>, Failure> {
+        let begun = self.journal.stage(Step::Fence).is_some();
+        let mut there = Vec::new();
+        for (index, machine) in self.old.iter().enumerate() {
+            match machine.knock() {
+                Some(client) => there.push((index, client)),
+                // It was there when this began, or somebody vouches for it.
+                None if begun || self.fenced => {}
+                None => {
+                    let Machine { name, socket } = machine;
+                    return Err(Failure::failed(format_args!(
+                        "the {name} does not answer at {}: it may still run the guest, and then there would be two. See to it that it \
+                         does not, and say --fenced; nothing was touched",
+                        socket.display()
+                    )));
+                }
+            }
+        }
+        self.begin(Step::Fence)?;
+        let mut stopped = Vec::new();
+        for (index, mut client) in there {
+            if self.old[index].hold_still(&mut client)? {
+                stopped.push(index);
+            }
+        }
+        self.done(Step::Fence, "the guest runs neither at the source nor at the destination")?;
+        Ok(stopped)
+    }
+
+    /// Undoes the fence.
+    fn let_go_on(&self, stopped: &[usize]) -> String {
+        let mut told = Vec::new();
+        for machine in stopped.iter().filter_map(|index| self.old.get(*index)) {
+            let gone_on = machine.knock().is_some_and(|mut client| client.execute("cont", json!({})).is_ok());
+            told.push(match gone_on {
+                true => format!("the guest goes on at the {}", machine.name),
+                false => format!("the guest stands still at the {}, where `cont` lets it go on", machine.name),
+            });
+        }
+        if told.is_empty() { "the guest is where it was".to_owned() } else { told.join(", and ") }
+    }
+
+    fn verify(&mut self) -> Result<(), Failure> {
+        if self.journal.is_done(Step::Verify) {
+            return Ok(());
+        }
+        self.begin(Step::Verify)?;
+        self.image.verify(&Tally::default()).map_err(Failure::failed)?;
+        let sentence = format!("{} is as it was written, root {}", self.checkpoint.display(), self.root);
+        self.done(Step::Verify, &sentence)
+    }
+
+    /// Ends the machines that had the guest.
+    fn stop(&mut self) -> Result<(), Failure> {
+        self.begin(Step::Stop)?;
+        for machine in &self.old {
+            machine.end()?;
+        }
+        self.done(Step::Stop, "source and destination have ended")
+    }
+
+    /// Has the new machine load the guest, and keep it paused.
+    fn restore(&mut self) -> Result<QmpClient, Failure> {
+        let into = self.into.display().to_string();
+        let mut machine = QmpClient::connect(&self.into, PATIENCE).map_err(|error| {
+            Failure::failed(format_args!(
+                "{error}. The guest runs nowhere now and is in its checkpoint: start a machine for it, `switchover run --incoming defer \
+                 --qmp unix:{into}`, and run this again"
+            ))
+        })?;
+        let lost = |error: QmpError| lost(&into, &error);
+        let status = status_of(&mut machine).map_err(lost)?;
+        let begun = self.journal.stage(Step::Restore).is_some();
+        match &*status {
+            "inmigrate" => {
+                self.begin(Step::Restore)?;
+                // So that it stands still when it is here: it is not to run before all of this is confirmed.
+                machine.execute("stop", json!({})).map_err(lost)?;
+                let under_way = machine.execute("query-migrate", json!({})).map_err(lost)?.get("status").is_some();
+                if !under_way {
+                    let uri = format!("file:{}", self.checkpoint.display());
+                    machine.execute("migrate-incoming", json!({ "uri": uri })).map_err(lost)?;
+                }
+                wait_until_restored(&mut machine).map_err(lost)?;
+            }
+            "paused" if begun => wait_until_restored(&mut machine).map_err(lost)?,
+            "running" if self.journal.stage(Step::Resume).is_some() => {}
+            other => {
+                return Err(Failure::failed(format_args!(
+                    "the machine at {into} does not wait for a guest, it is `{other}`: the guest runs nowhere now and is in its \
+                     checkpoint. Start a machine with --incoming defer and run this again with it"
+                )));
+            }
+        }
+        self.done(Step::Restore, &format!("the guest is in the machine at {into}, and stands still"))?;
+        Ok(machine)
+    }
+
+    /// Whether it is all of that guest.
+    fn confirm(&mut self, machine: &mut QmpClient) -> Result<(), Failure> {
+        self.begin(Step::Confirm)?;
+        let into = self.into.display().to_string();
+        let look = machine.execute("query-migrate", json!({})).map_err(|error| lost(&into, &error))?;
+        let total = look.pointer("/ram/total").and_then(Value::as_u64);
+        let remaining = look.pointer("/ram/remaining").and_then(Value::as_u64);
+        if (total, remaining) != (Some(self.image.pages().bytes()), Some(0)) {
+            return Err(Failure::failed(format_args!(
+                "the machine at {into} has {total:?} bytes of memory of which {remaining:?} have not come, and the checkpoint has {}: it \
+                 is another guest's. End that machine, start one with --incoming defer, and run this again",
+                self.image.pages().bytes()
+            )));
+        }
+        let now = Image::open(&self.checkpoint).map_err(Failure::failed)?;
+        if inspect::root(&now) != self.root {
+            return Err(Failure::failed(format_args!(
+                "{} was replaced by another image meanwhile: the guest in the machine at {into} stands still, and may be of either",
+                self.checkpoint.display()
+            )));
+        }
+        self.done(Step::Confirm, "all of the guest is there, and the checkpoint is the same")
+    }
+
+    fn resume(&mut self, machine: &mut QmpClient) -> Result<(), Failure> {
+        self.begin(Step::Resume)?;
+        if !self.image.sections().was_running {
+            return self.done(Step::Resume, "the guest stays paused, as it was in the checkpoint");
+        }
+        let into = self.into.display().to_string();
+        machine.execute("cont", json!({})).map_err(|error| lost(&into, &error))?;
+        let status = status_of(machine).map_err(|error| lost(&into, &error))?;
+        if status != "running" {
+            return Err(Failure::failed(format_args!(
+                "the guest in the machine at {into} does not run: it is `{status}`"
+            )));
+        }
+        self.done(Step::Resume, &format!("the guest runs in the machine at {into}"))
+    }
+
+    /// It may be there twice where this was killed.
+    fn record(&mut self) -> Result<(), Failure> {
+        self.begin(Step::Record)?;
+        let audit = Audit::append(&self.record).map_err(Failure::failed)?;
+        let [destination, source] = &self.old;
+        audit.note(
+            "rollback",
+            json!({
+                "checkpoint": self.checkpoint.display().to_string(),
+                "root": self.root,
+                "source": source.socket.display().to_string(),
+                "destination": destination.socket.display().to_string(),
+                "into": self.into.display().to_string(),
+            }),
+        );
+        audit.flush();
+        self.done(Step::Record, &format!("in {}", self.record.display()))
+    }
+
+    fn clean_up(&mut self) -> Result<(), Failure> {
+        self.begin(Step::CleanUp)?;
+        for machine in &self.old {
+            if machine.knock().is_none() {
+                // One that was killed leaves it.
+                let _ = std::fs::remove_file(&machine.socket);
+            }
+        }
+        self.done(Step::CleanUp, "nothing is left of the machines that ended")
+    }
+
+    fn begin(&mut self, step: Step) -> Result<(), Failure> {
+        if self.journal.is_done(step) {
+            return Ok(());
+        }
+        self.journal.note(step, Stage::Begun).map_err(Failure::failed)
+    }
+
+    fn done(&mut self, step: Step, sentence: &str) -> Result<(), Failure> {
+        if !self.journal.is_done(step) {
+            self.journal.note(step, Stage::Done).map_err(Failure::failed)?;
+        }
+        tell(&format!("{:9} {sentence}", step.name()));
+        Ok(())
+    }
+}
+
+impl Machine {
+    /// A connection, where anybody listens.
+    fn knock(&self) -> Option<QmpClient> {
+        match QmpClient::connect(&self.socket, KNOCK) {
+            Ok(client) => Some(client),
+            Err(QmpError::Connect { source, .. })
+                if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
+            {
+                None
+            }
+            // It is there, and ends, or is busy: once more, with patience.
+            Err(_) => QmpClient::connect(&self.socket, PATIENCE).ok(),
+        }
+    }
+
+    /// Makes its guest stand still, whatever it is doing. Says whether it ran.
+    fn hold_still(&self, client: &mut QmpClient) -> Result<bool, Failure> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut ran = false;
+        loop {
+            let look = client.execute("query-status", json!({})).map(|status| {
+                let running = status.get("running").and_then(Value::as_bool).unwrap_or(true);
+                let handing_over = status.get("status").and_then(Value::as_str) == Some("finish-migrate");
+                (running, handing_over)
+            });
+            match look {
+                Ok((false, false)) => {
+                    // One that waits for the guest, too: it would start it when it comes.
+                    let _ = client.execute("stop", json!({}));
+                    return Ok(ran);
+                }
+                Ok((running, _)) => ran |= running,
+                // It has ended meanwhile.
+                Err(QmpError::Closed { .. }) => return Ok(ran),
+                Err(error) => return Err(Failure::failed(format_args!("the {} cannot be fenced: {error}", self.name))),
+            }
+            if Instant::now() >= deadline {
+                return Err(Failure::failed(format_args!(
+                    "the guest does not stand still at the {} within {PATIENCE:?}; end that machine, and run this again",
+                    self.name
+                )));
+            }
+            // Refused where there is nothing to cancel, and in a handoff, which does not take long.
+            let _ = client.execute("migrate_cancel", json!({}));
+            let _ = client.execute("stop", json!({}));
+            thread::sleep(LOOK);
+        }
+    }
+
+    /// Ends it, and waits until nobody listens there any more.
+    fn end(&self) -> Result<(), Failure> {
+        let deadline = Instant::now() + PATIENCE;
+        while let Some(mut client) = self.knock() {
+            if Instant::now() >= deadline {
+                return Err(Failure::failed(format_args!(
+                    "the {} at {} does not end; end that machine yourself, and run this again. The guest stands still there",
+                    self.name,
+                    self.socket.display()
+                )));
+            }
+            let _ = client.execute("quit", json!({ "x-switchover-force": true }));
+            thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+}
+
+fn status_of(machine: &mut QmpClient) -> Result<String, QmpError> {
+    let status = machine.execute("query-status", json!({}))?;
+    Ok(status.get("status").and_then(Value::as_str).unwrap_or_default().to_owned())
+}
+
+fn wait_until_restored(machine: &mut QmpClient) -> Result<(), QmpError> {
+    loop {
+        let look = machine.execute("query-migrate", json!({}))?;
+        match look.get("status").and_then(Value::as_str) {
+            Some("completed") => return Ok(()),
+            Some(status @ ("failed" | "cancelled")) => {
+                let desc = crate::migrate::error_of(&look).to_owned();
+                return Err(QmpError::MigrationFailed { status: status.to_owned(), desc });
+            }
+            _ => thread::sleep(LOOK),
+        }
+    }
+}
+
+/// The new machine does not do what it must.
+fn lost(into: &str, error: &QmpError) -> Failure {
+    Failure::failed(format_args!(
+        "the machine at {into} cannot take the guest: {error}. What it says itself may tell why. The guest runs nowhere else, and is in its \
+         checkpoint: start a machine with --incoming defer there, with the memory and vCPUs that the guest had, and run this again"
+    ))
+}
+
+fn tell(line: &str) {
+    use std::io::Write as _;
+    if writeln!(io::stdout().lock(), "{line}").is_err() {
+        say(line);
+    }
+}
