@@ -132,9 +132,9 @@ fn a_damaged_chunk_stops_the_guest_with_a_reason() {
     // With a working set that tells the page's own hash, and without.
     let first = FakeMachine::incoming(PAGES).unwrap();
     assert_eq!(lazily(&first, &path, Lazily::default()).wait(), MigrationStatus::Completed);
-    let page = recorded(&path).unwrap().pages()[0].page;
+    let hurt = recorded(&path).unwrap().pages()[0].page;
     let mut bytes = fs::read(&path).unwrap();
-    bytes[usize::try_from(page.0).unwrap() * PAGE_SIZE + PAGE_SIZE + 8] ^= 1;
+    bytes[usize::try_from(hurt.0).unwrap() * PAGE_SIZE + PAGE_SIZE + 8] ^= 1;
     fs::write(&path, &bytes).unwrap();
     for how in [ALONE, Lazily::default()] {
         let there = FakeMachine::incoming(PAGES).unwrap();
@@ -143,11 +143,12 @@ fn a_damaged_chunk_stops_the_guest_with_a_reason() {
         let progress = restoring.progress();
         let failure = progress.failure.unwrap();
         assert_eq!((failure.kind, failure.guest), (FailureKind::Image, GuestAfter::Lost));
-        let chunk = format!("chunk {} of memory", page.0 / 256);
+        let chunk = format!("chunk {} of memory", hurt.0 / 256);
         let reason = progress.error.unwrap();
         assert!(reason.contains(&chunk) && reason.contains("in its image"), "{reason}");
         assert!(there.stopped().unwrap().contains(&chunk) && !there.runs());
-        assert_eq!(there.corrupt_visits(), 0, "it was given no wrong page");
+        assert_eq!(there.corrupt_visits(), 0, "it was given a wrong page");
+        assert!(page(&there, hurt.0) == [0; PAGE_SIZE], "the damaged page came into its memory");
     }
 }
 
@@ -174,8 +175,7 @@ fn one_that_was_paused_by_its_user_stays_paused() {
     }
     let folder = tempfile::tempdir().unwrap();
     let (path, here) = (folder.path().join("image"), FakeMachine::new(PAGES).unwrap());
-    let saving =
-        Saving::start(Arc::<FakeMachine>::clone(&here), &path, How::default(), no_observer()).unwrap();
+    let saving = Saving::start(Arc::<FakeMachine>::clone(&here), &path, How::default(), no_observer()).unwrap();
     assert_eq!(saving.wait(), MigrationStatus::Completed);
     let there = FakeMachine::incoming(PAGES).unwrap();
     assert_eq!(lazily(&there, &path, ALONE).wait(), MigrationStatus::Completed);
