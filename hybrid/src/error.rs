@@ -8,6 +8,8 @@ use switchover_wire::address::Address;
 use switchover_wire::socket::SocketError;
 use thiserror::Error;
 
+use crate::lazy::LazyError;
+
 /// A migration could not be started, or a wish of its controller not be met.
 #[derive(Debug, Error)]
 pub enum MigrationError {
@@ -56,6 +58,9 @@ pub enum MigrationError {
         /// What differs.
         reason: String,
     },
+    /// Memory that is to come while the guest runs cannot be watched or served.
+    #[error("cannot restore the guest lazily: {0}")]
+    Lazy(#[from] LazyError),
     /// No thread.
     #[error("cannot start the migration's thread: {0}; is the number of threads limited (`ulimit -u`)?")]
     Thread(#[source] io::Error),

@@ -42,7 +42,8 @@
 //!   [`outgoing::Outgoing::reclaim`];
 //! - *act on failures* by their kind and by where the guest is ([`progress::Progress::failure`], [`failure`]), and show people the
 //!   sentence in [`progress::Progress::error`];
-//! - *save* a guest into an image with [`saving::Saving::start`], and *restore* it with [`restoring::Restoring::start`];
+//! - *save* a guest into an image with [`saving::Saving::start`], and *restore* it with [`restoring::Restoring::start`], or
+//!   [`restoring::Restoring::start_lazily`];
 //! - *read* what it cost in [`outgoing::Outgoing::report`] and [`incoming::Incoming::report`].
 //!
 //! # Example
@@ -63,6 +64,7 @@ pub mod happening;
 mod heap;
 pub mod incoming;
 mod lanes;
+pub mod lazy;
 mod link;
 pub mod machine;
 #[doc(hidden)]

@@ -5,21 +5,30 @@
 //! ```
 //!
 //! Nothing runs before all of memory is here and verified. What fails leaves the guest in its image and nowhere else.
+//!
+//! Or lazily ([`crate::lazy`]): the state is loaded at once and the guest runs, while its memory follows:
+//!
+//! ```text
+//! image opened, machines compared, memory watched ── setup ── state loaded, it runs ── postcopy-active: memory follows ── completed
+//! ```
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use switchover_image::reader::Image;
+use switchover_pager::collapse::Collapse;
 use switchover_wire::clock::Nanos;
 use switchover_wire::description::describe_mismatches;
+use switchover_wire::types::PageCount;
 
 use crate::at_rest::Books;
 use crate::error::MigrationError;
 use crate::failure::{FailureKind, FailureView, GuestAfter};
+use crate::lazy::{FaultThread, Lazily, LazyError, LazyMemory};
 use crate::machine::{Machine, MachineError};
 use crate::progress::Progress;
-use crate::report::{Side, SideReport};
+use crate::report::{PageClasses, Side, SideReport, fault_report};
 use crate::settings::Observer;
 use crate::status::MigrationStatus;
 
@@ -31,7 +40,19 @@ pub struct Restoring {
 
 struct Shared {
     books: Books,
-    image: Image,
+    way: Way,
+}
+
+/// How memory comes.
+enum Way {
+    /// All of it before the guest runs.
+    Whole(Box<Image>),
+    /// While it runs.
+    Lazy {
+        memory: Arc<LazyMemory>,
+        /// Maps the complete guest's memory as huge pages, for as long as somebody has a handle.
+        collapse: Mutex<Option<Collapse>>,
+    },
 }
 
 impl Restoring {
@@ -42,13 +63,34 @@ impl Restoring {
     /// When it is no image, is damaged, or is of a guest that cannot go on on this machine; or when no thread can be started. The
     /// machine was not touched then, and can be given another guest.
     pub fn start(machine: Arc<dyn Machine>, path: &Path, observer: Observer) -> Result<Self, MigrationError> {
-        let image = Image::open(path)?;
-        let mismatches = machine.describe().mismatches(&image.sections().machine);
-        if !mismatches.is_empty() {
-            let reason = describe_mismatches(&mismatches);
-            return Err(MigrationError::ImageMismatch { path: path.to_owned(), reason });
+        let image = open(&*machine, path)?;
+        Self::begin(machine, Way::Whole(Box::new(image)), observer)
+    }
+
+    /// The same, but the guest runs at once and its memory follows: it waits where it touches what is not here yet. Where memory
+    /// cannot be completed it is stopped for good.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start), and when userfaultfd refuses.
+    pub fn start_lazily(
+        machine: Arc<dyn Machine>,
+        path: &Path,
+        how: Lazily,
+        observer: Observer,
+    ) -> Result<Self, MigrationError> {
+        let image = open(&*machine, path)?;
+        let memory = Arc::new(LazyMemory::new(image, machine.ram(), how)?);
+        let begun =
+            Self::begin(machine, Way::Lazy { memory: Arc::clone(&memory), collapse: Mutex::default() }, observer);
+        if begun.is_err() {
+            // Nobody runs on it.
+            memory.watch().unregister().map_err(LazyError::from)?;
         }
-        let shared = Arc::new(Shared { books: Books::begin(machine, observer), image });
+        begun
+    }
+
+    fn begin(machine: Arc<dyn Machine>, way: Way, observer: Observer) -> Result<Self, MigrationError> {
+        let shared = Arc::new(Shared { books: Books::begin(machine, observer), way });
         let restorer = Arc::clone(&shared);
         thread::Builder::new()
             .name("restore".to_owned())
@@ -61,14 +103,42 @@ impl Restoring {
     #[must_use]
     pub fn progress(&self) -> Progress {
         let progress = self.shared.books.progress();
-        // Nothing of the guest runs before all of it is here.
-        Progress { downtime_bytes: progress.transferred, ..progress }
+        let Way::Lazy { memory, .. } = &self.shared.way else {
+            // Nothing of the guest runs before all of it is here.
+            return Progress { downtime_bytes: progress.transferred, ..progress };
+        };
+        let (missing, pushed, requested) = memory.counts();
+        let (requests, waits) = {
+            let stats = memory.stats();
+            (stats.remote, stats.waits)
+        };
+        let transferred = PageCount(pushed + requested).bytes();
+        Progress {
+            remaining: PageCount(missing).bytes(),
+            transferred,
+            postcopy_bytes: transferred,
+            zero_pages: memory.zero_pages(),
+            normal_pages: pushed + requested,
+            postcopy_requests: requests,
+            waits: Some(waits),
+            ..progress
+        }
     }
 
     /// What is known of it. Complete once it is over.
     #[must_use]
     pub fn report(&self) -> SideReport {
-        self.shared.books.report(Side::Destination)
+        let mut report = self.shared.books.report(Side::Destination);
+        let Way::Lazy { memory, .. } = &self.shared.way else { return report };
+        let (_, pushed, requested) = memory.counts();
+        let commit = report.instants.commit_ns;
+        report.instants.first_entry_ns = commit.and_then(|_| self.shared.books.machine.first_entry()).map(|at| at.0);
+        report.instants.last_page_ns = memory.last_placed().map(|at| at.0);
+        report.pages = Some(PageClasses { zero: memory.zero_pages(), pushed, requested, ..PageClasses::default() });
+        // A copy, so that no fault waits for it to be encoded.
+        let stats = memory.stats().clone();
+        report.faults = fault_report(&stats).ok();
+        report
     }
 
     /// Waits until it is over.
@@ -78,38 +148,136 @@ impl Restoring {
     }
 }
 
+/// Opens an image whose guest can go on on `machine`.
+fn open(machine: &dyn Machine, path: &Path) -> Result<Image, MigrationError> {
+    let image = Image::open(path)?;
+    let mismatches = machine.describe().mismatches(&image.sections().machine);
+    if mismatches.is_empty() {
+        return Ok(image);
+    }
+    let reason = describe_mismatches(&mismatches);
+    Err(MigrationError::ImageMismatch { path: path.to_owned(), reason })
+}
+
+/// Why it failed, and where that leaves the guest.
+type Failed = (FailureView, String);
+
 impl Shared {
     fn run(&self) {
-        let recorder = &self.books.recorder;
-        recorder.set_status(MigrationStatus::Active);
-        match self.restore() {
+        let (recorder, path) = (&self.books.recorder, self.image().path().display());
+        let done = match &self.way {
+            Way::Whole(image) => {
+                recorder.set_status(MigrationStatus::Active);
+                self.restore(image)
+            }
+            Way::Lazy { memory, collapse } => self.restore_lazily(memory, collapse),
+        };
+        match done {
             Ok(()) => recorder.set_status(MigrationStatus::Completed),
-            Err((kind, reason)) => {
-                let guest = GuestAfter::InImage;
-                let path = self.image.path().display();
-                let sentence = format!("cannot restore the guest of {path}: {reason}; {}", guest.sentence());
-                recorder.fail(FailureView { kind, guest }, sentence);
+            Err((failure, reason)) => {
+                let sentence = format!("cannot restore the guest of {path}: {reason}; {}", guest_after(failure.guest));
+                if failure.guest == GuestAfter::Lost {
+                    self.books.machine.stop_for_good(&sentence);
+                }
+                recorder.fail(failure, sentence);
             }
         }
     }
 
-    fn restore(&self) -> Result<(), (FailureKind, String)> {
-        let Self { books: Books { machine, recorder, tally, .. }, image } = self;
-        let sections = image.sections();
-        recorder.write(|record| {
+    fn image(&self) -> &Image {
+        match &self.way {
+            Way::Whole(image) => image,
+            Way::Lazy { memory, .. } => memory.image(),
+        }
+    }
+
+    fn restore(&self, image: &Image) -> Result<(), Failed> {
+        let Books { machine, recorder, tally, .. } = &self.books;
+        self.note_sections();
+        recorder
+            .timed("load-memory", || image.load(machine.ram().file(), tally))
+            .map_err(|error| (in_image(FailureKind::Image), error.to_string()))?;
+        self.load_state()?;
+        self.let_run()
+    }
+
+    /// The guest runs, then its memory comes.
+    fn restore_lazily(&self, memory: &Arc<LazyMemory>, collapse: &Mutex<Option<Collapse>>) -> Result<(), Failed> {
+        let Books { machine, recorder, .. } = &self.books;
+        self.note_sections();
+        let before = |error: LazyError| (in_image(kind_of(&error)), error.to_string());
+        let faults = FaultThread::start(memory).map_err(LazyError::Thread).map_err(before)?;
+        let started = recorder.timed("head-start", || memory.head_start()).map_err(before);
+        if let Err(failed) = started.and_then(|()| self.load_state()).and_then(|()| self.let_run()) {
+            // It never ran, so nobody can be given zeros; without this the descriptor would stay for ever.
+            match memory.watch().unregister() {
+                Ok(()) => faults.end(),
+                Err(error) => tracing::warn!(%error, "userfaultfd stays registered"),
+            }
+            return Err(failed);
+        }
+        recorder.set_status(MigrationStatus::PostcopyActive);
+        memory.push().map_err(|error| {
+            let failure = FailureView { kind: kind_of(&error), guest: GuestAfter::Lost };
+            (failure, error.to_string())
+        })?;
+        faults.end();
+        match Collapse::start(&machine.ram()) {
+            Ok(running) => *collapse.lock().unwrap_or_else(PoisonError::into_inner) = Some(running),
+            Err(error) => tracing::debug!(%error, "guest memory is not mapped as huge pages"),
+        }
+        recorder.timed("keep-working-set", || memory.keep_working_set());
+        tracing::debug!(recorded = memory.recorded(), "the guest's memory is all here");
+        Ok(())
+    }
+
+    fn note_sections(&self) {
+        let sections = self.image().sections();
+        self.books.recorder.write(|record| {
             record.was_running = sections.was_running;
             record.state_bytes = sections.state.len() as u64;
         });
-        recorder
-            .timed("load-memory", || image.load(machine.ram().file(), tally))
-            .map_err(|error| (FailureKind::Image, error.to_string()))?;
-        let of_machine = |error: MachineError| (FailureKind::Machine, error.to_string());
-        recorder.timed("load-state", || machine.load_state(&sections.state)).map_err(of_machine)?;
+    }
+
+    fn load_state(&self) -> Result<(), Failed> {
+        let Books { machine, recorder, .. } = &self.books;
+        let loaded = recorder.timed("load-state", || machine.load_state(&self.image().sections().state));
+        loaded.map_err(|error| of_machine(&error))
+    }
+
+    fn let_run(&self) -> Result<(), Failed> {
+        let Books { machine, recorder, .. } = &self.books;
         recorder.write(|record| record.instants.commit_ns = Some(Nanos::now().0));
         machine.take_right_to_run();
-        if sections.was_running {
-            machine.resume().map_err(of_machine)?;
+        if self.image().sections().was_running {
+            machine.resume().map_err(|error| of_machine(&error))?;
         }
         Ok(())
+    }
+}
+
+fn in_image(kind: FailureKind) -> FailureView {
+    FailureView { kind, guest: GuestAfter::InImage }
+}
+
+fn of_machine(error: &MachineError) -> Failed {
+    (in_image(FailureKind::Machine), error.to_string())
+}
+
+const fn kind_of(error: &LazyError) -> FailureKind {
+    match error {
+        LazyError::Image(_) => FailureKind::Image,
+        LazyError::Watch(_) | LazyError::Wait(_) | LazyError::Thread(_) => FailureKind::Pager,
+    }
+}
+
+/// Where that leaves the guest, of which there is an image whatever happens.
+const fn guest_after(guest: GuestAfter) -> &'static str {
+    match guest {
+        GuestAfter::Lost => {
+            "the guest ran here and was stopped, because parts of its memory cannot be had; what it did is lost, and it is in its image \
+             as it was saved"
+        }
+        other => other.sentence(),
     }
 }

@@ -34,6 +34,7 @@ pub mod layout;
 mod partial;
 pub mod reader;
 pub mod sections;
+pub mod working_set;
 pub mod writer;
 
 pub use compare::{Differences, differences};

@@ -12,7 +12,7 @@ use crate::buffer::ChunkBuffer;
 use crate::chunk::{Encoding, Entry, Present, count_of, first_of, pages_of};
 use crate::crew::{Tally, share_out, threads_for};
 use crate::error::ImageError;
-use crate::layout::{CHUNK_LEN, CHUNK_PAGES, HEADER_LEN, Header, INDEX_ENTRY, MEMORY_OFFSET};
+use crate::layout::{CHUNK_LEN, CHUNK_PAGES, HEADER_LEN, Header, INDEX_ENTRY, MEMORY_OFFSET, place_of};
 use crate::sections::Sections;
 
 /// Absent pages between present ones that are read along.
@@ -38,10 +38,28 @@ pub struct ChunkReader<'a> {
 }
 
 /// A chunk as it was written.
-pub(crate) struct ReadChunk<'a> {
+pub struct ReadChunk<'a> {
+    first: PageIndex,
     pub(crate) present: Present,
     /// Pages at their places. What lies in the places of absent pages means nothing.
     pub(crate) bytes: &'a [u8],
+}
+
+impl ReadChunk<'_> {
+    /// Its pages that are not zero, stretch by stretch: the first page of each, and the bytes of all.
+    pub fn runs(&self) -> impl Iterator<Item = (PageIndex, &[u8])> {
+        let (first, bytes) = (self.first, self.bytes);
+        let runs = self.present.runs(1);
+        runs.map(move |run| (PageIndex(first.0 + run.start as u64), &bytes[run.start * PAGE_SIZE..run.end * PAGE_SIZE]))
+    }
+
+    /// The bytes of `page`, if it is one of its pages and not zero.
+    #[must_use]
+    pub fn page(&self, page: PageIndex) -> Option<&[u8; PAGE_SIZE]> {
+        let within = page.0.checked_sub(self.first.0).and_then(|within| usize::try_from(within).ok());
+        let within = within.filter(|within| *within < CHUNK_PAGES && self.present.contains(*within))?;
+        self.bytes.get(within * PAGE_SIZE..)?.first_chunk()
+    }
 }
 
 impl Image {
@@ -189,9 +207,22 @@ impl Image {
     ///
     /// # Errors
     /// When there is no memory for it.
-    pub(crate) fn reader(&self) -> Result<ChunkReader<'_>, ImageError> {
+    pub fn reader(&self) -> Result<ChunkReader<'_>, ImageError> {
         let chunk = ChunkBuffer::new().map_err(ImageError::io("get memory to read", &self.path))?;
         Ok(ChunkReader { image: self, chunk, stored: Vec::new(), unpacked: Vec::new() })
+    }
+
+    /// Reads `page` by itself, without comparing it with anything: whoever uses it has a hash of its own. `false`, and nothing read,
+    /// where the image does not hold the page or not in place.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn read_unchecked(&self, page: PageIndex, bytes: &mut [u8; PAGE_SIZE]) -> Result<bool, ImageError> {
+        if self.header.is_packed() || !self.holds(page) {
+            return Ok(false);
+        }
+        let read = self.file.read_exact_at(bytes, place_of(page));
+        read.map(|()| true).map_err(ImageError::io("read", &self.path))
     }
 
     pub(crate) fn chunk(&self, number: u64) -> (Present, Entry) {
@@ -210,8 +241,11 @@ impl Image {
 }
 
 impl ChunkReader<'_> {
-    /// Reads chunk `number` and compares it with its hash.
-    pub(crate) fn read(&mut self, number: u64) -> Result<ReadChunk<'_>, ImageError> {
+    /// Reads chunk `number` and compares it with its hash. One behind the last has no pages.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is damaged.
+    pub fn read(&mut self, number: u64) -> Result<ReadChunk<'_>, ImageError> {
         let image = self.image;
         let (present, entry) = image.chunk(number);
         let cannot = ImageError::io("read", &image.path);
@@ -237,7 +271,8 @@ impl ChunkReader<'_> {
                 self.unpack(number, present, entry.encoding)?;
             }
         }
-        Ok(ReadChunk { present, bytes: self.chunk.bytes() })
+        let first = first_of(number, image.header.pages);
+        Ok(ReadChunk { first, present, bytes: self.chunk.bytes() })
     }
 
     fn unpack(&mut self, number: u64, present: Present, encoding: Encoding) -> Result<(), ImageError> {

@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use switchover_image::error::ImageError;
 use switchover_image::reader::Image;
 use switchover_image::sections::{Origin, Sections};
+use switchover_image::working_set::{WorkingSet, WorkingSetError, page_hash};
 use switchover_image::writer::{ImageWriter, Options, Written};
 use switchover_image::{Tally, differences};
 use switchover_pager::ram::Ram;
@@ -275,4 +276,85 @@ proptest! {
         prop_assert!(bytes_of(there.file(), pages) == bytes_of(ram.file(), pages));
         check(&path).unwrap();
     }
+}
+
+/// An image in place of `mixed` memory, and one of its pages more than once touched.
+fn recorded(folder: &TempDir) -> (Image, WorkingSet) {
+    let (pages, contents) = mixed();
+    save(&image_in(folder), &memory(pages, &contents), IN_PLACE);
+    let image = Image::open(&image_in(folder)).unwrap();
+    let mut set = WorkingSet::default();
+    // 5 is zero, 600 is none.
+    let touched = [256, 9, 5, 599, 9, 600].map(PageIndex);
+    assert_eq!(set.merge(&touched, &image).unwrap(), 3);
+    (image, set)
+}
+
+fn numbers(set: &WorkingSet) -> Vec<u64> {
+    set.pages().iter().map(|recorded| recorded.page.0).collect()
+}
+
+#[test]
+fn a_working_set_comes_back_and_grows() {
+    let folder = folder();
+    let (image, mut set) = recorded(&folder);
+    assert_eq!(numbers(&set), [256, 9, 599], "in the order in which they were touched");
+    for recorded in set.pages() {
+        let mut bytes = [0; PAGE_SIZE];
+        assert!(image.read_unchecked(recorded.page, &mut bytes).unwrap());
+        assert_eq!(page_hash(&bytes), recorded.hash, "{}", recorded.page);
+    }
+    assert_eq!(WorkingSet::beside(&image), None);
+    set.keep(&image).unwrap();
+    assert_eq!(WorkingSet::beside(&image), Some(set.clone()));
+    assert_eq!(set.merge(&[9, 0, 256, 100].map(PageIndex), &image).unwrap(), 2);
+    assert_eq!(numbers(&set), [256, 9, 599, 0, 100]);
+    set.keep(&image).unwrap();
+    assert_eq!(WorkingSet::beside(&image), Some(set));
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing else is left behind");
+}
+
+#[test]
+fn a_working_set_is_its_images_alone() {
+    let (one, two) = (folder(), folder());
+    let (image, set) = recorded(&one);
+    let (pages, mut contents) = mixed();
+    contents[0].1[7] ^= 1;
+    save(&image_in(&two), &memory(pages, &contents), IN_PLACE);
+    let other = Image::open(&image_in(&two)).unwrap();
+    assert_eq!(WorkingSet::decode(&set.encode(&image), &other), Err(WorkingSetError::OtherImage));
+    set.keep(&image).unwrap();
+    fs::rename(WorkingSet::path_beside(image.path()), WorkingSet::path_beside(other.path())).unwrap();
+    assert_eq!(WorkingSet::beside(&other), None);
+}
+
+#[test]
+fn a_working_set_that_was_altered_or_cut_is_none() {
+    let folder = folder();
+    let (image, set) = recorded(&folder);
+    let whole = set.encode(&image);
+    for length in 0..whole.len() {
+        assert!(WorkingSet::decode(&whole[..length], &image).is_err(), "cut to {length}");
+    }
+    assert!(WorkingSet::decode(&[&whole[..], &[0]].concat(), &image).is_err());
+    for at in 0..whole.len() {
+        let mut altered = whole.clone();
+        altered[at] ^= 4;
+        assert!(WorkingSet::decode(&altered, &image).is_err(), "altered at {at}");
+    }
+    // What is wrong, but has the right hash.
+    let seal = |mut bytes: Vec<u8>, change: &dyn Fn(&mut Vec<u8>)| {
+        bytes.truncate(bytes.len() - blake3::OUT_LEN);
+        change(&mut bytes);
+        let hash = blake3::hash(&bytes);
+        [&bytes[..], hash.as_bytes()].concat()
+    };
+    let refused = |change: &dyn Fn(&mut Vec<u8>)| WorkingSet::decode(&seal(whole.clone(), change), &image);
+    assert!(refused(&|_| ()).is_ok());
+    let page = |entry, page| Err(WorkingSetError::Page { entry, page: PageIndex(page) });
+    assert_eq!(refused(&|bytes| bytes[48] = 5), page(0, 0x105), "256 with the low byte of a zero page");
+    assert_eq!(refused(&|bytes| bytes.copy_within(48..52, 68)), page(1, 256), "the same page twice");
+    assert_eq!(refused(&|bytes| bytes[8] = 2), Err(WorkingSetError::Version(2)));
+    assert_eq!(refused(&|bytes| bytes[15] = 1), Err(WorkingSetError::TooMany(0x0100_0003)));
+    assert_eq!(refused(&|bytes| bytes[12] = 2), Err(WorkingSetError::Length { entries: 2, have: 140, wanted: 120 }));
 }

@@ -8,6 +8,7 @@
 //!   answer every pending fault with a zero page. A [`Watch`] that is dropped while registered leaks them on purpose.
 
 pub mod device;
+pub mod waiting;
 pub mod write;
 
 use std::ffi::c_void;

@@ -15,16 +15,12 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use switchover_pager::ram::Ram;
+use switchover_pager::uffd::waiting::Alarm;
 use switchover_pager::uffd::write::WriteWatch;
 use switchover_pager::uffd::{FaultBuffer, WatchError};
 use switchover_wire::types::{PAGE_SIZE, PageCount, PageIndex};
@@ -65,8 +61,8 @@ pub struct Snapshot {
 
 struct Shared {
     watch: WriteWatch,
-    stop: EventFd,
-    stopped: AtomicBool,
+    /// The end of it.
+    alarm: Alarm,
     state: Mutex<State>,
 }
 
@@ -89,11 +85,9 @@ impl Snapshot {
     /// When the host cannot protect guest memory, or gives no thread.
     pub fn begin(ram: &Ram) -> Result<Self, SnapshotError> {
         let pages = ram.pages();
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let shared = Arc::new(Shared {
             watch: WriteWatch::register(ram.clone())?,
-            stop: EventFd::from_flags(flags).map_err(|errno| SnapshotError::Wait(errno.into()))?,
-            stopped: AtomicBool::new(false),
+            alarm: Alarm::new().map_err(SnapshotError::Wait)?,
             state: Mutex::new(State {
                 protected: PageBitmap::new(pages),
                 wanted: PageBitmap::new(pages),
@@ -182,9 +176,7 @@ impl Snapshot {
 
 impl Drop for Snapshot {
     fn drop(&mut self) {
-        self.shared.stopped.store(true, Ordering::Release);
-        // It fails where the counter is full, which then wakes the thread just as well.
-        let _ = self.shared.stop.write(1);
+        self.shared.alarm.ring();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -209,30 +201,22 @@ impl Shared {
     /// Answers whoever waits, until it is told to stop. When that cannot be done any more, everybody is let go, and the snapshot is
     /// lost: a guest that stands still for ever would be worse.
     fn serve(&self) {
-        let (mut buffer, mut faults) = (FaultBuffer::default(), Vec::new());
-        while !self.stopped.load(Ordering::Acquire) {
-            let done = self.wait().and_then(|()| {
-                self.watch.take_faults(&mut buffer, &mut faults)?;
-                faults.drain(..).try_for_each(|page| self.let_go(page))
-            });
-            let Err(error) = done else { continue };
+        if let Err(error) = self.serve_until_the_end() {
             tracing::error!(%error, "cannot keep what the guest overwrites");
             self.lock().lost = Some(error.to_string());
             if let Err(error) = self.watch.unregister() {
                 tracing::error!(%error, "the guest may stand still");
             }
-            return;
         }
     }
 
-    /// Until somebody waits, or all of this is to end.
-    fn wait(&self) -> Result<(), SnapshotError> {
-        let mut sources =
-            [PollFd::new(self.watch.fd(), PollFlags::POLLIN), PollFd::new(self.stop.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut sources, PollTimeout::NONE) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
-            Err(errno) => Err(SnapshotError::Wait(errno.into())),
+    fn serve_until_the_end(&self) -> Result<(), SnapshotError> {
+        let (mut buffer, mut faults) = (FaultBuffer::default(), Vec::new());
+        while self.alarm.wait(self.watch.fd()).map_err(SnapshotError::Wait)? {
+            self.watch.take_faults(&mut buffer, &mut faults)?;
+            faults.drain(..).try_for_each(|page| self.let_go(page))?;
         }
+        Ok(())
     }
 
     /// Lets the writers of a page go on, and keeps what they are about to overwrite.

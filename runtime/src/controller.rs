@@ -10,6 +10,7 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 use serde_json::json;
 use switchover_hybrid::error::MigrationError;
 use switchover_hybrid::incoming::Incoming;
+use switchover_hybrid::lazy::Lazily;
 use switchover_hybrid::machine::Machine;
 use switchover_hybrid::outgoing::Outgoing;
 use switchover_hybrid::progress::Progress;
@@ -172,6 +173,14 @@ impl VmController {
         if self.vm.run_state() == RunState::Inmigrate { Ok(()) } else { Err(ControlError::NotIncoming) }
     }
 
+    /// A restore has begun.
+    fn watch_over(&self, migration: &mut Migration, restoring: Restoring) -> Result<(), ControlError> {
+        let (vm, watched) = (Arc::clone(&self.vm), restoring.clone());
+        at_the_end("restore-end", move || fail_without_restoring(&vm, &watched))?;
+        *migration = Migration::Restoring(restoring);
+        Ok(())
+    }
+
     fn machine(&self) -> Arc<dyn Machine> {
         Arc::<Vm>::clone(&self.vm)
     }
@@ -238,11 +247,13 @@ impl Controller for VmController {
     fn restore(&self, from: &Path) -> Result<(), ControlError> {
         let mut migration = self.migration();
         self.check_waiting(&migration)?;
-        let restoring = Restoring::start(self.machine(), from, self.observer("in"))?;
-        let (vm, watched) = (Arc::clone(&self.vm), restoring.clone());
-        at_the_end("restore-end", move || fail_without_restoring(&vm, &watched))?;
-        *migration = Migration::Restoring(restoring);
-        Ok(())
+        self.watch_over(&mut migration, Restoring::start(self.machine(), from, self.observer("in"))?)
+    }
+
+    fn restore_lazily(&self, from: &Path, how: Lazily) -> Result<(), ControlError> {
+        let mut migration = self.migration();
+        self.check_waiting(&migration)?;
+        self.watch_over(&mut migration, Restoring::start_lazily(self.machine(), from, how, self.observer("in"))?)
     }
 
     fn listen(&self, at: &Address, settings: Settings, security: Security) -> Result<(), ControlError> {

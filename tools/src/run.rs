@@ -9,6 +9,7 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 use kvm_ioctls::Kvm;
 use serde_json::json;
+use switchover_hybrid::lazy::Lazily;
 use switchover_hybrid::monitor::{Limits, Mode};
 use switchover_hybrid::settings::Settings;
 use switchover_pager::uffd::device;
@@ -90,6 +91,15 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "incoming")]
     restore: Option<PathBuf>,
 
+    /// Run the restored guest at once: its memory is loaded as it is touched, and the rest meanwhile. What it touches first is kept
+    /// beside the image, as FILE.working-set, so that the next time it is loaded first
+    #[arg(long, requires = "restore")]
+    lazy: bool,
+
+    /// Neither use nor keep a working set
+    #[arg(long, requires = "lazy")]
+    no_working_set: bool,
+
     /// Do not reserve memory before a guest moves here. Zero pages then cost none, and the guest is lost if memory
     /// runs out after the handoff
     #[arg(long, requires = "incoming")]
@@ -137,6 +147,8 @@ Examples:
     switchover run --incoming tcp:0.0.0.0:4444 --tls-creds /etc/switchover --qmp unix:/tmp/destination.qmp
   Save a guest (see `switchover save --help`), and restore it later, here or on another host, with the same memory and vCPUs:
     switchover run --restore guest.image --memory 512M --qmp unix:/tmp/source.qmp
+  The same, running at once while its memory follows:
+    switchover run --restore guest.image --lazy --memory 512M --qmp unix:/tmp/source.qmp
   A machine with the rights of a user that owns nothing else:
     switchover run --incoming tcp:0.0.0.0:4444 --tls-creds /etc/switchover --qmp unix:/run/guest/qmp --user guest
   Talk to one by hand:
@@ -148,6 +160,8 @@ saved stays too, and QMP `cont` lets it go on.
 
 A restored guest goes on where it was when it was saved, and its clocks have gone on meanwhile, as if it had stood still. All of its
 memory is loaded and verified before it runs. An image that is damaged, or of a machine that does not match this one, is refused.
+With --lazy each part of its memory is verified before it is used; where one is damaged, the guest is stopped, and this process ends
+with status 1. The image stays as it is, and must stay until all of it is loaded (`query-migrate` says `completed`).
 
 Exit status: 0 when the guest wrote 0 to port 0xf4 (QEMU would exit with 1), by `quit` and by Ctrl-C; 1 when the guest
 wrote anything else, reset itself, or could not be run or received; 2 for bad usage.";
@@ -235,7 +249,7 @@ pub fn main(args: RunArgs) -> Result<(), Failure> {
     }
     let parameters = parameters(args.tls_creds.as_deref(), args.allow_plain)?;
     allocator::keep_large_blocks();
-    let kvm = give_up_privileges(args.user, args.incoming.is_some())?;
+    let kvm = give_up_privileges(args.user, args.incoming.is_some() || args.lazy)?;
     confine::split_off_the_ring_maker(args.seccomp).map_err(Failure::failed)?;
     let (asked, ends) = crossbeam::channel::unbounded();
     // Before the machine has threads: they inherit that these signals are not theirs.
@@ -278,6 +292,10 @@ pub fn main(args: RunArgs) -> Result<(), Failure> {
     // What comes from here on comes from others: the guest, the network, clients, an image.
     confine::confine_all_threads(args.seccomp).map_err(Failure::failed)?;
     match &args.restore {
+        Some(image) if args.lazy => {
+            let how = Lazily { working_set: !args.no_working_set };
+            controller.restore_lazily(image, how).map_err(Failure::failed)?;
+        }
         Some(image) => controller.restore(image).map_err(Failure::failed)?,
         None => begin(&vm, &controller, args.incoming.as_ref(), &parameters)?,
     }
@@ -291,10 +309,10 @@ pub fn main(args: RunArgs) -> Result<(), Failure> {
 }
 
 /// Opens what only the user that started this process may open, and becomes one that may do next to nothing.
-fn give_up_privileges(user: Option<RunAs>, incoming: bool) -> Result<Kvm, Failure> {
+fn give_up_privileges(user: Option<RunAs>, watches: bool) -> Result<Kvm, Failure> {
     let kvm = open_kvm().map_err(Failure::failed)?;
     // A source has no use for it. Where it may not be opened, a migration that comes says so.
-    let by_device = !incoming || device::keep().unwrap_or(true);
+    let by_device = !watches || device::keep().unwrap_or(true);
     let by_anybody = || fs::read_to_string(UNPRIVILEGED_USERFAULTFD).is_ok_and(|set| set.trim() == "1");
     let kept = Kept { sys_ptrace: !by_device && !by_anybody() };
     privileges::give_up(user, kept).map_err(Failure::failed)?;

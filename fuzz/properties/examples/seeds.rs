@@ -11,6 +11,7 @@ use switchover_hybrid::machine::Machine as _;
 use switchover_hybrid::trace::{Epoch, Trace};
 use switchover_image::Tally;
 use switchover_image::sections::{Origin, Sections};
+use switchover_image::working_set::{MAGIC, VERSION};
 use switchover_image::writer::{ImageWriter, Options};
 use switchover_pager::ram::Ram;
 use switchover_runtime::config::{DirtyTracking, SerialTarget, VmConfig};
@@ -33,8 +34,10 @@ fn write(target: &str, name: &str, bytes: &[u8]) {
 }
 
 fn main() {
-    if std::env::args().nth(1).as_deref() == Some("image") {
-        return images();
+    match std::env::args().nth(1).as_deref() {
+        Some("image") => return images(),
+        Some("working_set") => return working_sets(),
+        _ => {}
     }
     frames();
     handshake();
@@ -44,6 +47,7 @@ fn main() {
     sets();
     qmp();
     images();
+    working_sets();
     let kernel = kernel();
     write("kernel", "smallest", &kernel);
     state(&kernel);
@@ -125,6 +129,20 @@ fn images() {
             write("image", &format!("{name}-{how}"), &[&[mended][..], &image].concat());
         }
     }
+}
+
+/// Working sets of the property's image. The first byte says what is made right: its root hash, and the hash at the end.
+fn working_sets() {
+    let file = |pages: &[u32]| {
+        let entries = u32::try_from(pages.len()).unwrap();
+        let header = MAGIC.into_iter().chain(VERSION.to_le_bytes()).chain(entries.to_le_bytes()).chain([0; 32]);
+        let entry = |page: &u32| page.to_le_bytes().into_iter().chain([0xA5; 16]);
+        header.chain(pages.iter().flat_map(entry)).chain([0; 32]).collect::<Vec<u8>>()
+    };
+    for (name, pages) in [("none", &[][..]), ("three", &[7, 299, 1]), ("zero-page", &[7, 2]), ("twice", &[7, 9, 7])] {
+        write("working_set", name, &[&[3][..], &file(pages)].concat());
+    }
+    write("working_set", "another-image", &[&[2][..], &file(&[7])].concat());
 }
 
 fn handshake() {

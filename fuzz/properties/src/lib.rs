@@ -19,6 +19,7 @@ mod qmp;
 mod state;
 mod tls;
 mod trace;
+mod working_set;
 
 pub use bitmap::bitmap;
 pub use control::control;
@@ -32,12 +33,13 @@ pub use qmp::{arguments, framing};
 pub use state::state;
 pub use tls::tls;
 pub use trace::trace;
+pub use working_set::working_set;
 
 /// A property: it panics where it does not hold.
 pub type Property = fn(&[u8]);
 
 /// All properties, by the names of their targets and of their folders in `fuzz/corpus`.
-pub const TARGETS: [(&str, Property); 14] = [
+pub const TARGETS: [(&str, Property); 15] = [
     ("arguments", arguments),
     ("bitmap", bitmap),
     ("control", control),
@@ -52,4 +54,5 @@ pub const TARGETS: [(&str, Property); 14] = [
     ("state", state),
     ("tls", tls),
     ("trace", trace),
+    ("working_set", working_set),
 ];

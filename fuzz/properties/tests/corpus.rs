@@ -95,7 +95,7 @@ macro_rules! replayed {
     };
 }
 
-replayed!(arguments bitmap control frames framing handshake image kernel missing pages payload state tls trace);
+replayed!(arguments bitmap control frames framing handshake image kernel missing pages payload state tls trace working_set);
 
 #[test]
 fn each_property_has_a_target_a_corpus_and_a_test() {

@@ -18,6 +18,7 @@ mod host_files;
 mod huge_pages;
 mod image;
 mod impostors;
+mod lazy;
 mod moments;
 mod precopy;
 mod qmp;

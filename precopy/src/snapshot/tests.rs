@@ -1,4 +1,5 @@
 use std::sync::RwLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
 

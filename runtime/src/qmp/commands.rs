@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
+use switchover_hybrid::lazy::Lazily;
 use switchover_hybrid::saving::How;
 use switchover_hybrid::settings::{Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
@@ -231,7 +232,12 @@ impl Commands {
         let at = match at {
             Target::Machine(at) => at,
             Target::File(path) => {
-                return self.controller.restore(&path).map_err(Refusal::generic).map(|()| json!({}));
+                let restored = if self.options().parameters.lazy_restore {
+                    self.controller.restore_lazily(&path, Lazily::default())
+                } else {
+                    self.controller.restore(&path)
+                };
+                return restored.map_err(Refusal::generic).map(|()| json!({}));
             }
         };
         let options = self.options();

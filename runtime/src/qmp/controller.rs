@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use switchover_hybrid::error::MigrationError;
+use switchover_hybrid::lazy::Lazily;
 use switchover_hybrid::progress::Progress;
 use switchover_hybrid::report::SideReport;
 use switchover_hybrid::saving::How;
@@ -74,6 +75,12 @@ pub trait Controller: Send + Sync + 'static {
     /// # Errors
     /// When this machine waits for none, or the image is none that it can take. It can be given another guest then.
     fn restore(&self, from: &Path) -> Result<(), ControlError>;
+
+    /// Begins to restore the guest of an image here, which runs at once while its memory follows.
+    ///
+    /// # Errors
+    /// As [`restore`](Self::restore), and when this host cannot have faults served by this process.
+    fn restore_lazily(&self, from: &Path, how: Lazily) -> Result<(), ControlError>;
 
     /// Hands the guest over now.
     ///

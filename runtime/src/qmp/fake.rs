@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use switchover_hybrid::lazy::Lazily;
 use switchover_hybrid::progress::Progress;
 use switchover_hybrid::report::SideReport;
 use switchover_hybrid::saving::How;
@@ -129,6 +130,11 @@ impl Controller for Fake {
 
     fn restore(&self, from: &Path) -> Result<(), ControlError> {
         self.note(format!("restore from {}", from.display()));
+        if self.run_state() == RunState::Inmigrate { Ok(()) } else { Err(ControlError::NotIncoming) }
+    }
+
+    fn restore_lazily(&self, from: &Path, how: Lazily) -> Result<(), ControlError> {
+        self.note(format!("restore lazily from {}, {how:?}", from.display()));
         if self.run_state() == RunState::Inmigrate { Ok(()) } else { Err(ControlError::NotIncoming) }
     }
 

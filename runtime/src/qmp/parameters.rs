@@ -70,6 +70,8 @@ pub struct Parameters {
     pub compress_image: bool,
     /// Save a guest to a file while it runs, and let it go on.
     pub live_save: bool,
+    /// Run a guest that is restored from a file before its memory is loaded.
+    pub lazy_restore: bool,
 }
 
 /// QEMU's `multifd-compression`, as far as it is built.
@@ -114,6 +116,7 @@ impl Default for Parameters {
             tls_hostname: String::new(),
             allow_plain: false,
             compress_image: false,
+            lazy_restore: false,
             live_save: false,
         }
     }
@@ -143,7 +146,7 @@ const COMPRESSIONS: [(&str, Compression); 4] = [
 const MULTIFD_COMPRESSIONS: [(&str, MultifdCompression); 2] =
     [("none", MultifdCompression::None), ("zstd", MultifdCompression::Zstd)];
 
-const SETTABLE: [Entry; 29] = [
+const SETTABLE: [Entry; 30] = [
     Entry {
         name: "max-bandwidth",
         get: |all| json!(all.max_bandwidth),
@@ -314,6 +317,11 @@ const SETTABLE: [Entry; 29] = [
         get: |all| json!(all.live_save),
         set: |all, given| given.boolean().map(|value| all.live_save = value),
     },
+    Entry {
+        name: "x-switchover-lazy-restore",
+        get: |all| json!(all.lazy_restore),
+        set: |all, given| given.boolean().map(|value| all.lazy_restore = value),
+    },
 ];
 
 /// Those that a migration takes along when it begins, and whose names are not QEMU's: changing one under way is refused.
@@ -461,7 +469,7 @@ mod tests {
             "x-switchover-fault-lanes": 16, "tls-creds": "/etc/switchover", "tls-hostname": "b.example",
             "x-switchover-allow-plain": true,
             "x-switchover-collapse": false, "x-switchover-compress-image": true,
-            "x-switchover-live-save": true,
+            "x-switchover-live-save": true, "x-switchover-lazy-restore": true,
         });
         let other = other.as_object().unwrap();
         assert_eq!(other.len(), SETTABLE.len());

@@ -197,7 +197,10 @@ fn a_guest_is_saved_to_a_file_and_restored_from_one() {
     assert_eq!(client.execute("migrate", &file), json!({"return": {}}));
     assert!(client.error("migrate-incoming", &file).contains("'-incoming' was not specified"));
     let saved = "save to /a/guest.image, How { compress: true, live: false }";
-    assert_eq!(setup.fake.told(), [saved, "restore from /a/guest.image"]);
+    client.execute("migrate-set-parameters", &json!({"x-switchover-lazy-restore": true}));
+    assert!(client.error("migrate-incoming", &file).contains("'-incoming' was not specified"));
+    let lazily = "restore lazily from /a/guest.image, Lazily { working_set: true }";
+    assert_eq!(setup.fake.told(), [saved, "restore from /a/guest.image", lazily]);
 }
 
 #[test]
