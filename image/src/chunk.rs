@@ -32,6 +32,22 @@ impl Present {
         present
     }
 
+    /// The first `count` pages.
+    pub(crate) fn first(count: usize) -> Self {
+        let mut first = Self::default();
+        (0..count.min(CHUNK_PAGES)).for_each(|page| first.insert(page));
+        first
+    }
+
+    /// Those of these pages that `own` says nothing of, and what it says of the others.
+    pub(crate) fn under(self, own: Self, present: Self) -> Self {
+        let mut merged = self;
+        for ((word, own), present) in merged.0.iter_mut().zip(own.0).zip(present.0) {
+            *word = *word & !own | present & own;
+        }
+        merged
+    }
+
     pub(crate) fn insert(&mut self, page: usize) {
         self.0[page / 64] |= 1 << (page % 64);
     }

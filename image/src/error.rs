@@ -125,6 +125,35 @@ pub enum ImageError {
         /// What is wrong.
         reason: String,
     },
+    /// The image that it is an increment on is not there, or cannot be used.
+    #[error("{} holds the differences to {}, which it cannot be restored without: {source}", path.display(), base.display())]
+    Base {
+        /// The file.
+        path: PathBuf,
+        /// The one that it is based on.
+        base: PathBuf,
+        /// What is wrong with that.
+        source: Box<ImageError>,
+    },
+    /// The file that it is based on holds something else now.
+    #[error(
+        "{} holds the differences to another moment of the guest than the one in {}: that file was replaced; restore it from a copy",
+        path.display(), base.display()
+    )]
+    OtherBase {
+        /// The file.
+        path: PathBuf,
+        /// What bears the name of its base.
+        base: PathBuf,
+    },
+    /// Images upon images without an end.
+    #[error("{} is made of more than {most} images, or of itself; merge some of them (`switchover image merge`)", path.display())]
+    TooManyLayers {
+        /// The file that is one too many.
+        path: PathBuf,
+        /// The most that are possible.
+        most: usize,
+    },
     /// Bytes where a zero page has none.
     #[error(
         "{} is damaged: {page} is zero by the bitmap, and there are other bytes in its place at {offset:#x}; restore the file \

@@ -4,7 +4,7 @@
 //! 0            header: one block of 4096 bytes
 //! 0x1000       memory: page N at 0x1000 + N × 4096 (holes where pages are zero); or, packed, chunks without gaps
 //! + memory     sections: description, state and so on
-//! + sections   bitmap: a bit for each page that is not zero
+//! + sections   bitmap: a bit for each page that is not zero; of an increment, a second one: for each page that it says anything of
 //! + bitmap     index: 48 bytes for each chunk of 256 pages
 //! ```
 
@@ -36,7 +36,10 @@ pub const MOST_SECTIONS: usize = 2 * switchover_wire::message::MAX_MESSAGE;
 /// Feature bit: memory is not in place, but packed chunk by chunk, each compressed where that pays.
 pub const PACKED: u64 = 1;
 
-const KNOWN_FEATURES: u64 = PACKED;
+/// Feature bit: the image holds the differences to another one, its base.
+pub const INCREMENT: u64 = 2;
+
+const KNOWN_FEATURES: u64 = PACKED | INCREMENT;
 const PAGE_SIZE_U32: u32 = 4096;
 const _: () = assert!(PAGE_SIZE_U32 as usize == PAGE_SIZE);
 
@@ -66,6 +69,12 @@ impl Header {
         self.features & PACKED != 0
     }
 
+    /// Whether it holds differences to another image.
+    #[must_use]
+    pub const fn is_increment(&self) -> bool {
+        self.features & INCREMENT != 0
+    }
+
     /// How many chunks memory has.
     #[must_use]
     pub const fn chunks(&self) -> u64 {
@@ -84,10 +93,11 @@ impl Header {
         self.sections_at().saturating_add(self.sections_len)
     }
 
-    /// Bytes of the bitmap: words of 64 pages.
+    /// Bytes of the bitmap, or of both: words of 64 pages.
     #[must_use]
     pub const fn bitmap_len(&self) -> u64 {
-        self.pages.div_ceil(64) * 8
+        let one = self.pages.div_ceil(64) * 8;
+        if self.is_increment() { 2 * one } else { one }
     }
 
     /// Where the index begins.
@@ -245,6 +255,7 @@ mod tests {
             (0, 1, "no image of a guest"),
             (8, 2, "an image of version 2"),
             (12, 1, "at byte 0xc, the page size is 4097"),
+            (16, 2, "the length of the file is"),
             (23, 0x80, "needs the features 0x8000000000000000"),
             (31, 9, "at byte 0x18, the number of pages is"),
             (38, 1, "at byte 0x20, the length of memory is"),

@@ -25,12 +25,14 @@
 //!
 //! It knows nothing of KVM, and nothing of what is in the guest's state.
 
+pub mod base;
 mod buffer;
 mod chunk;
 mod compare;
 mod crew;
 pub mod error;
 pub mod layout;
+pub mod merge;
 mod partial;
 pub mod reader;
 pub mod sections;

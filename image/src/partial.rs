@@ -1,9 +1,14 @@
 //! A file that appears under its name when it is whole.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
 
 use crate::error::ImageError;
 
@@ -13,7 +18,8 @@ const MODE: u32 = 0o600;
 /// A file under a temporary name. It is removed unless it is [kept](Self::keep).
 #[derive(Debug)]
 pub(crate) struct Partial {
-    file: File,
+    /// Locked as long as this process lives: who finds it without a lock knows that its writer has gone.
+    file: Flock<File>,
     path: PathBuf,
     target: PathBuf,
     folder: PathBuf,
@@ -31,6 +37,7 @@ impl Partial {
         }
         let name = target.file_name().ok_or_else(|| place("that is no name of a file"))?;
         let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        remove_stale(folder, name);
         let random = getrandom::u64().map_err(|error| {
             let source = io::Error::other(error.to_string());
             ImageError::Io { attempted: "find a temporary name beside", path: target.clone(), source }
@@ -42,6 +49,8 @@ impl Partial {
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create_new(true).mode(MODE).open(&path);
         let file = file.map_err(ImageError::io("create", &path))?;
+        let locked = Flock::lock(file, FlockArg::LockExclusive);
+        let file = locked.map_err(|(_, errno)| ImageError::io("lock", &path)(errno.into()))?;
         Ok(Self { file, path, target, folder, kept: false })
     }
 
@@ -66,6 +75,31 @@ impl Partial {
         File::open(&self.folder)
             .and_then(|folder| folder.sync_all())
             .map_err(ImageError::io("make durable the name of the image in", &self.folder))
+    }
+}
+
+/// How long nobody takes a new file for one that was left behind: it is there for a moment before it is locked.
+const YOUNG: Duration = Duration::from_secs(2);
+
+/// Removes what writers of the same image have left behind that were killed.
+fn remove_stale(folder: &Path, name: &OsStr) {
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    let of_image = |entry: &fs::DirEntry| {
+        let file = entry.file_name();
+        let middle = file.as_bytes().strip_prefix(b".").and_then(|rest| rest.strip_prefix(name.as_bytes()));
+        let random = middle.and_then(|rest| rest.strip_suffix(b".partial")).and_then(|rest| rest.strip_prefix(b"."));
+        random.is_some_and(|random| random.len() == 16 && random.iter().all(u8::is_ascii_hexdigit))
+    };
+    for entry in entries.filter_map(Result::ok).filter(of_image) {
+        let path = entry.path();
+        let Ok(file) = File::open(&path) else { continue };
+        let old = file
+            .metadata()
+            .and_then(|known| known.modified())
+            .is_ok_and(|at| at.elapsed().is_ok_and(|age| age > YOUNG));
+        if old && Flock::lock(file, FlockArg::LockExclusiveNonblock).is_ok() && fs::remove_file(&path).is_ok() {
+            tracing::info!(path = %path.display(), "removed what a writer that was killed had left behind");
+        }
     }
 }
 
@@ -104,6 +138,28 @@ mod tests {
         assert_eq!((names(folder.path()).len(), fs::read(&target).unwrap()), (1, b"new".to_vec()));
         use std::os::unix::fs::PermissionsExt as _;
         assert_eq!(fs::metadata(&target).unwrap().permissions().mode() & 0o777, MODE);
+    }
+
+    #[test]
+    fn what_a_killed_writer_has_left_is_removed_and_what_others_write_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("a.image");
+        let other = Partial::create(&target).unwrap();
+        let make = |name: &str| File::create(folder.path().join(name)).unwrap();
+        let hour_ago = std::time::SystemTime::now() - Duration::from_secs(3600);
+        let old = |file: &File| file.set_modified(hour_ago).unwrap();
+        old(other.file());
+        old(&make(".a.image.0123456789abcdef.partial"));
+        make(".a.image.1123456789abcdef.partial");
+        for name in [".b.image.0123456789abcdef.partial", ".a.image.0123.partial", "a.image.0123456789abcdef.partial"] {
+            old(&make(name));
+        }
+        let partial = Partial::create(&target).unwrap();
+        let left = names(folder.path());
+        assert!(!left.contains(&".a.image.0123456789abcdef.partial".to_owned()), "{left:?}");
+        assert_eq!(left.len(), 6, "{left:?}");
+        other.keep().unwrap();
+        drop(partial);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use lz4_flex::block::decompress_into;
 use switchover_pager::zero::{Holes, is_zero};
 use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 
+use crate::base::{Base, MOST_LAYERS};
 use crate::buffer::ChunkBuffer;
 use crate::chunk::{Encoding, Entry, Present, count_of, first_of, pages_of};
 use crate::crew::{Tally, share_out, threads_for};
@@ -26,7 +27,20 @@ pub struct Image {
     path: PathBuf,
     header: Header,
     sections: Sections,
+    /// What is in this file.
     chunks: Box<[(Present, Entry)]>,
+    /// What lies under it, where it is an increment.
+    layer: Option<Box<Layer>>,
+}
+
+/// What makes an image an increment.
+#[derive(Debug)]
+struct Layer {
+    below: Image,
+    base: Base,
+    /// The pages that the file itself says what they are, chunk by chunk; and all that are not zero.
+    own: Box<[Present]>,
+    merged: Box<[Present]>,
 }
 
 /// Room for one chunk and what it takes to read it.
@@ -35,6 +49,7 @@ pub struct ChunkReader<'a> {
     chunk: ChunkBuffer,
     stored: Vec<u8>,
     unpacked: Vec<u8>,
+    below: Option<Box<ChunkReader<'a>>>,
 }
 
 /// A chunk as it was written.
@@ -63,20 +78,27 @@ impl ReadChunk<'_> {
 }
 
 impl Image {
-    /// Opens `path` and reads everything but memory.
+    /// Opens `path` and reads everything but memory; of an increment, those that it is based on too.
     ///
     /// # Errors
-    /// When it is no image, or one of another version, or was altered or cut short.
+    /// When it is no image, or one of another version, or was altered or cut short, or the same goes for what it is based on.
     pub fn open(path: &Path) -> Result<Self, ImageError> {
+        Self::open_layer(path, MOST_LAYERS)
+    }
+
+    fn open_layer(path: &Path, layers: usize) -> Result<Self, ImageError> {
+        if layers == 0 {
+            return Err(ImageError::TooManyLayers { path: path.to_owned(), most: MOST_LAYERS });
+        }
         let file = File::open(path).map_err(ImageError::io("open the image", path))?;
         let known = file.metadata().map_err(ImageError::io("look at the image", path))?;
         if !known.is_file() {
             return Err(ImageError::Foreign { path: path.to_owned() });
         }
-        Self::read(file, path.to_owned(), known.len())
+        Self::read(file, path.to_owned(), known.len(), layers)
     }
 
-    fn read(file: File, path: PathBuf, file_len: u64) -> Result<Self, ImageError> {
+    fn read(file: File, path: PathBuf, file_len: u64, layers: usize) -> Result<Self, ImageError> {
         let mut block = [0; HEADER_LEN];
         if file_len < HEADER_LEN as u64 {
             let mut start = vec![0; usize::try_from(file_len.min(8)).unwrap_or(0)];
@@ -101,9 +123,51 @@ impl Image {
             return Err(ImageError::Root { header_end: MEMORY_OFFSET, tables: header.sections_at(), path });
         }
         // From here on it is what somebody has written, who need not have been this program.
-        let sections = Sections::decode(&sections, &path, header.sections_at(), header.pages)?;
-        let chunks = chunks(&header, &bitmap, &index, &path)?;
-        Ok(Self { file, path, header, sections, chunks })
+        let at = header.sections_at();
+        let (sections, base) = Sections::decode(&sections, &path, at, header.pages, header.is_increment())?;
+        // Of an increment's two bitmaps, the first one.
+        let present = if header.is_increment() { &bitmap[..bitmap.len() / 2] } else { &bitmap[..] };
+        let chunks = chunks(&header, present, &index, &path)?;
+        let layer = base.map(|base| Layer::open(&path, base, &header, &sections, &bitmap, &chunks, layers));
+        Ok(Self { layer: layer.transpose()?.map(Box::new), file, path, header, sections, chunks })
+    }
+
+    /// What it is based on, if it is an increment.
+    #[must_use]
+    pub fn base(&self) -> Option<&Base> {
+        self.layer.as_ref().map(|layer| &layer.base)
+    }
+
+    /// It and all images that it is made of, the last one being complete by itself.
+    pub fn layers(&self) -> impl Iterator<Item = &Self> {
+        std::iter::successors(Some(self), |image| image.layer.as_ref().map(|layer| &layer.below))
+    }
+
+    /// The pages that this file itself says what they are: bit `i` of word `w` is page `64 w + i`.
+    #[must_use]
+    pub fn own_words(&self) -> Vec<u64> {
+        let all = || (0..self.header.chunks()).map(|number| Present::first(count_of(number, self.header.pages)));
+        match &self.layer {
+            Some(layer) => layer.own.iter().flat_map(|own| own.0).collect(),
+            None => all().flat_map(|own| own.0).collect(),
+        }
+    }
+
+    /// Which pages of a chunk are not zero, by all layers.
+    fn present(&self, number: u64) -> Present {
+        let Ok(at) = usize::try_from(number) else { return Present::default() };
+        match &self.layer {
+            Some(layer) => layer.merged.get(at).copied().unwrap_or_default(),
+            None => self.chunk(number).0,
+        }
+    }
+
+    /// Which pages of a chunk this file itself says what they are.
+    fn own(&self, number: u64) -> Present {
+        match &self.layer {
+            Some(layer) => usize::try_from(number).ok().and_then(|at| layer.own.get(at)).copied().unwrap_or_default(),
+            None => Present::first(count_of(number, self.header.pages)),
+        }
     }
 
     /// Its file.
@@ -133,21 +197,21 @@ impl Image {
     /// Pages of memory that are not zero.
     #[must_use]
     pub fn present_pages(&self) -> PageCount {
-        PageCount(self.chunks.iter().map(|(present, _)| present.count() as u64).sum())
+        PageCount((0..self.header.chunks()).map(|number| self.present(number).count() as u64).sum())
     }
 
     /// Whether `page` is not zero.
     #[must_use]
     pub fn holds(&self, page: PageIndex) -> bool {
-        let chunk = usize::try_from(page.0 / CHUNK_PAGES as u64).ok().and_then(|number| self.chunks.get(number));
         let within = usize::try_from(page.0 % CHUNK_PAGES as u64).unwrap_or(0);
-        chunk.is_some_and(|(present, _)| present.contains(within))
+        self.present(page.0 / CHUNK_PAGES as u64).contains(within)
     }
 
-    /// Bytes that its pages take in the file.
+    /// Bytes that its own pages take in the file.
     #[must_use]
     pub fn stored_bytes(&self) -> u64 {
-        if self.header.is_packed() { self.header.memory_len } else { self.present_pages().bytes() }
+        let own: usize = self.chunks.iter().map(|(present, _)| present.count()).sum();
+        if self.header.is_packed() { self.header.memory_len } else { own as u64 * PAGE_SIZE_U64 }
     }
 
     /// Reads all of memory into `memory`, a memfd of that size that is zero throughout. When this is back without an error, all
@@ -171,15 +235,18 @@ impl Image {
         })
     }
 
-    /// Compares all of memory with its hashes, and looks for bytes in the places of zero pages.
+    /// Compares all of memory with its hashes, and looks for bytes in the places of zero pages; so in all images that it is made of.
     ///
     /// # Errors
     /// The first damage that is found.
     pub fn verify(&self, tally: &Tally) -> Result<(), ImageError> {
-        self.each_chunk(tally, |reader, number| {
-            reader.read(number)?;
-            if self.header.is_packed() { Ok(()) } else { reader.check_zeros(number) }
-        })
+        for image in self.layers() {
+            image.each_chunk(tally, |reader, number| {
+                reader.read_own(number)?;
+                if image.header.is_packed() { Ok(()) } else { reader.check_zeros(number) }
+            })?;
+        }
+        Ok(())
     }
 
     fn each_chunk(
@@ -195,7 +262,7 @@ impl Image {
             || self.reader(),
             |reader, number| {
                 work(reader, number)?;
-                let (present, entry) = self.chunk(number);
+                let (present, entry) = (self.present(number), self.chunk(number).1);
                 let pages = count_of(number, self.header.pages);
                 tally.note(pages - present.count(), present.count(), usize::try_from(entry.length).unwrap_or(0));
                 Ok(())
@@ -209,7 +276,8 @@ impl Image {
     /// When there is no memory for it.
     pub fn reader(&self) -> Result<ChunkReader<'_>, ImageError> {
         let chunk = ChunkBuffer::new().map_err(ImageError::io("get memory to read", &self.path))?;
-        Ok(ChunkReader { image: self, chunk, stored: Vec::new(), unpacked: Vec::new() })
+        let below = self.layer.as_ref().map(|layer| layer.below.reader().map(Box::new)).transpose()?;
+        Ok(ChunkReader { image: self, chunk, stored: Vec::new(), unpacked: Vec::new(), below })
     }
 
     /// Reads `page` by itself, without comparing it with anything: whoever uses it has a hash of its own. `false`, and nothing read,
@@ -218,6 +286,13 @@ impl Image {
     /// # Errors
     /// When the file cannot be read.
     pub fn read_unchecked(&self, page: PageIndex, bytes: &mut [u8; PAGE_SIZE]) -> Result<bool, ImageError> {
+        if let Some(layer) = &self.layer
+            && !self
+                .own(page.0 / CHUNK_PAGES as u64)
+                .contains(usize::try_from(page.0 % CHUNK_PAGES as u64).unwrap_or(0))
+        {
+            return layer.below.read_unchecked(page, bytes);
+        }
         if self.header.is_packed() || !self.holds(page) {
             return Ok(false);
         }
@@ -240,12 +315,79 @@ impl Image {
     }
 }
 
+impl Layer {
+    fn open(
+        path: &Path,
+        base: Base,
+        header: &Header,
+        sections: &Sections,
+        bitmaps: &[u8],
+        chunks: &[(Present, Entry)],
+        layers: usize,
+    ) -> Result<Self, ImageError> {
+        let file = base.beside(path);
+        let wrong = |source| ImageError::Base { path: path.to_owned(), base: file.clone(), source: Box::new(source) };
+        let below = Image::open_layer(&file, layers - 1).map_err(|error| match error {
+            // Named once is enough, and each layer would add to it.
+            error @ (ImageError::Base { .. } | ImageError::OtherBase { .. } | ImageError::TooManyLayers { .. }) => {
+                error
+            }
+            error => wrong(error),
+        })?;
+        // The same machine has as many pages.
+        if below.sections.moment()? != base.moment || below.sections.machine != sections.machine {
+            return Err(ImageError::OtherBase { path: path.to_owned(), base: file });
+        }
+        let words = bitmaps[bitmaps.len() / 2..].as_chunks::<8>().0;
+        let mut words = words.iter().map(|word| u64::from_le_bytes(*word));
+        let own: Box<[_]> = chunks.iter().map(|_| Present::of_words(&mut words)).collect();
+        let merged: Box<[_]> = (0..)
+            .zip(&own)
+            .zip(chunks)
+            .map(|((number, own), (present, _))| below.present(number).under(*own, *present))
+            .collect();
+        for (number, (own, (present, _))) in (0..).zip(own.iter().zip(chunks)) {
+            let beyond = count_of(number, header.pages)..CHUNK_PAGES;
+            let fits = beyond.clone().all(|page| !own.contains(page))
+                && (0..CHUNK_PAGES).all(|page| own.contains(page) || !present.contains(page));
+            if !fits {
+                return Err(ImageError::Field {
+                    path: path.to_owned(),
+                    offset: header.bitmap_at() + header.bitmap_len() / 2,
+                    what: "the bitmap of pages that the image says anything of".to_owned(),
+                    got: format!("another in chunk {number}"),
+                    allowed: "one with all pages that are not zero, and none behind the last".to_owned(),
+                });
+            }
+        }
+        Ok(Self { below, base, own, merged })
+    }
+}
+
 impl ChunkReader<'_> {
-    /// Reads chunk `number` and compares it with its hash. One behind the last has no pages.
+    /// Reads chunk `number` and compares it with its hash, or the parts that it is made of with theirs. One behind the last has no
+    /// pages.
     ///
     /// # Errors
     /// When it cannot be read, or is damaged.
     pub fn read(&mut self, number: u64) -> Result<ReadChunk<'_>, ImageError> {
+        let image = self.image;
+        self.read_own(number)?;
+        let own = image.own(number);
+        if let Some(below) = &mut self.below
+            && own != Present::first(count_of(number, image.header.pages))
+        {
+            let lower = below.read(number)?;
+            for run in lower.present.under(own, Present::default()).byte_runs(1) {
+                self.chunk.bytes_mut()[run.clone()].copy_from_slice(&lower.bytes[run]);
+            }
+        }
+        let first = first_of(number, image.header.pages);
+        Ok(ReadChunk { first, present: image.present(number), bytes: self.chunk.bytes() })
+    }
+
+    /// Reads what the file itself has of chunk `number`, and compares it with its hash.
+    fn read_own(&mut self, number: u64) -> Result<(), ImageError> {
         let image = self.image;
         let (present, entry) = image.chunk(number);
         let cannot = ImageError::io("read", &image.path);
@@ -271,8 +413,7 @@ impl ChunkReader<'_> {
                 self.unpack(number, present, entry.encoding)?;
             }
         }
-        let first = first_of(number, image.header.pages);
-        Ok(ReadChunk { first, present, bytes: self.chunk.bytes() })
+        Ok(())
     }
 
     fn unpack(&mut self, number: u64, present: Present, encoding: Encoding) -> Result<(), ImageError> {

@@ -4,7 +4,8 @@
 //! name's length 2 · 0 2 · payload's length 4 · name · payload │ …
 //! ```
 //!
-//! All numbers are little-endian. The sections are those of [`Sections`], in that order, each once.
+//! All numbers are little-endian. The sections are those of [`Sections`], in that order, each once; of an increment, its [`Base`] behind
+//! them.
 
 use std::path::Path;
 
@@ -13,12 +14,15 @@ use switchover_wire::description::MachineDescription;
 use switchover_wire::message::MAX_MESSAGE;
 use switchover_wire::types::PageIndex;
 
+use crate::base::{Base, Moment};
 use crate::error::ImageError;
 
 const ENTRY_HEADER: usize = 8;
 
 /// The sections' names, in their order.
 const NAMES: [&str; 5] = ["machine", "state", "running", "first-pages", "origin"];
+/// The name of the one behind them.
+const BASE: &str = "base";
 
 /// The most first pages that are kept: those of the most vCPUs that there can be.
 const MOST_FIRST_PAGES: usize = 1 << 16;
@@ -71,28 +75,57 @@ impl Sections {
         let payloads = [&machine[..], &self.state, &running, &first_pages, &origin];
         let mut bytes = Vec::with_capacity(self.state.len() + machine.len() + 4096);
         for (name, payload) in NAMES.iter().zip(payloads) {
-            let most = MAX_MESSAGE;
-            let length = u32::try_from(payload.len()).ok().filter(|_| payload.len() <= most);
-            let length = length.ok_or(ImageError::TooLarge { what: "a section", got: payload.len(), most })?;
-            bytes.extend(u16::try_from(name.len()).unwrap_or(0).to_le_bytes());
-            bytes.extend([0, 0]);
-            bytes.extend(length.to_le_bytes());
-            bytes.extend(name.as_bytes());
-            bytes.extend(payload);
+            append(&mut bytes, name, payload)?;
         }
         Ok(bytes)
     }
 
-    /// Reads the sections of the image `path`, which lie there from byte `at` on.
+    /// The same, of an image with a base.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_on(&self, base: Option<&Base>) -> Result<Vec<u8>, ImageError> {
+        let mut bytes = self.encode()?;
+        if let Some(base) = base {
+            append(&mut bytes, BASE, &base.encode())?;
+        }
+        Ok(bytes)
+    }
+
+    /// The moment of the guest that they are of.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn moment(&self) -> Result<Moment, ImageError> {
+        Ok(*blake3::hash(&self.encode()?).as_bytes())
+    }
+
+    /// Reads the sections of the image `path`, which lie there from byte `at` on. One with a base is an `increment`.
     ///
     /// # Errors
     /// When they are not those of an image of so many pages, or one of them makes no sense.
-    pub fn decode(bytes: &[u8], path: &Path, at: u64, pages: u64) -> Result<Self, ImageError> {
+    pub fn decode(
+        bytes: &[u8],
+        path: &Path,
+        at: u64,
+        pages: u64,
+        increment: bool,
+    ) -> Result<(Self, Option<Base>), ImageError> {
         let mut rest = Rest { path, at, bytes };
         let mut payloads = [(0, &bytes[..0]); NAMES.len()];
         for (place, name) in payloads.iter_mut().zip(NAMES) {
             *place = rest.section(name)?;
         }
+        let base = if increment {
+            let (at, payload) = rest.section(BASE)?;
+            let base = Base::decode(payload).ok_or_else(|| {
+                let got = format!("{} bytes that are no moment and name", payload.len());
+                Rest { path, at, bytes: &[] }.wrong("the section `base`", got, "a moment and the name of a file")
+            });
+            Some(base?)
+        } else {
+            None
+        };
         if !rest.bytes.is_empty() {
             return Err(rest.wrong("what follows the last section", format!("{} bytes", rest.bytes.len()), "nothing"));
         }
@@ -130,8 +163,20 @@ impl Sections {
             let got = format!("{} bytes", origin.version.len());
             return Err(wrong(origin_bytes, "the version in the section `origin`", got, "a short line"));
         }
-        Ok(Self { machine, state: state.1.to_vec(), was_running, first_pages, origin })
+        Ok((Self { machine, state: state.1.to_vec(), was_running, first_pages, origin }, base))
     }
+}
+
+fn append(bytes: &mut Vec<u8>, name: &str, payload: &[u8]) -> Result<(), ImageError> {
+    let most = MAX_MESSAGE;
+    let length = u32::try_from(payload.len()).ok().filter(|_| payload.len() <= most);
+    let length = length.ok_or(ImageError::TooLarge { what: "a section", got: payload.len(), most })?;
+    bytes.extend(u16::try_from(name.len()).unwrap_or(0).to_le_bytes());
+    bytes.extend([0, 0]);
+    bytes.extend(length.to_le_bytes());
+    bytes.extend(name.as_bytes());
+    bytes.extend(payload);
+    Ok(())
 }
 
 /// A value that fills `bytes` exactly.
@@ -222,7 +267,11 @@ pub(crate) mod tests {
     fn sections_are_read_as_they_were_written() {
         let sections = sample(9);
         let bytes = sections.encode().unwrap();
-        assert_eq!(Sections::decode(&bytes, Path::new("f"), 100, 9).unwrap(), sections);
+        assert_eq!(Sections::decode(&bytes, Path::new("f"), 100, 9, false).unwrap(), (sections.clone(), None));
+        let base = Base { moment: [3; 32], name: "b.image".to_owned() };
+        let bytes = sections.encode_on(Some(&base)).unwrap();
+        assert!(Sections::decode(&bytes, Path::new("f"), 100, 9, false).is_err());
+        assert_eq!(Sections::decode(&bytes, Path::new("f"), 100, 9, true).unwrap(), (sections, Some(base)));
     }
 
     #[test]
@@ -230,7 +279,7 @@ pub(crate) mod tests {
         let told = |change: &dyn Fn(&mut Vec<u8>), pages| {
             let mut bytes = sample(9).encode().unwrap();
             change(&mut bytes);
-            Sections::decode(&bytes, Path::new("f"), 0x1000, pages).unwrap_err().to_string()
+            Sections::decode(&bytes, Path::new("f"), 0x1000, pages, false).unwrap_err().to_string()
         };
         let at = |bytes: &[u8], name: &[u8]| bytes.windows(name.len()).position(|part| part == name).unwrap();
         assert!(told(&|bytes| bytes.push(0), 9).contains("what follows the last section is 1 bytes"));

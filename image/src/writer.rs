@@ -11,11 +11,12 @@ use lz4_flex::block::{compress_into, get_maximum_output_size};
 use switchover_pager::zero::Holes;
 use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 
+use crate::base::Base;
 use crate::buffer::ChunkBuffer;
 use crate::chunk::{Encoding, Entry, Present, count_of, first_of, place_of};
 use crate::crew::{Tally, share_out, threads_for};
 use crate::error::ImageError;
-use crate::layout::{CHUNK_LEN, CHUNK_PAGES, Header, MEMORY_OFFSET, MOST_PAGES, PACKED};
+use crate::layout::{CHUNK_LEN, CHUNK_PAGES, Header, INCREMENT, MEMORY_OFFSET, MOST_PAGES, PACKED};
 use crate::partial::Partial;
 use crate::sections::Sections;
 
@@ -39,6 +40,7 @@ pub struct ImageWriter {
     direct_refused: AtomicBool,
     pages: u64,
     packed: bool,
+    base: Option<Base>,
     /// Packed: where the next chunk goes.
     end: AtomicU64,
     slots: Box<[Mutex<Slot>]>,
@@ -48,6 +50,8 @@ pub struct ImageWriter {
 #[derive(Clone, Copy, Default)]
 struct Slot {
     present: Present,
+    /// Pages that were written, as zeros or otherwise.
+    own: Present,
     /// Pages in whose places there are, or were, other bytes than zeros.
     touched: Present,
     entry: Entry,
@@ -91,6 +95,18 @@ impl ImageWriter {
     /// # Errors
     /// When no file can be made there.
     pub fn create(path: &Path, pages: PageCount, options: Options) -> Result<Self, ImageError> {
+        Self::begin(path, pages, options, None)
+    }
+
+    /// Begins one that will hold the differences to `base` only: the pages that are [rewritten](Self::rewrite), and no others.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create).
+    pub fn create_on(base: Base, path: &Path, pages: PageCount) -> Result<Self, ImageError> {
+        Self::begin(path, pages, Options::default(), Some(base))
+    }
+
+    fn begin(path: &Path, pages: PageCount, options: Options, base: Option<Base>) -> Result<Self, ImageError> {
         let pages = pages.0;
         if !(1..=MOST_PAGES).contains(&pages) {
             return Err(ImageError::Size { pages, most: MOST_PAGES });
@@ -107,6 +123,7 @@ impl ImageWriter {
             direct_refused: AtomicBool::new(false),
             pages,
             packed: options.compress,
+            base,
             end: AtomicU64::new(MEMORY_OFFSET),
             slots: (0..chunks).map(|_| Mutex::default()).collect(),
         })
@@ -189,13 +206,14 @@ impl ImageWriter {
     /// # Errors
     /// When that fails; nothing is left of it then.
     pub fn commit(self, sections: &Sections) -> Result<Written, ImageError> {
-        let sections = sections.encode()?;
+        let sections = sections.encode_on(self.base.as_ref())?;
         let memory_len =
             if self.packed { self.end.load(Ordering::SeqCst) - MEMORY_OFFSET } else { self.pages * PAGE_SIZE_U64 };
-        let (mut bitmap, mut index, mut present, mut stored) = (Vec::new(), Vec::new(), 0, 0);
+        let (mut bitmap, mut owned, mut index, mut present, mut stored) = (Vec::new(), Vec::new(), Vec::new(), 0, 0);
         for slot in &self.slots {
-            let Slot { present: pages, entry, .. } = *lock(slot);
+            let Slot { present: pages, own, entry, .. } = *lock(slot);
             bitmap.extend(pages.0.into_iter().flat_map(u64::to_le_bytes));
+            owned.extend(own.0.into_iter().flat_map(u64::to_le_bytes));
             index.extend(entry.encode());
             present += pages.count() as u64;
             stored += match entry.encoding {
@@ -203,11 +221,16 @@ impl ImageWriter {
                 Encoding::None | Encoding::Raw | Encoding::Lz4 => entry.length.into(),
             };
         }
-        let features = if self.packed { PACKED } else { 0 };
+        let features = if self.packed { PACKED } else { 0 } | if self.base.is_some() { INCREMENT } else { 0 };
         let sections_len = sections.len() as u64;
         let mut header = Header { features, pages: self.pages, memory_len, sections_len, root: [0; blake3::OUT_LEN] };
         // The last chunk's words may go further than memory.
-        bitmap.truncate(usize::try_from(header.bitmap_len()).unwrap_or(usize::MAX));
+        let one = usize::try_from(self.pages.div_ceil(64) * 8).unwrap_or(usize::MAX);
+        bitmap.truncate(one);
+        if header.is_increment() {
+            owned.truncate(one);
+            bitmap.append(&mut owned);
+        }
         header.root = header.root_of(&sections, &bitmap, &index);
         let write = |bytes: &[u8], at| {
             self.partial.file().write_all_at(bytes, at).map_err(ImageError::io("write", self.partial.path()))
@@ -253,7 +276,8 @@ impl ImageWriter {
         } else {
             self.write_in_place(tool.chunk.bytes(), number, present)?
         };
-        self.set_slot(number, Slot { present, touched: present, entry, stale: false });
+        let own = Present::first(count);
+        self.set_slot(number, Slot { present, own, touched: present, entry, stale: false });
         tally.note(count - present.count(), present.count(), bytes);
         Ok(())
     }
@@ -280,6 +304,7 @@ impl ImageWriter {
             })?;
             let present = Present::of(bytes, run.clone());
             for page in run {
+                slot.own.insert(page);
                 if present.contains(page) {
                     slot.present.insert(page);
                     slot.touched.insert(page);

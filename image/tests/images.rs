@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
+use switchover_image::base::Base;
 use switchover_image::error::ImageError;
+use switchover_image::merge::{flatten, merge_with_base, prune};
 use switchover_image::reader::Image;
 use switchover_image::sections::{Origin, Sections};
 use switchover_image::working_set::{WorkingSet, WorkingSetError, page_hash};
@@ -256,6 +258,171 @@ fn one_that_is_called_off_or_dropped_leaves_what_was_there() {
     check(&path).unwrap();
     assert_eq!(Image::open(&path).unwrap().pages(), PageCount(3));
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+/// A series of checkpoints of memory that changes, and what memory was at each.
+struct Series {
+    folder: TempDir,
+    ram: Ram,
+    paths: Vec<PathBuf>,
+    moments: Vec<Vec<u8>>,
+}
+
+impl Series {
+    fn new(pages: u64) -> Self {
+        Self { folder: folder(), ram: Ram::new(PageCount(pages)).unwrap(), paths: Vec::new(), moments: Vec::new() }
+    }
+
+    /// Writes these pages, each full of a byte, and takes a checkpoint: of everything, or of them alone.
+    fn take(&mut self, writes: &[(u64, u8)], whole: bool) {
+        let pages = self.ram.pages().0;
+        for (page, byte) in writes {
+            self.ram.file().write_all_at(&[*byte; PAGE_SIZE], PageIndex(*page).offset()).unwrap();
+        }
+        let number = self.paths.len();
+        let path = self.folder.path().join(format!("{number}.image"));
+        let sections = Sections { state: vec![u8::try_from(number).unwrap()], ..sections(pages) };
+        let (ram, tally) = (&self.ram, Tally::default());
+        match self.paths.last().filter(|_| !whole) {
+            None => {
+                let writer = ImageWriter::create(&path, ram.pages(), IN_PLACE).unwrap();
+                writer.write_memory(ram.file(), &tally).unwrap();
+                writer.commit(&sections).unwrap();
+            }
+            Some(last) => {
+                let moment = Image::open(last).unwrap().sections().moment().unwrap();
+                let base = Base::at(last, moment).unwrap();
+                let writer = ImageWriter::create_on(base, &path, ram.pages()).unwrap();
+                let mut which = vec![0_u64; usize::try_from(pages).unwrap().div_ceil(64)];
+                writes.iter().for_each(|(page, _)| which[usize::try_from(page / 64).unwrap()] |= 1 << (page % 64));
+                let read = |first: PageIndex, bytes: &mut [u8]| ram.file().read_exact_at(bytes, first.offset());
+                writer.rewrite(&read, &which, &|_, _| Ok(()), &tally).unwrap();
+                writer.settle(&tally).unwrap();
+                writer.commit(&sections).unwrap();
+            }
+        }
+        self.paths.push(path);
+        self.moments.push(bytes_of(ram.file(), pages));
+    }
+
+    /// Every image from number `first` on is whole, and holds what memory was.
+    fn check_from(&self, first: usize) {
+        let pages = self.ram.pages();
+        for (path, moment) in self.paths.iter().zip(&self.moments).skip(first) {
+            check(path).unwrap();
+            let (image, there) = (Image::open(path).unwrap(), Ram::new(pages).unwrap());
+            image.load(there.file(), &Tally::default()).unwrap();
+            assert!(bytes_of(there.file(), pages.0) == *moment, "{path:?}");
+            let zero = [0; PAGE_SIZE];
+            for (page, bytes) in (0..).zip(moment.chunks_exact(PAGE_SIZE)) {
+                assert_eq!(image.holds(PageIndex(page)), bytes != zero, "{path:?} {page}");
+                let mut read = zero;
+                image.read_unchecked(PageIndex(page), &mut read).unwrap();
+                assert!(read == bytes, "{path:?} {page}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_increment_holds_what_was_written_and_what_became_zero() {
+    let mut series = Series::new(600);
+    series.take(&[(0, 1), (5, 2), (300, 3), (599, 4)], true);
+    series.take(&[(5, 0), (6, 7), (300, 8)], false);
+    series.take(&[(5, 9), (6, 0), (0, 0)], false);
+    series.take(&[], false);
+    series.check_from(0);
+    let second = Image::open(&series.paths[1]).unwrap();
+    assert_eq!((second.present_pages(), second.stored_bytes()), (PageCount(4), 2 * PAGE_SIZE_U64));
+    assert_eq!(second.base().unwrap().name, "0.image");
+    let found = differences(&second, &Image::open(&series.paths[2]).unwrap(), &Tally::default()).unwrap();
+    let pages: Vec<u64> = found.ranges.iter().flat_map(|(first, count)| first.0..first.0 + count.0).collect();
+    assert_eq!(pages, [0, 5, 6]);
+}
+
+#[test]
+fn images_are_merged_and_those_above_them_stay_what_they_were() {
+    let mut series = Series::new(600);
+    series.take(&[(0, 1), (5, 2), (300, 3), (599, 4)], true);
+    for step in 1..6 {
+        series.take(&[(5, step), (u64::from(step) * 20, step), (0, step % 2), (300, 0)], false);
+    }
+    // In the middle: number 3 says what 2 said, and is based on 1.
+    merge_with_base(&Image::open(&series.paths[3]).unwrap(), &Tally::default()).unwrap();
+    assert_eq!(Image::open(&series.paths[3]).unwrap().base().unwrap().name, "1.image");
+    series.check_from(0);
+    fs::remove_file(&series.paths[2]).unwrap();
+    series.check_from(3);
+    // All of one, elsewhere.
+    let flat = series.folder.path().join("flat.image");
+    flatten(&Image::open(&series.paths[5]).unwrap(), &flat, &Tally::default()).unwrap();
+    assert!(Image::open(&flat).unwrap().base().is_none());
+    let same = differences(&Image::open(&flat).unwrap(), &Image::open(&series.paths[5]).unwrap(), &Tally::default());
+    assert_eq!(same.unwrap().pages(), PageCount(0));
+    // The oldest go.
+    let mut left: Vec<_> = [0, 1, 3, 4, 5].map(|number| series.paths[number].clone()).into();
+    prune(&mut left, 2, &Tally::default()).unwrap();
+    assert_eq!(left, series.paths[4..]);
+    assert!(!series.paths[3].exists() && Image::open(&series.paths[4]).unwrap().base().is_none());
+    series.check_from(4);
+    prune(&mut left, 0, &Tally::default()).unwrap();
+    assert_eq!(left.len(), 1, "one stays");
+    series.check_from(5);
+}
+
+#[test]
+fn a_chain_that_is_not_whole_is_refused_with_what_is_missing() {
+    let mut series = Series::new(64);
+    series.take(&[(0, 1)], true);
+    series.take(&[(1, 1)], false);
+    series.take(&[(2, 1)], false);
+    let told = || Image::open(&series.paths[2]).unwrap_err().to_string();
+    // Another moment in its place; none; itself; damage below.
+    let first = fs::read(&series.paths[0]).unwrap();
+    save(&series.paths[0], &series.ram, IN_PLACE);
+    assert!(told().contains("another moment of the guest"), "{}", told());
+    fs::remove_file(&series.paths[0]).unwrap();
+    assert!(told().contains("1.image holds the differences to") && told().contains("0.image"), "{}", told());
+    fs::copy(&series.paths[1], &series.paths[0]).unwrap();
+    assert!(told().contains("more than 64 images, or of itself"), "{}", told());
+    fs::write(&series.paths[0], &first).unwrap();
+    series.check_from(0);
+    let mut damaged = first;
+    damaged[PAGE_SIZE] ^= 1;
+    fs::write(&series.paths[0], damaged).unwrap();
+    let image = Image::open(&series.paths[2]).unwrap();
+    let error = image.verify(&Tally::default()).unwrap_err().to_string();
+    assert!(error.contains("0.image is damaged") && error.contains("chunk 0"), "{error}");
+    assert!(image.load(Ram::new(PageCount(64)).unwrap().file(), &Tally::default()).is_err());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_checkpoint_of_a_series_stays_what_it_was(
+        pages in 1..600_u64,
+        steps in prop::collection::vec((prop::collection::vec((0..600_u64, 0..3_u8), 0..12), prop::bool::weighted(0.2)), 1..8),
+        keep in 1..5_usize,
+        merged in 0..8_usize,
+    ) {
+        let mut series = Series::new(pages);
+        for (writes, whole) in steps {
+            let writes: Vec<_> = writes.into_iter().map(|(page, byte)| (page % pages, byte)).collect();
+            series.take(&writes, whole);
+        }
+        series.check_from(0);
+        if let Some(path) = series.paths.get(merged) {
+            merge_with_base(&Image::open(path).unwrap(), &Tally::default()).unwrap();
+            series.check_from(0);
+        }
+        let mut left = series.paths.clone();
+        prune(&mut left, keep, &Tally::default()).unwrap();
+        let first = series.paths.len() - left.len();
+        prop_assert_eq!(left.len(), keep.min(series.paths.len()));
+        prop_assert!(series.paths[..first].iter().all(|path| !path.exists()));
+        series.check_from(first);
+    }
 }
 
 proptest! {

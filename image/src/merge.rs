@@ -1,0 +1,108 @@
+//! One image of several: a chain of increments written anew, in fewer files, and the oldest of a series taken out of it.
+//!
+//! What is written takes the place of an image by a rename, like every image, and is of the same moment: those that are based on it find
+//! it as before. Nothing is removed before that. So whoever is killed in between leaves a chain of which every image can be restored.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use switchover_wire::types::{PAGE_SIZE, PageIndex};
+
+use crate::base::Base;
+use crate::crew::Tally;
+use crate::error::ImageError;
+use crate::layout::CHUNK_PAGES;
+use crate::reader::{ChunkReader, Image};
+use crate::writer::{ImageWriter, Options, Written};
+
+/// Writes all of the guest of `top` into the image `to`, which needs no other one then. It may be the file of `top` itself.
+///
+/// # Errors
+/// When something of it is damaged or cannot be read, or the image not be written. What was there before stays then.
+pub fn flatten(top: &Image, to: &Path, tally: &Tally) -> Result<Written, ImageError> {
+    let mut which = vec![0_u64; words(top)];
+    for page in (0..top.pages().0).filter(|page| top.holds(PageIndex(*page))) {
+        which[place(page / 64)] |= 1 << (page % 64);
+    }
+    let writer = ImageWriter::create(to, top.pages(), Options::default())?;
+    write(top, writer, &which, tally)
+}
+
+/// Writes the differences of `top` to the image that its base is based on, in the place of `top`: nothing needs the base any more. Where
+/// the base is complete, so is `top` then.
+///
+/// # Errors
+/// As [`flatten`].
+pub fn merge_with_base(top: &Image, tally: &Tally) -> Result<Written, ImageError> {
+    let mut layers = top.layers().skip(1);
+    let (Some(base), Some(below)) = (layers.next(), layers.next()) else {
+        return flatten(top, top.path(), tally);
+    };
+    let mut which = top.own_words();
+    which.iter_mut().zip(base.own_words()).for_each(|(own, of_base)| *own |= of_base);
+    let below = Base::at(below.path(), below.sections().moment()?)?;
+    let writer = ImageWriter::create_on(below, top.path(), top.pages())?;
+    write(top, writer, &which, tally)
+}
+
+/// Takes the oldest images of a series out, until `keep` are left, one at least: each is merged into those that
+/// are based on it before it goes. `series`
+/// is in order, and becomes what is left. Only the first may have been made by somebody else.
+///
+/// # Errors
+/// As [`merge_with_base`], and when an image cannot be removed. What `series` is then can be restored, all of it.
+pub fn prune(series: &mut Vec<PathBuf>, keep: usize, tally: &Tally) -> Result<(), ImageError> {
+    while series.len() > keep.max(1) {
+        let oldest = &series[0];
+        // Several, where one of them was merged before.
+        for path in &series[1..] {
+            let image = Image::open(path)?;
+            if image.base().is_some_and(|base| base.beside(path) == *oldest) {
+                merge_with_base(&image, tally)?;
+            }
+        }
+        fs::remove_file(oldest).map_err(ImageError::io("remove", oldest))?;
+        let folder = oldest.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        File::open(folder)
+            .and_then(|folder| folder.sync_all())
+            .map_err(ImageError::io("make durable what was removed from", folder))?;
+        series.remove(0);
+    }
+    Ok(())
+}
+
+/// Writes those pages of `top` that have a bit in `which`.
+fn write(top: &Image, writer: ImageWriter, which: &[u64], tally: &Tally) -> Result<Written, ImageError> {
+    // A thread takes one, or makes one, and puts it back.
+    let readers: Mutex<Vec<ChunkReader<'_>>> = Mutex::default();
+    let taken = || readers.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    let read = |first: PageIndex, bytes: &mut [u8]| {
+        let mut reader = match taken() {
+            Some(reader) => reader,
+            None => top.reader().map_err(io::Error::other)?,
+        };
+        let chunk = reader.read(first.0 / CHUNK_PAGES as u64).map_err(io::Error::other)?;
+        for (page, bytes) in (first.0..).map(PageIndex).zip(bytes.chunks_exact_mut(PAGE_SIZE)) {
+            match chunk.page(page) {
+                Some(page) => bytes.copy_from_slice(page),
+                None => bytes.fill(0),
+            }
+        }
+        readers.lock().unwrap_or_else(PoisonError::into_inner).push(reader);
+        Ok(())
+    };
+    let nothing = |_: PageIndex, _: &[u64]| Ok(());
+    writer.rewrite(&read, which, &nothing, tally)?;
+    writer.settle(tally)?;
+    writer.commit(top.sections())
+}
+
+fn words(image: &Image) -> usize {
+    place(image.header().chunks()) * (CHUNK_PAGES / 64)
+}
+
+fn place(index: u64) -> usize {
+    usize::try_from(index).unwrap_or(usize::MAX)
+}
