@@ -10,16 +10,18 @@
 //! A *live* save writes memory while the guest runs, then again what it has written meanwhile, as long as that becomes less. What is left
 //! is protected against writing, still while it runs; then it is paused, its state read, and let go on. The image is the guest as it was in
 //! that pause, in which nothing is copied: the pages that were left are written out while it runs, and who wants to write to one before
-//! that waits until it was put aside ([`Snapshot`]). So the pause grows neither with memory nor with what the guest writes.
+//! that waits until it was put aside ([`Snapshot`]). A *checkpoint* is a live save after which the machine goes on noting what its guest
+//! writes: the next one writes only that, as the differences to this one. So the pause grows neither with memory nor with what the guest writes.
 
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use switchover_image::base::Base;
 use switchover_image::error::ImageError;
 use switchover_image::sections::{Origin, Sections};
 use switchover_image::writer::{ImageWriter, Options, Written};
@@ -57,6 +59,16 @@ pub struct How {
     pub live: bool,
 }
 
+/// What becomes of the guest, and what is written of it.
+enum Kind {
+    /// It stands still, and stays so.
+    Paused,
+    /// It runs.
+    Live,
+    /// It runs, and what it writes from the moment on is noted for the next one. Of one with a base, only what was noted since that.
+    Checkpoint { base: bool },
+}
+
 /// A save. Clones are handles to the same one; dropping them changes nothing.
 #[derive(Clone)]
 pub struct Saving {
@@ -66,7 +78,9 @@ pub struct Saving {
 struct Shared {
     books: Books,
     path: PathBuf,
-    live: bool,
+    kind: Kind,
+    /// What the next checkpoint may be based on: this one, as long as the machine notes what was written since.
+    series: Mutex<Option<Base>>,
     /// Passes over memory begun.
     passes: AtomicU32,
     written: Mutex<Option<Written>>,
@@ -100,10 +114,40 @@ impl Saving {
     pub fn start(machine: Arc<dyn Machine>, path: &Path, how: How, observer: Observer) -> Result<Self, MigrationError> {
         let options = Options { compress: how.compress && !how.live };
         let writer = ImageWriter::create(path, machine.ram().pages(), options)?;
+        Self::begin(machine, path, writer, if how.live { Kind::Live } else { Kind::Paused }, observer)
+    }
+
+    /// Starts to save the guest while it runs, into the image `path`. What it writes from then on is noted, for the next checkpoint. With
+    /// a `base`, what another save's [`series`](Self::series) says, the image holds what was written since that one's moment.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn checkpoint(
+        machine: Arc<dyn Machine>,
+        path: &Path,
+        base: Option<Base>,
+        observer: Observer,
+    ) -> Result<Self, MigrationError> {
+        let (pages, kind) = (machine.ram().pages(), Kind::Checkpoint { base: base.is_some() });
+        let writer = match base {
+            Some(base) => ImageWriter::create_on(base, path, pages)?,
+            None => ImageWriter::create(path, pages, Options::default())?,
+        };
+        Self::begin(machine, path, writer, kind, observer)
+    }
+
+    fn begin(
+        machine: Arc<dyn Machine>,
+        path: &Path,
+        writer: ImageWriter,
+        kind: Kind,
+        observer: Observer,
+    ) -> Result<Self, MigrationError> {
         let shared = Arc::new(Shared {
             books: Books::begin(machine, observer),
             path: path.to_owned(),
-            live: how.live,
+            kind,
+            series: Mutex::new(None),
             passes: AtomicU32::new(0),
             written: Mutex::new(None),
             collapse: Mutex::new(None),
@@ -116,6 +160,17 @@ impl Saving {
         Ok(Self { shared })
     }
 
+    /// What the next checkpoint may be based on, if this was one, and the machine notes what its guest writes since.
+    #[must_use]
+    pub fn series(&self) -> Option<Base> {
+        self.shared.series().clone()
+    }
+
+    /// Somebody else needs the machine's book of written pages: no checkpoint can be based on this one any more.
+    pub fn end_series(&self) {
+        *self.shared.series() = None;
+    }
+
     /// Calls the save off; the guest runs on. One that is as good as done may be done first: the status says.
     pub fn cancel(&self) {
         self.shared.books.tally.called_off.store(true, Ordering::Relaxed);
@@ -124,10 +179,13 @@ impl Saving {
     /// How far it has come.
     #[must_use]
     pub fn progress(&self) -> Progress {
-        let Shared { books, live, passes, .. } = &*self.shared;
+        let Shared { books, kind, passes, .. } = &*self.shared;
         let progress = books.progress();
         // Unless it is live, the guest stands still while its memory is written.
-        let (precopy_bytes, downtime_bytes) = if *live { (progress.transferred, 0) } else { (0, progress.transferred) };
+        let (precopy_bytes, downtime_bytes) = match kind {
+            Kind::Paused => (0, progress.transferred),
+            Kind::Live | Kind::Checkpoint { .. } => (progress.transferred, 0),
+        };
         Progress { precopy_bytes, downtime_bytes, rounds: passes.load(Ordering::Relaxed), ..progress }
     }
 
@@ -153,7 +211,10 @@ impl Saving {
 impl Shared {
     fn run(&self, writer: ImageWriter) {
         self.books.recorder.set_status(MigrationStatus::Active);
-        let saved = if self.live { self.save_live(writer) } else { self.save_paused(writer) };
+        let saved = match self.kind {
+            Kind::Paused => self.save_paused(writer),
+            Kind::Live | Kind::Checkpoint { .. } => self.save_live(writer),
+        };
         match saved {
             Ok(written) => {
                 *self.written.lock().unwrap_or_else(PoisonError::into_inner) = Some(written);
@@ -196,24 +257,43 @@ impl Shared {
         self.books.recorder.tell_round(self.passes.fetch_add(1, Ordering::Relaxed) + 1);
     }
 
+    fn series(&self) -> MutexGuard<'_, Option<Base>> {
+        self.series.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Of a guest that runs. What goes wrong leaves it so, but for one that cannot be let go on.
     fn save_live(&self, writer: ImageWriter) -> Result<Written, (Trouble, GuestAfter)> {
         let log = self.books.machine.dirty_log();
-        let caught = self.catch(&writer, &*log);
-        log.stop();
-        let Moment { sections, snapshot, which } = caught?;
-        let written = self.write_moment(writer, &sections, snapshot, &which);
-        written.map_err(|trouble| (trouble, GuestAfter::OnSource))
+        let goes_on = matches!(self.kind, Kind::Checkpoint { .. });
+        let caught = self.catch(&writer, &log);
+        if !goes_on {
+            log.stop();
+        }
+        let saved = caught.and_then(|moment| {
+            let base = if goes_on { Some(self.base_of(&moment.sections)) } else { None };
+            let written = self.write_moment(writer, moment).map_err(|trouble| (trouble, GuestAfter::OnSource))?;
+            Ok((written, base.transpose().map_err(|error| (Trouble::Image(error), GuestAfter::OnSource))?))
+        });
+        match saved {
+            Ok((written, base)) => {
+                *self.series() = base;
+                Ok(written)
+            }
+            Err(failed) => {
+                // Notes of what was to be written are gone: the next checkpoint is a full one.
+                log.stop();
+                Err(failed)
+            }
+        }
+    }
+
+    fn base_of(&self, sections: &Sections) -> Result<Base, ImageError> {
+        Base::at(&self.path, sections.moment()?)
     }
 
     /// Writes what the moment left to be written, while the guest runs.
-    fn write_moment(
-        &self,
-        writer: ImageWriter,
-        sections: &Sections,
-        snapshot: Snapshot,
-        which: &PageBitmap,
-    ) -> Result<Written, Trouble> {
+    fn write_moment(&self, writer: ImageWriter, moment: Moment) -> Result<Written, Trouble> {
+        let Moment { sections, which, snapshot } = moment;
         let Books { machine, recorder, tally, .. } = &self.books;
         let read = |first: PageIndex, bytes: &mut [u8]| snapshot.read(first, bytes).map_err(io::Error::other);
         let nothing = |_: PageIndex, _: &[u64]| Ok(());
@@ -232,35 +312,42 @@ impl Shared {
         }
         writer
             .settle(tally)
-            .and_then(|()| recorder.timed("make-durable", || writer.commit(sections)))
+            .and_then(|()| recorder.timed("make-durable", || writer.commit(&sections)))
             .map_err(Trouble::Image)
     }
 
     /// Writes memory while the guest runs, and pauses it for a moment of which the rest is kept.
-    fn catch(&self, writer: &ImageWriter, log: &dyn DirtyLog) -> Result<Moment, (Trouble, GuestAfter)> {
+    fn catch(&self, writer: &ImageWriter, log: &Arc<dyn DirtyLog>) -> Result<Moment, (Trouble, GuestAfter)> {
         let unharmed = |trouble| (trouble, GuestAfter::OnSource);
         let Books { machine, recorder, .. } = &self.books;
-        self.passes_over(writer, log).map_err(unharmed)?;
+        self.passes_over(writer, &**log).map_err(unharmed)?;
         let snapshot = recorder.timed("protect", || self.protect(log)).map_err(unharmed)?;
         let paused = self.pause().map_err(unharmed)?;
-        let moment = self.moment(paused, log, snapshot);
+        let moment = self.moment(paused, &**log, snapshot);
         machine.resume().map_err(|error| (Trouble::Machine(error), GuestAfter::PausedOnSource))?;
         recorder.write(|record| record.running_heard = Some(Nanos::now()));
         moment.map_err(unharmed)
     }
 
-    /// Writes all of memory, then what was written meanwhile, until that is little or becomes no less.
+    /// Writes all of memory, or what was written since the base, then what was written meanwhile, until that is little or becomes no
+    /// less.
     fn passes_over(&self, writer: &ImageWriter, log: &dyn DirtyLog) -> Result<(), Trouble> {
         let ram = self.books.machine.ram();
-        log.start().map_err(Trouble::Log)?;
         // Rearmed before it is read: what is written in between is noted.
         let rearm = |first: PageIndex, words: &[u64]| {
             log.rearm(first, words).map_err(|error| ImageError::Track(Box::new(error)))
         };
         let read = |first: PageIndex, bytes: &mut [u8]| ram.file().read_exact_at(bytes, first.offset());
-        self.begin_pass();
-        writer.write_moving(ram.file(), &rearm, &self.books.tally).map_err(Trouble::Image)?;
         let mut before = ram.pages();
+        self.begin_pass();
+        if let Kind::Checkpoint { base: true } = self.kind {
+            let written = self.noted(log)?;
+            before = written.count();
+            writer.rewrite(&read, written.words(), &rearm, &self.books.tally).map_err(Trouble::Image)?;
+        } else {
+            log.start().map_err(Trouble::Log)?;
+            writer.write_moving(ram.file(), &rearm, &self.books.tally).map_err(Trouble::Image)?;
+        }
         for _ in 1..MOST_PASSES {
             let written = self.noted(log)?;
             let count = written.count();
@@ -275,12 +362,13 @@ impl Shared {
     }
 
     /// Protects what is not in the image yet, and again what the guest has written meanwhile, until that is little.
-    fn protect(&self, log: &dyn DirtyLog) -> Result<Snapshot, Trouble> {
+    fn protect(&self, log: &Arc<dyn DirtyLog>) -> Result<Snapshot, Trouble> {
         let ram = self.books.machine.ram();
-        let snapshot = Snapshot::begin(&ram).map_err(Trouble::Snapshot)?;
+        let noting = matches!(self.kind, Kind::Checkpoint { .. }).then(|| Arc::clone(log));
+        let snapshot = Snapshot::begin(&ram, noting).map_err(Trouble::Snapshot)?;
         let mut before = ram.pages();
         for _ in 0..MOST_SWEEPS {
-            let count = snapshot.protect(&self.noted(log)?).map_err(Trouble::Snapshot)?;
+            let count = snapshot.protect(&self.noted(&**log)?).map_err(Trouble::Snapshot)?;
             if count <= FEW_TO_PROTECT || count.0 > before.0 / 4 * 3 {
                 break;
             }

@@ -14,6 +14,8 @@ use switchover_hybrid::restoring::Restoring;
 use switchover_hybrid::saving::{How, Saving};
 use switchover_hybrid::settings::{Notice, no_observer};
 use switchover_hybrid::status::MigrationStatus;
+use switchover_image::Tally;
+use switchover_image::merge::prune;
 use switchover_wire::types::{PAGE_SIZE, PageCount, PageIndex};
 
 const PAGES: PageCount = PageCount(4096);
@@ -90,6 +92,69 @@ fn a_live_save_leaves_the_guest_running_and_holds_one_moment_of_it() {
     there.resume().unwrap();
     until("both go on", || there.visits() > visits + 100);
     assert_eq!((here.corrupt_visits(), there.corrupt_visits()), (0, 0));
+}
+
+/// That a page is older or newer than the state of its image shows itself: the sum over all pages is the number of visits.
+fn holds_one_moment(path: &Path) -> u64 {
+    let there = FakeMachine::incoming(PAGES).unwrap();
+    there.freeze();
+    let restoring = Restoring::start(Arc::<FakeMachine>::clone(&there), path, no_observer()).unwrap();
+    assert_eq!(restoring.wait(), MigrationStatus::Completed, "{:?}", restoring.progress().error);
+    there.pause().unwrap();
+    let visits = |index| u64::from(u32::from_le_bytes(*page(&there, index).first_chunk().unwrap()));
+    let counted: u64 = (0..PAGES.0).map(visits).sum();
+    assert_eq!(counted, there.visits(), "{}", path.display());
+    counted
+}
+
+#[test]
+fn each_checkpoint_of_a_series_holds_one_moment_and_no_more_than_was_written_since() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = busy();
+    let path = |number: u32| folder.path().join(format!("{number}.image"));
+    let (mut base, mut paths, mut visits) = (None, Vec::new(), Vec::new());
+    for number in 0..6 {
+        let machine: Arc<FakeMachine> = Arc::clone(&here);
+        let saving = Saving::checkpoint(machine, &path(number), base.take(), no_observer()).unwrap();
+        assert_eq!(saving.wait(), MigrationStatus::Completed, "{:?}", saving.progress().error);
+        assert!(here.runs());
+        base = saving.series();
+        assert_eq!(base.as_ref().unwrap().name, format!("{number}.image"));
+        paths.push(path(number));
+        visits.push(holds_one_moment(&path(number)));
+        let seen = here.visits();
+        until("it writes on", || here.visits() > seen + 20);
+    }
+    assert!(visits.is_sorted_by(|a, b| a < b), "{visits:?}");
+    // All of them still, and when some are gone.
+    paths.iter().zip(&visits).for_each(|(path, visits)| assert_eq!(holds_one_moment(path), *visits));
+    prune(&mut paths, 3, &Tally::default()).unwrap();
+    paths.iter().zip(&visits[3..]).for_each(|(path, visits)| assert_eq!(holds_one_moment(path), *visits));
+    assert_eq!(here.corrupt_visits(), 0);
+}
+
+#[test]
+fn a_checkpoint_that_fails_ends_its_series() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = busy();
+    let take = |base, name: &str| {
+        let saving =
+            Saving::checkpoint(Arc::<FakeMachine>::clone(&here), &folder.path().join(name), base, no_observer());
+        let saving = saving.unwrap();
+        let status = saving.wait();
+        (saving, status)
+    };
+    let (first, status) = take(None, "1");
+    assert_eq!(status, MigrationStatus::Completed);
+    let base = first.series();
+    first.end_series();
+    assert_eq!(first.series(), None, "somebody else needed the book");
+    let saving =
+        Saving::checkpoint(Arc::<FakeMachine>::clone(&here), &folder.path().join("2"), base, no_observer()).unwrap();
+    saving.cancel();
+    let status = saving.wait();
+    assert!(matches!(status, MigrationStatus::Cancelled | MigrationStatus::Completed), "{status}");
+    assert_eq!(saving.series().is_some(), status == MigrationStatus::Completed);
 }
 
 #[test]

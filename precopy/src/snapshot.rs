@@ -27,6 +27,7 @@ use switchover_wire::types::{PAGE_SIZE, PageCount, PageIndex};
 use thiserror::Error;
 
 use crate::bitmap::PageBitmap;
+use crate::dirty::{DirtyLog, DirtyLogError};
 
 /// Pages that are protected by one call at most, as the lock is held meanwhile.
 const MOST_AT_ONCE: u64 = 512;
@@ -48,6 +49,9 @@ pub enum SnapshotError {
     /// Guest memory could not be read.
     #[error("cannot read guest memory from {0} on: {1}")]
     Read(PageIndex, #[source] io::Error),
+    /// The machine cannot tell what its guest writes.
+    #[error(transparent)]
+    Log(#[from] DirtyLogError),
     /// The thread has ended, and let go of all pages.
     #[error("what the guest has overwritten is lost: {0}")]
     Lost(String),
@@ -63,6 +67,8 @@ struct Shared {
     watch: WriteWatch,
     /// The end of it.
     alarm: Alarm,
+    /// Where the guest's later writes are to be noted.
+    log: Option<Arc<dyn DirtyLog>>,
     state: Mutex<State>,
 }
 
@@ -79,15 +85,17 @@ struct State {
 }
 
 impl Snapshot {
-    /// Begins one of `ram`, of which no page is protected yet.
+    /// Begins one of `ram`, of which no page is protected yet. With a `log`, which has been started, what that notes of the pages of the
+    /// moment is what was written after it: each is rearmed when it is read or put aside, and before anybody can write to it.
     ///
     /// # Errors
     /// When the host cannot protect guest memory, or gives no thread.
-    pub fn begin(ram: &Ram) -> Result<Self, SnapshotError> {
+    pub fn begin(ram: &Ram, log: Option<Arc<dyn DirtyLog>>) -> Result<Self, SnapshotError> {
         let pages = ram.pages();
         let shared = Arc::new(Shared {
             watch: WriteWatch::register(ram.clone())?,
             alarm: Alarm::new().map_err(SnapshotError::Wait)?,
+            log,
             state: Mutex::new(State {
                 protected: PageBitmap::new(pages),
                 wanted: PageBitmap::new(pages),
@@ -144,13 +152,19 @@ impl Snapshot {
         {
             let mut state = self.shared.lock();
             state.check()?;
+            // From the word on that the first page is in.
+            let start = first.0 / 64;
+            let mut captured = vec![0_u64; bytes.len() / PAGE_SIZE / 64 + 2];
             for (page, bytes) in (first.0..).map(PageIndex).zip(bytes.chunks_exact_mut(PAGE_SIZE)) {
                 if let Some(aside) = state.aside.remove(&page) {
                     bytes.copy_from_slice(&aside[..]);
                 }
-                state.wanted.remove(page);
+                if state.wanted.remove(page) {
+                    captured[usize::try_from(page.0 / 64 - start).unwrap_or(0)] |= 1 << (page.0 % 64);
+                }
                 held |= state.protected.remove(page);
             }
+            self.shared.rearm(start, &captured)?;
         }
         if held {
             // From here on who comes to write waits for nothing but this call.
@@ -198,6 +212,14 @@ impl Shared {
         Ok(())
     }
 
+    /// From now on writes to these pages are noted anew, by words of 64 pages. They are protected: there is none in between.
+    fn rearm(&self, first_word: u64, captured: &[u64]) -> Result<(), SnapshotError> {
+        match &self.log {
+            Some(log) if captured.iter().any(|word| *word != 0) => Ok(log.rearm(PageIndex(first_word * 64), captured)?),
+            _ => Ok(()),
+        }
+    }
+
     /// Answers whoever waits, until it is told to stop. When that cannot be done any more, everybody is let go, and the snapshot is
     /// lost: a guest that stands still for ever would be worse.
     fn serve(&self) {
@@ -228,6 +250,7 @@ impl Shared {
             file.read_exact_at(&mut bytes[..], page.offset()).map_err(|source| SnapshotError::Read(page, source))?;
             state.aside.insert(page, bytes);
             state.put_aside += 1;
+            self.rearm(page.0 / 64, &[1 << (page.0 % 64)])?;
         }
         state.protected.remove(page);
         Ok(self.watch.release(page, PageCount(1))?)

@@ -7,7 +7,7 @@ const PAGES: PageCount = PageCount(192);
 
 /// A snapshot of new RAM, or `None` (said visibly) where the host has no userfaultfd for it.
 fn begin(test: &str, ram: &Ram) -> Option<Snapshot> {
-    match Snapshot::begin(ram) {
+    match Snapshot::begin(ram, None) {
         Ok(snapshot) => Some(snapshot),
         Err(error) => {
             println!("SKIP {test}: {error}");
@@ -149,4 +149,52 @@ fn what_lies_close_together_is_protected_by_one_call_and_no_call_takes_long() {
     let found: Vec<_> = stretches(&which).into_iter().map(|(first, count)| (first.0, count.0)).collect();
     assert_eq!(found, [(0, 10), (19, 1), (100, 1), (200, 512), (712, 512), (1224, 76)]);
     assert!(stretches(&PageBitmap::new(PageCount(64))).is_empty());
+}
+
+/// A book in which only rearming happens.
+#[derive(Default)]
+struct Rearmed(Mutex<Vec<(u64, Vec<u64>)>>);
+
+impl DirtyLog for Rearmed {
+    fn start(&self) -> Result<(), DirtyLogError> {
+        Ok(())
+    }
+
+    fn peek(&self, _: &mut PageBitmap) -> Result<(), DirtyLogError> {
+        Ok(())
+    }
+
+    fn rearm(&self, first: PageIndex, words: &[u64]) -> Result<(), DirtyLogError> {
+        self.0.lock().unwrap().push((first.0, words.iter().copied().take_while(|word| *word != 0).collect()));
+        Ok(())
+    }
+
+    fn stop(&self) {}
+}
+
+#[test]
+fn each_page_of_the_moment_is_rearmed_once_and_before_it_can_be_written() {
+    let ram = Ram::new(PAGES).unwrap();
+    let log = Arc::new(Rearmed::default());
+    let snapshot = match Snapshot::begin(&ram, Some(Arc::clone(&log) as _)) {
+        Ok(snapshot) => snapshot,
+        Err(error) => {
+            return println!("SKIP each_page_of_the_moment_is_rearmed_once_and_before_it_can_be_written: {error}");
+        }
+    };
+    let mut which = PageBitmap::new(PAGES);
+    (70..73).for_each(|page| assert!(which.insert(PageIndex(page))));
+    snapshot.protect(&which).unwrap();
+    fill(&ram, 70, 1);
+    assert!(log.0.lock().unwrap().is_empty(), "before the moment its note is what tells of it");
+    snapshot.take(&which).unwrap();
+    fill(&ram, 71, 1);
+    assert_eq!(*log.0.lock().unwrap(), [(64, vec![1 << 7])]);
+    let mut bytes = [0; 4 * PAGE_SIZE];
+    snapshot.read(PageIndex(69), &mut bytes).unwrap();
+    assert_eq!(log.0.lock().unwrap()[1..], [(64, vec![1 << 6 | 1 << 8])], "what was written since stays noted");
+    snapshot.read(PageIndex(69), &mut bytes).unwrap();
+    fill(&ram, 72, 1);
+    assert_eq!(log.0.lock().unwrap().len(), 2);
+    snapshot.end().unwrap();
 }
