@@ -20,6 +20,8 @@ use switchover_hybrid::saving::{How, Saving};
 use switchover_hybrid::security::Security;
 use switchover_hybrid::settings::{Notice, Observer, Settings, Tunables};
 use switchover_hybrid::status::MigrationStatus;
+use switchover_image::base::Base;
+use switchover_image::reader::Image;
 use switchover_wire::address::Address;
 
 use crate::audit::{Audit, brief};
@@ -181,6 +183,16 @@ impl VmController {
         Ok(())
     }
 
+    /// The machine's book of written pages is wanted for something else than the next checkpoint, or for nothing.
+    fn end_series(&self, migration: &Migration) {
+        if let Migration::Saving(saving) = migration
+            && saving.series().is_some()
+        {
+            saving.end_series();
+            self.vm.dirty_log().stop();
+        }
+    }
+
     fn machine(&self) -> Arc<dyn Machine> {
         Arc::<Vm>::clone(&self.vm)
     }
@@ -232,6 +244,7 @@ impl Controller for VmController {
     fn migrate(&self, to: Address, settings: Settings, security: Security) -> Result<(), ControlError> {
         let mut migration = self.migration();
         self.make_ready_to_leave(&migration)?;
+        self.end_series(&migration);
         *migration =
             Migration::Outgoing(Outgoing::start(self.machine(), to, settings, security, self.observer("out"))?);
         Ok(())
@@ -240,7 +253,20 @@ impl Controller for VmController {
     fn save(&self, to: &Path, how: How) -> Result<(), ControlError> {
         let mut migration = self.migration();
         self.make_ready_to_leave(&migration)?;
+        self.end_series(&migration);
         *migration = Migration::Saving(Saving::start(self.machine(), to, how, self.observer("out"))?);
+        Ok(())
+    }
+
+    fn checkpoint(&self, to: &Path, base: Option<&Path>) -> Result<(), ControlError> {
+        let mut migration = self.migration();
+        self.make_ready_to_leave(&migration)?;
+        let base = base.map(|path| base_at(&migration, path, to)).transpose()?;
+        if base.is_none() {
+            self.end_series(&migration);
+        }
+        let observer = self.observer("out");
+        *migration = Migration::Saving(Saving::checkpoint(self.machine(), to, base, observer)?);
         Ok(())
     }
 
@@ -405,6 +431,9 @@ impl Controller for VmController {
         if plan.method == Method::Book && self.limiter.limit().is_some() {
             return Err(MeterError::Limited.into());
         }
+        if plan.method == Method::Book {
+            self.end_series(&migration);
+        }
         Ok(self.meter.measure(&*self.vm, plan)?)
     }
 
@@ -429,6 +458,7 @@ impl Controller for VmController {
         if self.meter.is_measuring() && self.meter.last().is_some_and(measures_by_book) {
             return Err(MeterError::Measuring.into());
         }
+        self.end_series(&migration);
         Ok(self.limiter.hold(self.machine(), bytes_per_second)?)
     }
 
@@ -462,6 +492,24 @@ impl Migration {
     fn is_under_way(&self) -> bool {
         self.progress().is_some_and(|(_, progress)| progress.status.is_under_way())
     }
+}
+
+/// The checkpoint at `path` as the base of one at `to`, if it is the one that the machine has noted the guest's writes since.
+fn base_at(migration: &Migration, path: &Path, to: &Path) -> Result<Base, ControlError> {
+    let none = |why: String| ControlError::NoSeries { why };
+    let last = match migration {
+        Migration::Saving(saving) => saving.series(),
+        _ => None,
+    };
+    let last = last.ok_or_else(|| none("this machine has not noted what was written since a checkpoint".to_owned()))?;
+    if path.parent() != to.parent() {
+        return Err(none(format!("it would not lie in one folder with {}", path.display())));
+    }
+    let image = Image::open(path).map_err(|error| none(error.to_string()))?;
+    if image.sections().moment().ok() != Some(last.moment) {
+        return Err(none(format!("{} is not this machine's last checkpoint, which was {}", path.display(), last.name)));
+    }
+    Base::at(path, last.moment).map_err(|error| none(error.to_string()))
 }
 
 /// Starts a thread that waits for the end of what brings the guest.

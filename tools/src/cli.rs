@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::failure::Failure;
-use crate::{audit, bench, certs, check, floor, image, migrate, rollback, run, save, simulate};
+use crate::{audit, bench, certs, check, checkpoint, floor, image, migrate, rollback, run, save, simulate};
 
 /// The environment variable that says what is logged.
 const LOG_VARIABLE: &str = "SWITCHOVER_LOG";
@@ -45,6 +45,8 @@ enum Command {
     Migrate(migrate::MigrateArgs),
     /// Save the guest of a running machine to a file
     Save(save::SaveArgs),
+    /// Save a running guest again and again, each time what it has written since
+    Checkpoint(checkpoint::CheckpointArgs),
     /// Return a guest to its checkpoint, wherever it has gone since
     Rollback(rollback::RollbackArgs),
     /// Move real guests on this host, prove that no byte was lost, and write a report of what it cost
@@ -71,6 +73,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::main(args),
         Command::Migrate(args) => migrate::main(&args),
         Command::Save(args) => save::main(&args),
+        Command::Checkpoint(args) => checkpoint::main(&args),
         Command::Rollback(args) => rollback::main(&args),
         Command::Bench(args) => bench::main(&args),
         Command::Simulate(args) => simulate::main(&args),
@@ -123,6 +126,9 @@ mod tests {
             &["switchover", "run", "--restore", "f", "--incoming", "defer"],
             &["switchover", "save", "--qmp", "unix:/q"],
             &["switchover", "save", "--qmp", "unix:/q", "--to", "f", "--live", "--compress"],
+            &["switchover", "checkpoint", "--qmp", "unix:/q", "--to", "d", "--every", "10"],
+            &["switchover", "checkpoint", "--qmp", "unix:/q", "--to", "d", "--keep", "0"],
+            &["switchover", "image", "merge"],
             &["switchover", "rollback", "--checkpoint", "f", "--source", "unix:/s", "--destination", "unix:/d"],
             &["switchover", "audit"],
             &["switchover", "audit", "verify"],

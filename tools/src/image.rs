@@ -7,8 +7,8 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
-use switchover_image::Tally;
 use switchover_image::reader::Image;
+use switchover_image::{Tally, merge};
 
 use crate::failure::{Failure, say};
 
@@ -37,6 +37,28 @@ enum ImageCommand {
         #[arg(required = true)]
         files: Vec<PathBuf>,
     },
+    /// Make one image of an increment and those that it is based on
+    #[command(after_help = MERGE)]
+    Merge {
+        /// The increment
+        file: PathBuf,
+
+        /// Write all of the guest into this image, which needs no other one. Without it, the increment is merged with its base, in its
+        /// own place
+        #[arg(long, value_name = "FILE")]
+        to: Option<PathBuf>,
+    },
+    /// Keep the newest of a series of checkpoints, and merge older ones into them
+    #[command(after_help = PRUNE)]
+    Prune {
+        /// The checkpoints, the oldest first, all that are based on each other
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+
+        /// So many are kept
+        #[arg(long, value_name = "N")]
+        keep: std::num::NonZeroU8,
+    },
     /// Say which parts of the state and which pages of memory differ between two images
     #[command(after_help = DIFF)]
     Diff {
@@ -53,6 +75,18 @@ Everything in an image has a hash (BLAKE3), and those a root hash, which is prin
 not an image that somebody has made anew. Keep the root hash elsewhere to find that out too.
 
 Exit status: 0 when all are as they were written, 1 when one is not or cannot be read.";
+
+const MERGE: &str = "\
+Merged in its own place, the increment is based on what its base was based on, or on nothing; the base is needed for it no more, and
+left where it is. Images that are based on the increment find it as before. What was there is replaced when the new one is whole.
+
+Exit status: 0 when it is merged, 1 when one of them is damaged or the image cannot be written.";
+
+const PRUNE: &str = "\
+Each of the oldest is merged into those that are based on it, and removed then. Whoever is killed in between leaves a series in which
+every checkpoint can be restored.
+
+Exit status: 0 when so many are left, 1 when one is damaged, or an image cannot be written or removed.";
 
 const DIFF: &str = "\
 Pages are numbered as in the guest's memory, in hexadecimal, 4 KiB each. Both images are verified on the way.
@@ -71,6 +105,18 @@ pub fn main(args: &ImageArgs) -> Result<(), Failure> {
             Ok(())
         }
         ImageCommand::Verify { files } => verify(files),
+        ImageCommand::Merge { file, to } => {
+            let image = open(file)?;
+            let merged = match to {
+                Some(to) => merge::flatten(&image, to, &Tally::default()),
+                None => merge::merge_with_base(&image, &Tally::default()),
+            };
+            merged.map(drop).map_err(Failure::failed)
+        }
+        ImageCommand::Prune { files, keep } => {
+            let keep = usize::from(keep.get());
+            merge::prune(&mut files.clone(), keep, &Tally::default()).map_err(Failure::failed)
+        }
         ImageCommand::Diff { one, other } => {
             let found = diff::diff(&open(one)?, &open(other)?).map_err(Failure::failed)?;
             print(&found.text);

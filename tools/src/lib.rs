@@ -23,6 +23,7 @@ pub mod bench;
 mod calendar;
 pub mod certs;
 pub mod check;
+pub mod checkpoint;
 pub mod cli;
 pub mod confine;
 pub mod failure;

@@ -137,7 +137,7 @@ pub fn main(args: &RollbackArgs) -> Result<(), Failure> {
         Machine { name: "destination", socket: args.destination.path().to_owned() },
         Machine { name: "source", socket: args.source.path().to_owned() },
     ];
-    if Journal::is_over(&path, &subject) && old.iter().all(|machine| machine.knock().is_none()) {
+    if Journal::is_over(&path, &subject) && old.iter().all(|machine| matches!(machine.knock(), Ok(None))) {
         tell("the guest is back already: this rollback came to its end before");
         return Ok(());
     }
@@ -152,7 +152,7 @@ impl Rollback {
         let stopped = self.fence()?;
         if let Err(failure) = self.verify() {
             let told = self.let_go_on(&stopped);
-            self.journal.discard();
+            self.journal.discard().map_err(Failure::failed)?;
             return Err(Failure::failed(format_args!("{}; nothing was rolled back: {told}", failure.sentence)));
         }
         self.stop()?;
@@ -168,7 +168,7 @@ impl Rollback {
         let begun = self.journal.stage(Step::Fence).is_some();
         let mut there = Vec::new();
         for (index, machine) in self.old.iter().enumerate() {
-            match machine.knock() {
+            match machine.knock()? {
                 Some(client) => there.push((index, client)),
                 // It was there when this began, or somebody vouches for it.
                 None if begun || self.fenced => {}
@@ -183,12 +183,16 @@ impl Rollback {
             }
         }
         self.begin(Step::Fence)?;
-        let mut stopped = Vec::new();
-        for (index, mut client) in there {
-            if self.old[index].hold_still(&mut client)? {
-                stopped.push(index);
+        for (index, client) in &mut there {
+            if !self.journal.ran().contains(index) && self.old[*index].runs(client)? {
+                // Before it is stopped: it is to go on if the checkpoint turns out to be damaged, whoever is killed until then.
+                self.journal.note_running(*index).map_err(Failure::failed)?;
             }
         }
+        for (index, mut client) in there {
+            self.old[index].hold_still(&mut client)?;
+        }
+        let stopped = self.journal.ran().to_vec();
         self.done(Step::Fence, "the guest runs neither at the source nor at the destination")?;
         Ok(stopped)
     }
@@ -197,7 +201,8 @@ impl Rollback {
     fn let_go_on(&self, stopped: &[usize]) -> String {
         let mut told = Vec::new();
         for machine in stopped.iter().filter_map(|index| self.old.get(*index)) {
-            let gone_on = machine.knock().is_some_and(|mut client| client.execute("cont", json!({})).is_ok());
+            let there = machine.knock().ok().flatten();
+            let gone_on = there.is_some_and(|mut client| client.execute("cont", json!({})).is_ok());
             told.push(match gone_on {
                 true => format!("the guest goes on at the {}", machine.name),
                 false => format!("the guest stands still at the {}, where `cont` lets it go on", machine.name),
@@ -324,7 +329,7 @@ impl Rollback {
     fn clean_up(&mut self) -> Result<(), Failure> {
         self.begin(Step::CleanUp)?;
         for machine in &self.old {
-            if machine.knock().is_none() {
+            if matches!(machine.knock(), Ok(None)) {
                 // One that was killed leaves it.
                 let _ = std::fs::remove_file(&machine.socket);
             }
@@ -349,24 +354,48 @@ impl Rollback {
 }
 
 impl Machine {
-    /// A connection, where anybody listens.
-    fn knock(&self) -> Option<QmpClient> {
-        match QmpClient::connect(&self.socket, KNOCK) {
-            Ok(client) => Some(client),
-            Err(QmpError::Connect { source, .. })
-                if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
-            {
-                None
+    /// A connection; `None` where nobody listens, which is what a process that has ended leaves.
+    ///
+    /// # Errors
+    /// When somebody may be there and does not answer: that is not to have ended.
+    fn knock(&self) -> Result<Option<QmpClient>, Failure> {
+        let nobody = |error: &QmpError| match error {
+            QmpError::Connect { source, .. } => {
+                matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
             }
-            // It is there, and ends, or is busy: once more, with patience.
-            Err(_) => QmpClient::connect(&self.socket, PATIENCE).ok(),
+            _ => false,
+        };
+        let silent = |error: QmpError| {
+            Failure::failed(format_args!(
+                "the {} at {} does not answer, and may run the guest: {error}; end that machine, and run this again",
+                self.name,
+                self.socket.display()
+            ))
+        };
+        match QmpClient::connect(&self.socket, KNOCK) {
+            Ok(client) => Ok(Some(client)),
+            Err(error) if nobody(&error) => Ok(None),
+            // It ends, or is busy: once more, with patience.
+            Err(QmpError::Closed { .. } | QmpError::Io { .. }) => match QmpClient::connect(&self.socket, PATIENCE) {
+                Ok(client) => Ok(Some(client)),
+                Err(error) if nobody(&error) => Ok(None),
+                Err(error) => Err(silent(error)),
+            },
+            Err(error) => Err(silent(error)),
         }
     }
 
-    /// Makes its guest stand still, whatever it is doing. Says whether it ran.
-    fn hold_still(&self, client: &mut QmpClient) -> Result<bool, Failure> {
+    fn runs(&self, client: &mut QmpClient) -> Result<bool, Failure> {
+        match client.execute("query-status", json!({})) {
+            Ok(status) => Ok(status.get("running").and_then(Value::as_bool).unwrap_or(false)),
+            Err(QmpError::Closed { .. }) => Ok(false),
+            Err(error) => Err(Failure::failed(format_args!("the {} cannot be fenced: {error}", self.name))),
+        }
+    }
+
+    /// Makes its guest stand still, whatever it is doing.
+    fn hold_still(&self, client: &mut QmpClient) -> Result<(), Failure> {
         let deadline = Instant::now() + PATIENCE;
-        let mut ran = false;
         loop {
             let look = client.execute("query-status", json!({})).map(|status| {
                 let running = status.get("running").and_then(Value::as_bool).unwrap_or(true);
@@ -377,11 +406,11 @@ impl Machine {
                 Ok((false, false)) => {
                     // One that waits for the guest, too: it would start it when it comes.
                     let _ = client.execute("stop", json!({}));
-                    return Ok(ran);
+                    return Ok(());
                 }
-                Ok((running, _)) => ran |= running,
+                Ok(_) => {}
                 // It has ended meanwhile.
-                Err(QmpError::Closed { .. }) => return Ok(ran),
+                Err(QmpError::Closed { .. }) => return Ok(()),
                 Err(error) => return Err(Failure::failed(format_args!("the {} cannot be fenced: {error}", self.name))),
             }
             if Instant::now() >= deadline {
@@ -400,7 +429,7 @@ impl Machine {
     /// Ends it, and waits until nobody listens there any more.
     fn end(&self) -> Result<(), Failure> {
         let deadline = Instant::now() + PATIENCE;
-        while let Some(mut client) = self.knock() {
+        while let Some(mut client) = self.knock()? {
             if Instant::now() >= deadline {
                 return Err(Failure::failed(format_args!(
                     "the {} at {} does not end; end that machine yourself, and run this again. The guest stands still there",

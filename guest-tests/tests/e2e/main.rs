@@ -7,6 +7,7 @@ mod beside_qemu;
 mod breaking;
 mod certificates;
 mod chain;
+mod checkpoints;
 mod commands;
 mod confined;
 mod failures;

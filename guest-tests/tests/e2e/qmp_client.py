@@ -105,6 +105,7 @@ async def look_around(side: Side) -> None:
         ("migrate-continue", {"state": "pre-switchover"}),
         ("migrate-start-postcopy", None),
         ("migrate", {"uri": "tcp:127.0.0.1:1", "resume": True}),
+        ("x-switchover-checkpoint", {"to": "/nowhere/2.image", "base": "/nowhere/1.image"}),
         ("x-switchover-reclaim", None),
     ]:
         assert (await side.refuses(command, arguments)).startswith("GenericError"), command

@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use serde_json::json;
 use switchover_guest_tests::journey::Journey;
 use switchover_guest_tests::lab::{Ended, Lab, binary, switchover};
@@ -180,6 +181,56 @@ fn who_cannot_be_reached_is_not_taken_for_fenced() {
     assert_eq!(ended.status, Some(0), "{ended:?}");
     scene.is_back();
     scene.again.quit();
+    lab.close();
+}
+
+#[test]
+fn who_hangs_is_not_taken_for_ended_even_when_a_rollback_has_begun() {
+    let lab = lab!("who_hangs_is_not_taken_for_ended_even_when_a_rollback_has_begun");
+    let mut scene = Scene::moved(&lab);
+    scene.there.signal(Signal::SIGSTOP);
+    // As if it had begun before that machine hung.
+    let root = switchover(&["image", "inspect", "--json", scene.checkpoint.to_str().unwrap()]).stdout;
+    let root = serde_json::from_str::<serde_json::Value>(&root).unwrap()["root"].take();
+    let [source, destination, into] =
+        [&scene.source, &scene.there, &scene.again].map(|machine| machine.qmp_path().to_str().unwrap().to_owned());
+    let subject = json!({ "root": root, "source": source, "destination": destination, "into": into });
+    let begun = [json!({ "rollback": subject, "at": 0 }), json!({ "step": "fence", "stage": "begun", "at": 0 })];
+    fs::write(scene.beside(".rollback"), begun.map(|line| format!("{line}\n")).concat()).unwrap();
+    let refused = scene.roll_back();
+    assert_eq!(refused.status, Some(1), "{refused:?}");
+    assert!(refused.stderr.contains("the destination at") && refused.stderr.contains("does not answer"), "{refused:?}");
+    assert_eq!(scene.again.run_state(), "inmigrate");
+    scene.there.signal(Signal::SIGCONT);
+    let ended = scene.roll_back();
+    assert_eq!(ended.status, Some(0), "{ended:?}");
+    scene.is_back();
+    scene.again.quit();
+    lab.close();
+}
+
+#[test]
+fn a_guest_that_was_fenced_goes_on_when_a_later_run_finds_the_checkpoint_damaged() {
+    let lab = lab!("a_guest_that_was_fenced_goes_on_when_a_later_run_finds_the_checkpoint_damaged");
+    let mut scene = Scene::moved(&lab);
+    let image = File::options().read(true).write(true).open(&scene.checkpoint).unwrap();
+    let mut byte = [0];
+    let at = (0x1000..).step_by(8).find(|at| image.read_exact_at(&mut byte, *at).is_ok() && byte != [0]).unwrap();
+    image.write_all_at(&[!byte[0]], at).unwrap();
+    // Killed as soon as the guest stands still, or a little later.
+    let mut child =
+        Command::new(binary()).args(scene.arguments()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    until("it is fenced, or all is over", || {
+        (scene.there.run_state() == "paused" || child.try_wait().unwrap().is_some()).then_some(())
+    });
+    let _ = child.kill();
+    child.wait().unwrap();
+    let ended = scene.roll_back();
+    assert_eq!(ended.status, Some(1), "{ended:?}");
+    assert!(ended.stderr.contains("the guest goes on at the destination"), "{ended:?}");
+    assert_eq!(scene.there.run_state(), "running");
+    works_on(&scene.there);
+    [scene.source, scene.there, scene.again].iter_mut().for_each(Machine::quit);
     lab.close();
 }
 

@@ -38,7 +38,7 @@ struct Options {
 type Command = fn(&Commands, Arguments) -> Result<Value, Refusal>;
 
 /// Every command, by name. `qmp_capabilities` is here to be listed; a session answers it itself.
-const TABLE: [(&str, Command); 29] = [
+const TABLE: [(&str, Command); 30] = [
     ("calc-dirty-rate", |own, arguments| dirty::calc_dirty_rate(&*own.controller, arguments)),
     ("cancel-vcpu-dirty-limit", |own, arguments| dirty::cancel_vcpu_dirty_limit(&*own.controller, arguments)),
     ("cont", Commands::cont),
@@ -66,6 +66,7 @@ const TABLE: [(&str, Command); 29] = [
     ("quit", Commands::quit),
     ("set-vcpu-dirty-limit", |own, arguments| dirty::set_vcpu_dirty_limit(&*own.controller, arguments)),
     ("stop", Commands::stop),
+    ("x-switchover-checkpoint", Commands::checkpoint),
     ("x-switchover-reclaim", Commands::reclaim),
     ("x-switchover-report", Commands::report),
 ];
@@ -200,6 +201,16 @@ impl Commands {
             ));
         }
         self.controller.save(to, how).map_err(Refusal::generic).map(|()| json!({}))
+    }
+
+    fn checkpoint(&self, mut arguments: Arguments) -> Result<Value, Refusal> {
+        let to: String = arguments.required("to")?;
+        let base: Option<String> = arguments.optional("base")?;
+        arguments.finish()?;
+        self.controller
+            .checkpoint(Path::new(&to), base.as_deref().map(Path::new))
+            .map_err(Refusal::generic)
+            .map(|()| json!({}))
     }
 
     fn migrate_recover(&self, mut arguments: Arguments) -> Result<Value, Refusal> {

@@ -70,6 +70,13 @@ pub trait Controller: Send + Sync + 'static {
     /// When it cannot begin. Whatever fails later is seen in [`migration`](Self::migration).
     fn save(&self, to: &Path, how: How) -> Result<(), ControlError>;
 
+    /// Begins to save the guest into an image while it runs, and notes from then on what it writes. With a `base`, the last checkpoint, the
+    /// image holds what was written since that; both lie in one folder.
+    ///
+    /// # Errors
+    /// When it cannot begin, or the base is not what the machine's notes begin with: the next one must be a full one then.
+    fn checkpoint(&self, to: &Path, base: Option<&Path>) -> Result<(), ControlError>;
+
     /// Begins to restore the guest of an image here.
     ///
     /// # Errors
@@ -239,6 +246,12 @@ pub enum ControlError {
         "Can't migrate the vm that was paused due to previous migration: it was saved to a file; `cont` lets it go on first"
     )]
     Saved,
+    /// An increment that would be one on something else.
+    #[error("the next checkpoint must be a full one, without 'base': {why}")]
+    NoSeries {
+        /// What does not fit.
+        why: String,
+    },
     /// The machine is over.
     #[error("the guest was stopped for good and cannot be moved: {reason}")]
     Ended {

@@ -128,6 +128,12 @@ impl Controller for Fake {
         Ok(())
     }
 
+    fn checkpoint(&self, to: &Path, base: Option<&Path>) -> Result<(), ControlError> {
+        self.note(format!("checkpoint to {}, on {base:?}", to.display()));
+        self.stand(MigrationStatus::Active);
+        Ok(())
+    }
+
     fn restore(&self, from: &Path) -> Result<(), ControlError> {
         self.note(format!("restore from {}", from.display()));
         if self.run_state() == RunState::Inmigrate { Ok(()) } else { Err(ControlError::NotIncoming) }

@@ -463,6 +463,18 @@ fn only_a_machine_that_waits_can_be_told_to_listen() {
 }
 
 #[test]
+fn a_checkpoint_has_a_file_and_perhaps_a_base() {
+    let setup = serve(RunState::Running);
+    let mut client = Client::negotiated(&setup);
+    client.execute("x-switchover-checkpoint", &json!({"to": "/a/1.image"}));
+    client.execute("x-switchover-checkpoint", &json!({"to": "/a/2.image", "base": "/a/1.image"}));
+    assert!(client.error("x-switchover-checkpoint", &json!({"base": "/a"})).contains("'to' is missing"));
+    client.execute("quit", &json!({"x-switchover-force": true}));
+    let told = ["checkpoint to /a/1.image, on None", "checkpoint to /a/2.image, on Some(\"/a/1.image\")", "quit"];
+    assert_eq!(setup.fake.told(), told);
+}
+
+#[test]
 fn every_listed_command_exists_and_takes_no_argument_that_it_does_not_know() {
     let setup = serve(RunState::Running);
     let mut client = Client::negotiated(&setup);
@@ -479,6 +491,7 @@ fn every_listed_command_exists_and_takes_no_argument_that_it_does_not_know() {
             "migrate-continue" => arguments["state"] = json!("pre-switchover"),
             "calc-dirty-rate" => arguments["calc-time"] = json!(1),
             "set-vcpu-dirty-limit" => arguments["dirty-rate"] = json!(1),
+            "x-switchover-checkpoint" => arguments["to"] = json!("/a/image"),
             _ => {}
         }
         assert_eq!(client.error(name, &arguments), "Parameter 'no-such-thing' is unexpected", "{name}");

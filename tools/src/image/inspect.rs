@@ -31,6 +31,13 @@ fn state_sections(image: &Image) -> Result<Vec<(String, usize)>, String> {
     Ok(sections.into_iter().map(|(section, contents)| (section.to_string(), contents.len())).collect())
 }
 
+/// What it is made of.
+fn base(image: &Image) -> String {
+    let Some(base) = image.base() else { return "none: it is complete by itself".to_owned() };
+    let layers = image.layers().count();
+    format!("{}, whose differences it holds; it takes {layers} images to restore this one", base.name)
+}
+
 /// For people.
 pub(super) fn text(image: &Image) -> String {
     let (sections, header) = (image.sections(), image.header());
@@ -58,6 +65,7 @@ pub(super) fn text(image: &Image) -> String {
             ),
         ),
         ("state", format!("{} bytes: {state}", HumanCount(sections.state.len() as u64))),
+        ("base", base(image)),
         ("root", root(image)),
     ];
     let mut text = format!("{}: an image of a guest\n", image.path().display());
@@ -79,6 +87,8 @@ pub(super) fn json(image: &Image) -> String {
         "file-bytes": header.file_len(),
         "version": switchover_image::layout::VERSION,
         "packed": header.is_packed(),
+        "base": image.base().map(|base| &base.name),
+        "layers": image.layers().count(),
         "root": root(image),
         "saved-at": saved_at(image),
         "saved-by": sections.origin.version,

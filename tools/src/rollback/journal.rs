@@ -118,6 +118,7 @@ pub struct Subject {
 enum Line {
     Begin { rollback: Subject, at: u64 },
     Step { step: Step, stage: Stage, at: u64 },
+    Running { ran: usize, at: u64 },
 }
 
 /// An open journal, which nobody else has open.
@@ -126,6 +127,8 @@ pub struct Journal {
     file: Flock<File>,
     path: PathBuf,
     steps: Vec<(Step, Stage)>,
+    /// The machines that ran the guest when this began, by their numbers.
+    ran: Vec<usize>,
 }
 
 impl Journal {
@@ -145,7 +148,7 @@ impl Journal {
         file.read_to_string(&mut text).map_err(io("read"))?;
         // Half a line is what a killed writer left: what it tells of had not begun.
         let whole = text.rfind('\n').map_or(0, |end| end + 1);
-        let mut journal = Self { file, path: path.to_owned(), steps: Vec::new() };
+        let mut journal = Self { file, path: path.to_owned(), steps: Vec::new(), ran: Vec::new() };
         let begun = journal.take_lines(&text[..whole], subject)?;
         let over = journal.stage(Step::CleanUp) == Some(Stage::Done);
         let keep = if begun && !over { whole } else { 0 };
@@ -153,6 +156,7 @@ impl Journal {
         journal.file.seek(SeekFrom::End(0)).map_err(io("seek in"))?;
         if keep == 0 {
             journal.steps.clear();
+            journal.ran.clear();
             journal.append(&Line::Begin { rollback: subject.clone(), at: now() })?;
             // Its name, too, must be there after a crash of the host.
             let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -177,6 +181,7 @@ impl Journal {
             match (serde_json::from_str(text), &of) {
                 (Ok(Line::Begin { rollback, .. }), None) => of = Some(rollback),
                 (Ok(Line::Step { step, stage, .. }), Some(_)) => self.steps.push((step, stage)),
+                (Ok(Line::Running { ran, .. }), Some(_)) => self.ran.push(ran),
                 _ => {
                     let text = text.chars().take(80).collect();
                     return Err(JournalError::Foreign { path: self.path.clone(), line: number, text });
@@ -214,9 +219,31 @@ impl Journal {
         Ok(())
     }
 
-    /// Removes it: nothing has happened.
-    pub fn discard(self) {
+    /// The machines that ran the guest when this began, by their numbers.
+    #[must_use]
+    pub fn ran(&self) -> &[usize] {
+        &self.ran
+    }
+
+    /// Notes that machine number `index` runs the guest.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn note_running(&mut self, index: usize) -> Result<(), JournalError> {
+        self.append(&Line::Running { ran: index, at: now() })?;
+        self.ran.push(index);
+        Ok(())
+    }
+
+    /// Empties and removes it: nothing has happened.
+    ///
+    /// # Errors
+    /// When it cannot be emptied for good.
+    pub fn discard(self) -> Result<(), JournalError> {
+        let emptied = self.file.set_len(0).and_then(|()| self.file.sync_all());
+        emptied.map_err(|source| JournalError::Io { attempted: "empty", path: self.path.clone(), source })?;
         let _ = std::fs::remove_file(&self.path);
+        Ok(())
     }
 
     fn append(&mut self, line: &Line) -> Result<(), JournalError> {
@@ -252,6 +279,7 @@ mod tests {
         journal.note(Step::Fence, Stage::Begun).unwrap();
         journal.note(Step::Fence, Stage::Done).unwrap();
         journal.note(Step::Restore, Stage::Begun).unwrap();
+        journal.note_running(1).unwrap();
         assert!(matches!(Journal::open(&path, &subject("/i")), Err(JournalError::Locked(_))));
         drop(journal);
         let whole = fs::read(&path).unwrap();
@@ -259,11 +287,15 @@ mod tests {
             fs::write(&path, &whole[..cut]).unwrap();
             let journal = Journal::open(&path, &subject("/i")).unwrap();
             let lines = whole[..cut].iter().filter(|byte| **byte == b'\n').count();
-            assert_eq!((journal.is_done(Step::Fence), journal.stage(Step::Restore)), (lines >= 3, None), "{cut}");
+            assert_eq!(
+                (journal.is_done(Step::Fence), journal.stage(Step::Restore).is_some()),
+                (lines >= 3, lines >= 4),
+                "{cut}"
+            );
         }
         fs::write(&path, &whole).unwrap();
         let journal = Journal::open(&path, &subject("/i")).unwrap();
-        assert_eq!(journal.stage(Step::Restore), Some(Stage::Begun));
+        assert_eq!((journal.stage(Step::Restore), journal.ran()), (Some(Stage::Begun), &[1][..]));
     }
 
     #[test]
@@ -281,7 +313,7 @@ mod tests {
         drop(journal);
         let journal = Journal::open(&path, &subject("/other")).unwrap();
         assert_eq!(journal.stage(Step::Resume), None, "that was another one");
-        journal.discard();
+        journal.discard().unwrap();
         fs::write(&path, "an image\n").unwrap();
         assert!(matches!(Journal::open(&path, &subject("/i")), Err(JournalError::Foreign { line: 1, .. })));
         assert_eq!(fs::read_to_string(&path).unwrap(), "an image\n", "it is left as it is");
