@@ -7,7 +7,7 @@ BINARY is a release build of `switchover`, GUEST the ELF file of a built-in gues
 saved, and restored from the warm page cache, in turn: without --lazy; with --lazy --no-working-set; with --lazy and no working set yet,
 which records one; with --lazy and what was recorded, three times, each adding to it. All times are CLOCK_MONOTONIC of this host: from
 just before the process is started to the first entry of a vCPU (as the machine reports it), and from that entry to the end of the
-first of five periods in a row, as they are read from the guest's serial port, whose visits come to 90 % of what they were before.
+first of two periods in a row, as they are read from the guest's serial port, whose visits come to 75 % of what they were before.
 """
 import json, os, socket, subprocess, sys, threading, time
 
@@ -93,13 +93,13 @@ def main():
         ended = max(phase["end_ns"] or 0 for phase in report["phases"] if phase["name"] != "keep-working-set")
         fast = 0
         back = None
-        for at in range(10_000):
-            while len(there.lines) <= at:
+        for at in range(30_000 // PERIOD_MS):
+            while len(there.lines) <= at and there.process.poll() is None:
                 time.sleep(0.01)
             when, visits = there.lines[at]
-            fast = fast + 1 if visits >= steady * 0.9 else 0
-            if fast == 5:
-                back = there.lines[at - 4][0] - first
+            fast = fast + 1 if visits >= steady * 0.75 else 0
+            if fast == 2:
+                back = there.lines[at - 1][0] - first
                 break
         faults = report.get("faults") or {}
         total = sum(faults.get(kind, 0) for kind in ("remote", "raced", "joined", "local"))
