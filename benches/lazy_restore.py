@@ -9,7 +9,7 @@ which records one; with --lazy and what was recorded, three times, each adding t
 just before the process is started to the first entry of a vCPU (as the machine reports it), and from that entry to the end of the
 first of two periods in a row, as they are read from the guest's serial port, whose visits come to 75 % of what they were before.
 """
-import json, os, socket, subprocess, sys, threading, time
+import atexit, json, os, socket, subprocess, sys, threading, time
 
 PERIOD_MS = 20
 
@@ -20,12 +20,13 @@ class Machine:
         self.started = time.monotonic_ns()
         self.process = subprocess.Popen([binary, "run", "--serial", "stdio", "--qmp", "unix:" + self.qmp_path] + arguments,
                                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        atexit.register(self.process.kill)
         self.lines = []
         threading.Thread(target=self.read, daemon=True).start()
-        while not os.path.exists(self.qmp_path):
-            time.sleep(0.005)
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.connect(self.qmp_path)
+        while self.socket.connect_ex(self.qmp_path) != 0:
+            assert self.process.poll() is None, "it has ended"
+            time.sleep(0.005)
         self.file = self.socket.makefile("rw")
         self.file.readline()
         self.execute("qmp_capabilities")
