@@ -7,9 +7,9 @@ BINARY is a release build of `switchover`, GUEST the ELF file of a built-in gues
 saved, and restored from the warm page cache, in turn: without --lazy; with --lazy --no-working-set; with --lazy and no working set yet,
 which records one; with --lazy and what was recorded, three times, each adding to it. All times are CLOCK_MONOTONIC of this host: from
 just before the process is started to the first entry of a vCPU (as the machine reports it), and from that entry to the end of the
-first of five periods in a row, as they are read from the guest's serial port, whose visits come to 90 % of what they were before.
+first of two periods in a row, as they are read from the guest's serial port, whose visits come to 75 % of what they were before.
 """
-import json, os, socket, subprocess, sys, threading, time
+import atexit, json, os, socket, subprocess, sys, threading, time
 
 PERIOD_MS = 20
 
@@ -20,12 +20,13 @@ class Machine:
         self.started = time.monotonic_ns()
         self.process = subprocess.Popen([binary, "run", "--serial", "stdio", "--qmp", "unix:" + self.qmp_path] + arguments,
                                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        atexit.register(self.process.kill)
         self.lines = []
         threading.Thread(target=self.read, daemon=True).start()
-        while not os.path.exists(self.qmp_path):
-            time.sleep(0.005)
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.connect(self.qmp_path)
+        while self.socket.connect_ex(self.qmp_path) != 0:
+            assert self.process.poll() is None, "it has ended"
+            time.sleep(0.005)
         self.file = self.socket.makefile("rw")
         self.file.readline()
         self.execute("qmp_capabilities")
@@ -93,13 +94,13 @@ def main():
         ended = max(phase["end_ns"] or 0 for phase in report["phases"] if phase["name"] != "keep-working-set")
         fast = 0
         back = None
-        for at in range(10_000):
-            while len(there.lines) <= at:
+        for at in range(30_000 // PERIOD_MS):
+            while len(there.lines) <= at and there.process.poll() is None:
                 time.sleep(0.01)
             when, visits = there.lines[at]
-            fast = fast + 1 if visits >= steady * 0.9 else 0
-            if fast == 5:
-                back = there.lines[at - 4][0] - first
+            fast = fast + 1 if visits >= steady * 0.75 else 0
+            if fast == 2:
+                back = there.lines[at - 1][0] - first
                 break
         faults = report.get("faults") or {}
         total = sum(faults.get(kind, 0) for kind in ("remote", "raced", "joined", "local"))

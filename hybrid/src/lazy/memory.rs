@@ -33,7 +33,7 @@ const PUSHER: LaneTag = match LaneTag::new(1) {
 /// time it wants next again. Few enough that a fault on another page does not wait long, some 5 µs each.
 const BATCH: usize = 64;
 /// How long recorded pages are brought before the guest starts.
-const HEAD_START: Duration = Duration::from_millis(4);
+const HEAD_START: Duration = Duration::from_millis(2);
 /// Between two looks at what another thread has to end first.
 const LOOK: Duration = Duration::from_micros(200);
 
@@ -199,7 +199,6 @@ impl LazyMemory {
     /// Adds what was touched to the working set that is kept beside the image. What goes wrong costs the next restore time only.
     pub fn keep_working_set(&self) {
         let Some(touched) = self.window.take() else { return };
-        cpu::yield_to_all();
         let mut set = self.known.as_ref().map(|known| known.set().clone()).unwrap_or_default();
         let kept =
             set.merge(&touched, &self.image).and_then(|new| if new > 0 { set.keep(&self.image) } else { Ok(()) });
