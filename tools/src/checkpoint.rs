@@ -155,6 +155,11 @@ fn take(machine: &mut QmpClient, folder: &Path, ends: &EndRequests) -> Result<St
         if gone { Trouble::Gone(failure) } else { Trouble::Once(failure) }
     };
     let to = text(&path)?;
+    // One that another command had begun, which was killed, goes on without it.
+    let under_way = machine.execute("query-migrate", json!({})).map_err(trouble)?;
+    if under_way.get("status").is_some() {
+        watch(machine, ends).map_err(trouble)?;
+    }
     let base = series.last().map(|(_, path)| text(path)).transpose()?;
     let mut full = true;
     if let Some(base) = base {

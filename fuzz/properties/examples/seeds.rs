@@ -35,7 +35,10 @@ fn write(target: &str, name: &str, bytes: &[u8]) {
 
 fn main() {
     match std::env::args().nth(1).as_deref() {
-        Some("image") => return images(),
+        Some("image") => {
+            images();
+            return increments();
+        }
         Some("working_set") => return working_sets(),
         _ => {}
     }
@@ -47,6 +50,7 @@ fn main() {
     sets();
     qmp();
     images();
+    increments();
     working_sets();
     let kernel = kernel();
     write("kernel", "smallest", &kernel);
@@ -128,6 +132,27 @@ fn images() {
         for (how, mended) in [("as-it-is", 0), ("rooted", 1)].into_iter().chain(hashed) {
             write("image", &format!("{name}-{how}"), &[&[mended][..], &image].concat());
         }
+    }
+}
+
+/// The differences to the property's base: a page that is another, and one that is zero.
+fn increments() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = switchover_properties::image::base(folder.path());
+    let path = folder.path().join("image");
+    let read = |first: PageIndex, bytes: &mut [u8]| {
+        for (page, bytes) in (first.0..).zip(bytes.chunks_mut(PAGE_SIZE)) {
+            bytes.fill(if page == 1 { 0x5A } else { 0 });
+        }
+        Ok(())
+    };
+    let writer = ImageWriter::create_on(base, &path, PageCount(4)).unwrap();
+    writer.rewrite(&read, &[0b1010], &|_, _| Ok(()), &Tally::default()).unwrap();
+    writer.settle(&Tally::default()).unwrap();
+    writer.commit(&switchover_properties::image::sections()).unwrap();
+    let image = fs::read(&path).unwrap();
+    for (how, mended) in [("as-it-is", 0), ("rooted", 1)] {
+        write("image", &format!("increment-{how}"), &[&[mended][..], &image].concat());
     }
 }
 

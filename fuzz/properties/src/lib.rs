@@ -10,7 +10,8 @@ mod bitmap;
 mod control;
 mod frames;
 mod handshake;
-mod image;
+/// Images of guests, and what one is made of that is an increment.
+pub mod image;
 mod input;
 mod kernel;
 mod missing;
