@@ -166,7 +166,7 @@ fn series(machine: &Machine, folder: &Path) -> Command {
 }
 
 /// How often somebody is killed in the suite. `SWITCHOVER_CHECKPOINT_KILLS` says otherwise.
-const KILLS: u64 = 16;
+const KILLS: u64 = 9;
 
 #[test]
 fn whoever_is_killed_while_there_are_checkpoints_leaves_them_whole() {
