@@ -24,6 +24,9 @@ use crate::sections::Sections;
 /// what lies between: 32 KiB.
 const GAP: usize = 8;
 
+/// Writes shorter than this go through the page cache, which gathers them: a disk does few of them in a second by themselves.
+const LEAST_DIRECT: usize = 64 << 10;
+
 /// How an image is written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Options {
@@ -350,7 +353,8 @@ impl ImageWriter {
     }
 
     fn write_run(&self, bytes: &[u8], at: u64) -> Result<(), ImageError> {
-        if let Some(direct) = self.direct.as_ref().filter(|_| !self.direct_refused.load(Ordering::Relaxed)) {
+        let direct = self.direct.as_ref().filter(|_| bytes.len() >= LEAST_DIRECT);
+        if let Some(direct) = direct.filter(|_| !self.direct_refused.load(Ordering::Relaxed)) {
             match direct.write_all_at(bytes, at) {
                 // Some file systems let such a file be opened, and written never.
                 Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
