@@ -1,6 +1,6 @@
 //! The userfaultfds that watch guest RAM, and what their return codes mean.
 //!
-//! This module (with [`device`] and [`write`](self::write)) is the only one that calls userfaultfd. What holds here:
+//! This module (with [`device`] and [`mod@write`]) is the only one that calls userfaultfd. What holds here:
 //! - The watched range is the whole guest mapping of one [`Ram`], which [`Watch`] keeps alive. Each page of it is registered
 //!   with the userfaultfd of its shard, and every call about it goes to that one: another would wake nobody.
 //! - Addresses are made from page indices that were checked against the RAM's size.

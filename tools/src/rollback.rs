@@ -6,7 +6,7 @@
 //!     └─ from here on the guest runs nowhere, until `resume`
 //! ```
 //!
-//! Every step can be repeated: it looks at where the machines are before it does anything, and the [`journal`] says what may have been
+//! Every step can be repeated: it looks at where the machines are before it does anything, and the journal says what may have been
 //! begun. So whoever is killed, this command or the host, runs the same command again. There is never a second guest, because
 //! nothing is restored before the machines that had it have ended, and it runs in one new machine only.
 
