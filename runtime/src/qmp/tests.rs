@@ -469,8 +469,7 @@ fn a_checkpoint_has_a_file_and_perhaps_a_base() {
     client.execute("x-switchover-checkpoint", &json!({"to": "/a/1.image"}));
     client.execute("x-switchover-checkpoint", &json!({"to": "/a/2.image", "base": "/a/1.image"}));
     assert!(client.error("x-switchover-checkpoint", &json!({"base": "/a"})).contains("'to' is missing"));
-    client.execute("quit", &json!({"x-switchover-force": true}));
-    let told = ["checkpoint to /a/1.image, on None", "checkpoint to /a/2.image, on Some(\"/a/1.image\")", "quit"];
+    let told = ["checkpoint to /a/1.image, on None", "checkpoint to /a/2.image, on Some(\"/a/1.image\")"];
     assert_eq!(setup.fake.told(), told);
 }
 
@@ -551,6 +550,15 @@ fn a_source_whose_memory_is_still_needed_does_not_quit() {
     assert!(setup.fake.told().is_empty());
     setup.fake.stand(MigrationStatus::Completed);
     assert_eq!(client.execute("quit", &json!({})), json!({"return": {}}));
+}
+
+#[test]
+fn a_source_whose_memory_is_still_needed_quits_when_it_is_forced_to() {
+    let setup = serve(RunState::Postmigrate);
+    let mut client = Client::negotiated(&setup);
+    setup.fake.stand(MigrationStatus::PostcopyActive);
+    assert!(client.error("quit", &json!({"x-switchover-force": false})).contains("only here yet"));
+    assert_eq!(client.execute("quit", &json!({"x-switchover-force": true})), json!({"return": {}}));
 }
 
 #[test]
