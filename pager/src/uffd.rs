@@ -256,20 +256,7 @@ impl Watch {
         buffer: &mut FaultBuffer,
         faults: &mut Vec<PageIndex>,
     ) -> Result<(), WatchError> {
-        // All of them: a poll tells of new faults only, not of those that were left.
-        loop {
-            let mut read = 0;
-            for event in self.uffds[shard].read_events(&mut buffer.0).map_err(WatchError::Read)? {
-                match event.map_err(WatchError::Read)? {
-                    Event::Pagefault { addr, .. } => faults.push(page_at(&self.ram, addr as usize)?),
-                    other => return Err(WatchError::Unexpected(format!("{other:?}"))),
-                }
-                read += 1;
-            }
-            if read < FAULTS_PER_READ {
-                return Ok(());
-            }
-        }
+        take_faults(&self.uffds[shard], &self.ram, buffer, faults)
     }
 
     /// Takes `count` pages out of the guest mapping, so that touching them faults again. Their bytes stay in the file.
@@ -309,13 +296,7 @@ impl Watch {
             // Told first: whoever is about to map a page of complete memory must know why the kernel refuses.
             self.ended.store(index + 1, Ordering::Release);
             let (uffd, start, length) = self.stripe(index);
-            uffd.unregister(start, length).map_err(|error| {
-                self.ended.store(index, Ordering::Release);
-                WatchError::Unregister(error)
-            })?;
-            // The kernel wakes whoever waits before it locks the mapping against faults (fs/userfaultfd.c): who came in between
-            // waits behind that, and nobody would ever answer.
-            uffd.wake(start, length).map_err(WatchError::Unregister)?;
+            unregister(uffd, start, length).inspect_err(|_| self.ended.store(index, Ordering::Release))?;
         }
         self.ram.end_of_watch();
         Ok(())
@@ -430,6 +411,34 @@ fn open_with(features: FeatureFlags) -> Result<Uffd, UffdError> {
         .user_mode_only(false)
         .require_features(features)
         .create()
+}
+
+/// Takes the faults that wait at a userfaultfd, all of them: a poll tells of new ones only, not of those that were left.
+fn take_faults(
+    uffd: &Uffd,
+    ram: &Ram,
+    buffer: &mut FaultBuffer,
+    faults: &mut Vec<PageIndex>,
+) -> Result<(), WatchError> {
+    loop {
+        let mut read = 0;
+        for event in uffd.read_events(&mut buffer.0).map_err(WatchError::Read)? {
+            match event.map_err(WatchError::Read)? {
+                Event::Pagefault { addr, .. } => faults.push(page_at(ram, addr as usize)?),
+                other => return Err(WatchError::Unexpected(format!("{other:?}"))),
+            }
+            read += 1;
+        }
+        if read < FAULTS_PER_READ {
+            return Ok(());
+        }
+    }
+}
+
+/// Ends the watch of a mapping. The kernel wakes whoever waits before it locks the mapping against faults (fs/userfaultfd.c): who came
+/// in between waits behind that, and nobody would ever answer.
+fn unregister(uffd: &Uffd, start: *mut c_void, length: usize) -> Result<(), WatchError> {
+    uffd.unregister(start, length).and_then(|()| uffd.wake(start, length)).map_err(WatchError::Unregister)
 }
 
 fn page_at(ram: &Ram, address: usize) -> Result<PageIndex, WatchError> {

@@ -10,9 +10,9 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use switchover_wire::types::{PAGE_SIZE, PageCount, PageIndex};
-use userfaultfd::{Error as UffdError, Event, FeatureFlags, RegisterMode, Uffd};
+use userfaultfd::{Error as UffdError, FeatureFlags, RegisterMode, Uffd};
 
-use super::{FAULTS_PER_READ, FaultBuffer, RETRY_LIMIT, WatchError, bytes, errno_of, open_with};
+use super::{FaultBuffer, RETRY_LIMIT, WatchError, bytes, errno_of, open_with};
 use crate::ram::Ram;
 
 /// `UFFD_FEATURE_WP_HUGETLBFS_SHMEM` of linux/userfaultfd.h (Linux 5.19), which the crate does not name.
@@ -81,19 +81,7 @@ impl WriteWatch {
     /// # Errors
     /// When the descriptor fails, or tells of something that was never registered.
     pub fn take_faults(&self, buffer: &mut FaultBuffer, faults: &mut Vec<PageIndex>) -> Result<(), WatchError> {
-        loop {
-            let mut read = 0;
-            for event in self.uffd.read_events(&mut buffer.0).map_err(WatchError::Read)? {
-                match event.map_err(WatchError::Read)? {
-                    Event::Pagefault { addr, .. } => faults.push(super::page_at(&self.ram, addr as usize)?),
-                    other => return Err(WatchError::Unexpected(format!("{other:?}"))),
-                }
-                read += 1;
-            }
-            if read < FAULTS_PER_READ {
-                return Ok(());
-            }
-        }
+        super::take_faults(&self.uffd, &self.ram, buffer, faults)
     }
 
     /// Ends it: all writes go on. Safe to repeat.
@@ -104,9 +92,7 @@ impl WriteWatch {
         let pages = self.ram.pages().0;
         for first in (0..pages).step_by(usize::try_from(PIECE).unwrap_or(usize::MAX)) {
             let (start, length) = (self.address(PageIndex(first)), bytes(PageCount(PIECE.min(pages - first))));
-            self.uffd.unregister(start, length).map_err(WatchError::Unregister)?;
-            // Who began to wait between the kernel's own waking and the end of it.
-            self.uffd.wake(start, length).map_err(WatchError::Unregister)?;
+            super::unregister(&self.uffd, start, length)?;
         }
         Ok(())
     }
