@@ -3,7 +3,7 @@
 //! What is written takes the place of an image by a rename, like every image, and is of the same moment: those that are based on it find
 //! it as before. Nothing is removed before that. So whoever is killed in between leaves a chain of which every image can be restored.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -14,6 +14,7 @@ use crate::base::Base;
 use crate::crew::Tally;
 use crate::error::ImageError;
 use crate::layout::CHUNK_PAGES;
+use crate::partial::{folder_of, sync};
 use crate::reader::{ChunkReader, Image};
 use crate::writer::{ImageWriter, Options, Written};
 
@@ -64,10 +65,8 @@ pub fn prune(series: &mut Vec<PathBuf>, keep: usize, tally: &Tally) -> Result<()
             }
         }
         fs::remove_file(oldest).map_err(ImageError::io("remove", oldest))?;
-        let folder = oldest.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        File::open(folder)
-            .and_then(|folder| folder.sync_all())
-            .map_err(ImageError::io("make durable what was removed from", folder))?;
+        let folder = folder_of(oldest);
+        sync(folder).map_err(ImageError::io("make durable what was removed from", folder))?;
         series.remove(0);
     }
     Ok(())

@@ -36,7 +36,7 @@ impl Partial {
             return Err(place("what is there is no regular file"));
         }
         let name = target.file_name().ok_or_else(|| place("that is no name of a file"))?;
-        let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = folder_of(&target);
         remove_stale(folder, name);
         let random = getrandom::u64().map_err(|error| {
             let source = io::Error::other(error.to_string());
@@ -72,10 +72,18 @@ impl Partial {
         self.file.sync_data().map_err(ImageError::io("make durable", &self.path))?;
         fs::rename(&self.path, &self.target).map_err(ImageError::io("give its name to", &self.target))?;
         self.kept = true;
-        File::open(&self.folder)
-            .and_then(|folder| folder.sync_all())
-            .map_err(ImageError::io("make durable the name of the image in", &self.folder))
+        sync(&self.folder).map_err(ImageError::io("make durable the name of the image in", &self.folder))
     }
+}
+
+/// The folder that `path` lies in.
+pub(crate) fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Makes the names in a folder durable.
+pub(crate) fn sync(folder: &Path) -> io::Result<()> {
+    File::open(folder).and_then(|folder| folder.sync_all())
 }
 
 /// How long nobody takes a new file for one that was left behind: it is there for a moment before it is locked.

@@ -146,11 +146,7 @@ impl Image {
     /// The pages that this file itself says what they are: bit `i` of word `w` is page `64 w + i`.
     #[must_use]
     pub fn own_words(&self) -> Vec<u64> {
-        let all = || (0..self.header.chunks()).map(|number| Present::first(count_of(number, self.header.pages)));
-        match &self.layer {
-            Some(layer) => layer.own.iter().flat_map(|own| own.0).collect(),
-            None => all().flat_map(|own| own.0).collect(),
-        }
+        (0..self.header.chunks()).flat_map(|number| self.own(number).0).collect()
     }
 
     /// Which pages of a chunk are not zero, by all layers.
