@@ -83,6 +83,18 @@ pub enum QmpError {
     },
 }
 
+impl QmpError {
+    /// Whether nobody listens on the socket, which is what a process that has ended leaves.
+    #[must_use]
+    pub fn is_nobody(&self) -> bool {
+        matches!(self, Self::Connect { source, .. } if nobody_listens(source))
+    }
+}
+
+fn nobody_listens(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+}
+
 /// A connection to a QMP socket, negotiated and ready for commands.
 #[derive(Debug)]
 pub struct QmpClient {
@@ -105,8 +117,7 @@ impl QmpClient {
             match UnixStream::connect(path) {
                 Ok(stream) => break stream,
                 Err(source) => {
-                    let not_yet = matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
-                    if !not_yet || started.elapsed() >= timeout {
+                    if !nobody_listens(&source) || started.elapsed() >= timeout {
                         return Err(QmpError::Connect { path: path.to_owned(), waited: timeout, source });
                     }
                     thread::sleep(CONNECT_RETRY);

@@ -149,9 +149,9 @@ pub fn main(args: &RollbackArgs) -> Result<(), Failure> {
 
 impl Rollback {
     fn run(mut self) -> Result<(), Failure> {
-        let stopped = self.fence()?;
+        self.fence()?;
         if let Err(failure) = self.verify() {
-            let told = self.let_go_on(&stopped);
+            let told = self.let_go_on();
             self.journal.discard().map_err(Failure::failed)?;
             return Err(Failure::failed(format_args!("{}; nothing was rolled back: {told}", failure.sentence)));
         }
@@ -163,8 +163,8 @@ impl Rollback {
         self.clean_up()
     }
 
-    /// Makes the guest stand still wherever it may be. Says which machines it ran on until now.
-    fn fence(&mut self) -> Result<Vec<usize>, Failure> {
+    /// Makes the guest stand still wherever it may be. The journal says which machines it ran on until then.
+    fn fence(&mut self) -> Result<(), Failure> {
         let begun = self.journal.stage(Step::Fence).is_some();
         let mut there = Vec::new();
         for (index, machine) in self.old.iter().enumerate() {
@@ -192,15 +192,13 @@ impl Rollback {
         for (index, mut client) in there {
             self.old[index].hold_still(&mut client)?;
         }
-        let stopped = self.journal.ran().to_vec();
-        self.done(Step::Fence, "the guest runs neither at the source nor at the destination")?;
-        Ok(stopped)
+        self.done(Step::Fence, "the guest runs neither at the source nor at the destination")
     }
 
     /// Undoes the fence.
-    fn let_go_on(&self, stopped: &[usize]) -> String {
+    fn let_go_on(&self) -> String {
         let mut told = Vec::new();
-        for machine in stopped.iter().filter_map(|index| self.old.get(*index)) {
+        for machine in self.journal.ran().iter().filter_map(|index| self.old.get(*index)) {
             let there = machine.knock().ok().flatten();
             let gone_on = there.is_some_and(|mut client| client.execute("cont", json!({})).is_ok());
             told.push(match gone_on {
@@ -359,12 +357,6 @@ impl Machine {
     /// # Errors
     /// When somebody may be there and does not answer: that is not to have ended.
     fn knock(&self) -> Result<Option<QmpClient>, Failure> {
-        let nobody = |error: &QmpError| match error {
-            QmpError::Connect { source, .. } => {
-                matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
-            }
-            _ => false,
-        };
         let silent = |error: QmpError| {
             Failure::failed(format_args!(
                 "the {} at {} does not answer, and may run the guest: {error}; end that machine, and run this again",
@@ -374,11 +366,11 @@ impl Machine {
         };
         match QmpClient::connect(&self.socket, KNOCK) {
             Ok(client) => Ok(Some(client)),
-            Err(error) if nobody(&error) => Ok(None),
+            Err(error) if error.is_nobody() => Ok(None),
             // It ends, or is busy: once more, with patience.
             Err(QmpError::Closed { .. } | QmpError::Io { .. }) => match QmpClient::connect(&self.socket, PATIENCE) {
                 Ok(client) => Ok(Some(client)),
-                Err(error) if nobody(&error) => Ok(None),
+                Err(error) if error.is_nobody() => Ok(None),
                 Err(error) => Err(silent(error)),
             },
             Err(error) => Err(silent(error)),
