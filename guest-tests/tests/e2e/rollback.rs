@@ -74,6 +74,14 @@ impl Scene {
         works_on(&self.again);
     }
 
+    /// Alters a byte of the checkpoint, in a page that is not zero: wherever the first one is.
+    fn damage(&self) {
+        let image = File::options().read(true).write(true).open(&self.checkpoint).unwrap();
+        let mut byte = [0];
+        let at = (0x1000..).step_by(8).find(|at| image.read_exact_at(&mut byte, *at).is_ok() && byte != [0]).unwrap();
+        image.write_all_at(&[!byte[0]], at).unwrap();
+    }
+
     fn beside(&self, suffix: &str) -> PathBuf {
         PathBuf::from(format!("{}{suffix}", self.checkpoint.display()))
     }
@@ -148,11 +156,7 @@ fn a_guest_returns_while_its_memory_still_follows_it() {
 fn a_damaged_checkpoint_changes_nothing() {
     let lab = lab!("a_damaged_checkpoint_changes_nothing");
     let mut scene = Scene::moved(&lab);
-    let image = File::options().read(true).write(true).open(&scene.checkpoint).unwrap();
-    let mut byte = [0];
-    // A page that is not zero: wherever the first one is.
-    let at = (0x1000..).step_by(8).find(|at| image.read_exact_at(&mut byte, *at).is_ok() && byte != [0]).unwrap();
-    image.write_all_at(&[!byte[0]], at).unwrap();
+    scene.damage();
     let ended = scene.roll_back();
     assert_eq!(ended.status, Some(1), "{ended:?}");
     for words in ["chunk", "nothing was rolled back", "the guest goes on at the destination"] {
@@ -213,10 +217,7 @@ fn who_hangs_is_not_taken_for_ended_even_when_a_rollback_has_begun() {
 fn a_guest_that_was_fenced_goes_on_when_a_later_run_finds_the_checkpoint_damaged() {
     let lab = lab!("a_guest_that_was_fenced_goes_on_when_a_later_run_finds_the_checkpoint_damaged");
     let mut scene = Scene::moved(&lab);
-    let image = File::options().read(true).write(true).open(&scene.checkpoint).unwrap();
-    let mut byte = [0];
-    let at = (0x1000..).step_by(8).find(|at| image.read_exact_at(&mut byte, *at).is_ok() && byte != [0]).unwrap();
-    image.write_all_at(&[!byte[0]], at).unwrap();
+    scene.damage();
     // Killed as soon as the guest stands still, or a little later.
     let mut child =
         Command::new(binary()).args(scene.arguments()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();

@@ -172,9 +172,7 @@ impl LazyMemory {
                     self.check()?;
                     self.bring_recorded(known, at, &mut hands)?;
                 }
-            }
-            // Nobody waits for the rest: a guest may want the processor.
-            if !self.image.header().is_packed() {
+                // Nobody waits for the rest: a guest may want the processor.
                 cpu::yield_to_others();
             }
             for recorded in known.set().pages() {
