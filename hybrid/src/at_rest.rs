@@ -1,9 +1,10 @@
 //! What a save and a restore have in common: a machine, an image, and how far the one has come into the other.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use switchover_image::Tally;
+use switchover_pager::collapse::Collapse;
 use switchover_pager::cpu::CpuMeter;
 use switchover_wire::types::PAGE_SIZE_U64;
 
@@ -20,6 +21,8 @@ pub struct Books {
     pub recorder: Recorder,
     pub tally: Tally,
     pub cpu: CpuMeter,
+    /// Maps the guest's memory as huge pages, for as long as somebody has a handle.
+    collapse: Mutex<Option<Collapse>>,
 }
 
 impl Books {
@@ -27,7 +30,15 @@ impl Books {
     pub fn begin(machine: Arc<dyn Machine>, observer: Observer) -> Self {
         let recorder = Recorder::new(observer);
         recorder.begin();
-        Self { machine, recorder, tally: Tally::default(), cpu: CpuMeter::default() }
+        Self { machine, recorder, tally: Tally::default(), cpu: CpuMeter::default(), collapse: Mutex::default() }
+    }
+
+    /// Maps memory as huge pages from now on, where it was mapped page by page.
+    pub fn collapse(&self) {
+        match Collapse::start(&self.machine.ram()) {
+            Ok(collapse) => *self.collapse.lock().unwrap_or_else(PoisonError::into_inner) = Some(collapse),
+            Err(error) => tracing::warn!(%error, "the guest runs slower than it could, on small pages"),
+        }
     }
 
     /// How far it has come. Which of its bytes the guest waited for is for the caller to say.

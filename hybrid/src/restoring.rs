@@ -13,11 +13,10 @@
 //! ```
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread;
 
 use switchover_image::reader::Image;
-use switchover_pager::collapse::Collapse;
 use switchover_wire::clock::Nanos;
 use switchover_wire::description::describe_mismatches;
 use switchover_wire::types::PageCount;
@@ -48,11 +47,7 @@ enum Way {
     /// All of it before the guest runs.
     Whole(Box<Image>),
     /// While it runs.
-    Lazy {
-        memory: Arc<LazyMemory>,
-        /// Maps the complete guest's memory as huge pages, for as long as somebody has a handle.
-        collapse: Mutex<Option<Collapse>>,
-    },
+    Lazy(Arc<LazyMemory>),
 }
 
 impl Restoring {
@@ -80,8 +75,7 @@ impl Restoring {
     ) -> Result<Self, MigrationError> {
         let image = open(&*machine, path)?;
         let memory = Arc::new(LazyMemory::new(image, machine.ram(), how)?);
-        let begun =
-            Self::begin(machine, Way::Lazy { memory: Arc::clone(&memory), collapse: Mutex::default() }, observer);
+        let begun = Self::begin(machine, Way::Lazy(Arc::clone(&memory)), observer);
         if begun.is_err() {
             // Nobody runs on it.
             memory.watch().unregister().map_err(LazyError::from)?;
@@ -103,7 +97,7 @@ impl Restoring {
     #[must_use]
     pub fn progress(&self) -> Progress {
         let progress = self.shared.books.progress();
-        let Way::Lazy { memory, .. } = &self.shared.way else {
+        let Way::Lazy(memory) = &self.shared.way else {
             // Nothing of the guest runs before all of it is here.
             return Progress { downtime_bytes: progress.transferred, ..progress };
         };
@@ -129,7 +123,7 @@ impl Restoring {
     #[must_use]
     pub fn report(&self) -> SideReport {
         let mut report = self.shared.books.report(Side::Destination);
-        let Way::Lazy { memory, .. } = &self.shared.way else { return report };
+        let Way::Lazy(memory) = &self.shared.way else { return report };
         let (_, pushed, requested) = memory.counts();
         let commit = report.instants.commit_ns;
         report.instants.first_entry_ns = commit.and_then(|_| self.shared.books.machine.first_entry()).map(|at| at.0);
@@ -170,7 +164,7 @@ impl Shared {
                 recorder.set_status(MigrationStatus::Active);
                 self.restore(image)
             }
-            Way::Lazy { memory, collapse } => self.restore_lazily(memory, collapse),
+            Way::Lazy(memory) => self.restore_lazily(memory),
         };
         match done {
             Ok(()) => recorder.set_status(MigrationStatus::Completed),
@@ -187,7 +181,7 @@ impl Shared {
     fn image(&self) -> &Image {
         match &self.way {
             Way::Whole(image) => image,
-            Way::Lazy { memory, .. } => memory.image(),
+            Way::Lazy(memory) => memory.image(),
         }
     }
 
@@ -202,8 +196,8 @@ impl Shared {
     }
 
     /// The guest runs, then its memory comes.
-    fn restore_lazily(&self, memory: &Arc<LazyMemory>, collapse: &Mutex<Option<Collapse>>) -> Result<(), Failed> {
-        let Books { machine, recorder, .. } = &self.books;
+    fn restore_lazily(&self, memory: &Arc<LazyMemory>) -> Result<(), Failed> {
+        let recorder = &self.books.recorder;
         self.note_sections();
         let before = |error: LazyError| (in_image(kind_of(&error)), error.to_string());
         let faults = FaultThread::start(memory).map_err(LazyError::Thread).map_err(before)?;
@@ -222,10 +216,7 @@ impl Shared {
             (failure, error.to_string())
         })?;
         faults.end();
-        match Collapse::start(&machine.ram()) {
-            Ok(running) => *collapse.lock().unwrap_or_else(PoisonError::into_inner) = Some(running),
-            Err(error) => tracing::debug!(%error, "guest memory is not mapped as huge pages"),
-        }
+        self.books.collapse();
         recorder.timed("keep-working-set", || memory.keep_working_set());
         tracing::debug!(recorded = memory.recorded(), "the guest's memory is all here");
         Ok(())

@@ -25,7 +25,6 @@ use switchover_image::base::Base;
 use switchover_image::error::ImageError;
 use switchover_image::sections::{Origin, Sections};
 use switchover_image::writer::{ImageWriter, Options, Written};
-use switchover_pager::collapse::Collapse;
 use switchover_precopy::bitmap::PageBitmap;
 use switchover_precopy::dirty::{DirtyLog, DirtyLogError};
 use switchover_precopy::snapshot::{Snapshot, SnapshotError};
@@ -84,8 +83,6 @@ struct Shared {
     /// Passes over memory begun.
     passes: AtomicU32,
     written: Mutex<Option<Written>>,
-    /// Makes the guest's memory as fast as it was.
-    collapse: Mutex<Option<Collapse>>,
 }
 
 /// Why a guest was not saved.
@@ -150,7 +147,6 @@ impl Saving {
             series: Mutex::new(None),
             passes: AtomicU32::new(0),
             written: Mutex::new(None),
-            collapse: Mutex::new(None),
         });
         let saver = Arc::clone(&shared);
         thread::Builder::new()
@@ -294,7 +290,7 @@ impl Shared {
     /// Writes what the moment left to be written, while the guest runs.
     fn write_moment(&self, writer: ImageWriter, moment: Moment) -> Result<Written, Trouble> {
         let Moment { sections, which, snapshot } = moment;
-        let Books { machine, recorder, tally, .. } = &self.books;
+        let Books { recorder, tally, .. } = &self.books;
         let read = |first: PageIndex, bytes: &mut [u8]| snapshot.read(first, bytes).map_err(io::Error::other);
         let nothing = |_: PageIndex, _: &[u64]| Ok(());
         let rewritten = recorder.timed("write-memory", || writer.rewrite(&read, which.words(), &nothing, tally));
@@ -306,10 +302,7 @@ impl Shared {
         );
         snapshot.end().map_err(Trouble::Snapshot)?;
         // What was protected page by page is mapped page by page.
-        match Collapse::start(&machine.ram()) {
-            Ok(collapse) => *self.collapse.lock().unwrap_or_else(PoisonError::into_inner) = Some(collapse),
-            Err(error) => tracing::warn!(%error, "the guest runs slower than it could, on small pages"),
-        }
+        self.books.collapse();
         writer
             .settle(tally)
             .and_then(|()| recorder.timed("make-durable", || writer.commit(&sections)))
