@@ -23,7 +23,9 @@ const NOT_INHERITED_BY_PREFIX: [&str; 3] = ["CARGO_PROFILE_", "CARGO_BUILD_", "C
 
 fn main() -> ExitCode {
     let Some(out) = env::var_os("OUT_DIR").map(PathBuf::from) else { return failed("OUT_DIR is not set") };
-    let guests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-tests/guests");
+    // As it runs, not as it was compiled: in a target directory that two clones share, one's build script serves both.
+    let Some(package) = env::var_os("CARGO_MANIFEST_DIR") else { return failed("CARGO_MANIFEST_DIR is not set") };
+    let guests = Path::new(&package).join("../guest-tests/guests");
     // Named one by one: a build by hand may have left a target directory beside them.
     for part in ["Cargo.toml", "Cargo.lock", "build.rs", "guest.ld", "src"] {
         println!("cargo::rerun-if-changed={}", guests.join(part).display());

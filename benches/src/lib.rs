@@ -12,6 +12,7 @@
 //!   fault_scaling   remote faults a second by threads that fault and by fault lanes, without a guest
 //!   dirty_tracking  what a real guest writes, found out by KVM's bitmaps and by its rings; what that costs the guest
 //!   encodings       pages in fewer bytes: each encoding; what a lane's packer costs and gains
+//!   image_reads     pages of an image: read, by an io_uring, mapped; from the page cache and from the disk
 //!   checksums       noticing damage: CRC-32 of headers, pages and frames; digests of pages
 //! ```
 //!

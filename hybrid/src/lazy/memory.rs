@@ -19,7 +19,7 @@ use switchover_wire::clock::Nanos;
 use switchover_wire::types::{PAGE_SIZE, PageCount, PageIndex};
 
 use super::known::Known;
-use super::window::{self, Window};
+use super::window::{Closing, Window};
 use super::{Lazily, LazyError};
 
 /// Who claims pages.
@@ -170,6 +170,7 @@ impl LazyMemory {
             if !self.image.header().is_packed() {
                 for at in (0..known.set().pages().len()).step_by(BATCH) {
                     self.check()?;
+                    self.bring_dense(known, at, &mut hands)?;
                     self.bring_recorded(known, at, &mut hands)?;
                 }
                 // Nobody waits for the rest: a guest may want the processor.
@@ -185,7 +186,12 @@ impl LazyMemory {
             self.check()?;
             self.bring_chunk(chunk, &mut hands)?;
         }
-        while self.missing.load(Ordering::Acquire) > 0 || (self.window.is_open() && begun.elapsed() < window::LENGTH) {
+        while self.missing.load(Ordering::Acquire) > 0 {
+            self.check()?;
+            thread::sleep(LOOK);
+        }
+        let mut closing = Closing::new(&self.window, begun, Instant::now());
+        while self.window.is_open() && !closing.is_due(&self.window, Instant::now()) {
             self.check()?;
             thread::sleep(LOOK);
         }
@@ -245,6 +251,7 @@ impl LazyMemory {
     fn bring(&self, page: PageIndex, hands: &mut Hands<'_>) -> Result<(), LazyError> {
         if let Some(known) = &self.known
             && let Some(at) = known.place_of(page)
+            && !known.is_dense(chunk_of(page))
         {
             self.bring_recorded(known, at, hands)?;
             if self.states.is_resident(page) {
@@ -276,6 +283,12 @@ impl LazyMemory {
             return Ok(());
         }
         Ok(self.watch.map(PageIndex(run.start), PageCount(run.end - run.start), true)?)
+    }
+
+    /// Brings the chunks whole of which much is recorded, among them one of the recorded pages from number `at` on.
+    fn bring_dense(&self, known: &Known, at: usize, hands: &mut Hands<'_>) -> Result<(), LazyError> {
+        let chunks = known.at(at..at + BATCH).iter().map(|one| chunk_of(one.page));
+        chunks.filter(|chunk| known.is_dense(*chunk)).try_for_each(|chunk| self.bring_chunk(chunk, hands))
     }
 
     /// Brings the recorded pages from number `at` on that are not here, each compared with its own hash. One that is another than

@@ -8,6 +8,7 @@
 use std::ffi::c_void;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use switchover_wire::types::{PAGE_SIZE, PageCount, PageIndex};
 use userfaultfd::{Error as UffdError, FeatureFlags, RegisterMode, Uffd};
@@ -26,6 +27,8 @@ const PIECE: u64 = 1 << 14;
 pub struct WriteWatch {
     uffd: Uffd,
     ram: Ram,
+    /// Pages are being let go for good, whoever waits with them.
+    ending: AtomicBool,
 }
 
 impl WriteWatch {
@@ -37,7 +40,7 @@ impl WriteWatch {
     pub fn register(ram: Ram) -> Result<Self, WatchError> {
         let features = FeatureFlags::PAGEFAULT_FLAG_WP | FeatureFlags::from_bits_retain(FEATURE_WP_SHMEM);
         let uffd = open_with(features).map_err(WatchError::Protect)?;
-        let watch = Self { uffd, ram };
+        let watch = Self { uffd, ram, ending: AtomicBool::new(false) };
         let length = watch.ram.len_bytes();
         match watch.uffd.register_with_mode(watch.address(PageIndex(0)), length, RegisterMode::WRITE_PROTECT) {
             Ok(_) => Ok(watch),
@@ -66,14 +69,23 @@ impl WriteWatch {
         self.repeat("protect", first, count, |address, length| self.uffd.write_protect(address, length))
     }
 
-    /// Lets writes to `count` pages go on.
+    /// Lets writes to `count` pages go on. Pages that [`unregister`](Self::unregister) has let go before, in another thread, are free.
     ///
     /// # Errors
     /// When the kernel refuses.
     pub fn release(&self, first: PageIndex, count: PageCount) -> Result<(), WatchError> {
-        self.repeat("let go of", first, count, |address, length| {
+        let released = self.repeat("let go of", first, count, |address, length| {
             self.uffd.remove_write_protection(address, length, true)
-        })
+        });
+        match released {
+            // The kernel's word for memory that is not registered.
+            Err(WatchError::Place { source, .. })
+                if source.raw_os_error() == Some(libc::ENOENT) && self.ending.load(Ordering::Acquire) =>
+            {
+                Ok(())
+            }
+            other => other,
+        }
     }
 
     /// Takes the pages that somebody waits to write, appending them to `faults`. One page may come several times.
@@ -89,6 +101,7 @@ impl WriteWatch {
     /// # Errors
     /// When the kernel refuses. Dropping it has the same effect then, and takes longer at once.
     pub fn unregister(&self) -> Result<(), WatchError> {
+        self.ending.store(true, Ordering::Release);
         let pages = self.ram.pages().0;
         for first in (0..pages).step_by(usize::try_from(PIECE).unwrap_or(usize::MAX)) {
             let (start, length) = (self.address(PageIndex(first)), bytes(PageCount(PIECE.min(pages - first))));
@@ -188,6 +201,8 @@ mod tests {
         watch.unregister().unwrap();
         waits.join().unwrap();
         writer(&ram, 4, 7).join().unwrap();
+        // A thread that took a fault before may come with its answer now.
+        watch.release(PageIndex(2), PageCount(1)).unwrap();
     }
 
     #[test]
