@@ -83,6 +83,8 @@ struct Inner {
     ended: AtomicBool,
     throttle: AtomicU8,
     frozen: AtomicBool,
+    /// 1 more than the page that is read while the state is loaded; 0 for none.
+    touched_on_load: AtomicU64,
 }
 
 struct Control {
@@ -120,6 +122,7 @@ impl FakeMachine {
             ended: AtomicBool::new(false),
             throttle: AtomicU8::new(0),
             frozen: AtomicBool::new(false),
+            touched_on_load: AtomicU64::new(0),
         });
         let dirty = Arc::new(FakeDirtyLog::new(pages));
         let (guest, guest_ram, book) = (Arc::clone(&inner), ram.clone(), Arc::clone(&dirty));
@@ -130,6 +133,12 @@ impl FakeMachine {
     /// Lets the guest do nothing from now on, even while it runs: its memory stays as it arrived.
     pub fn freeze(&self) {
         self.inner.frozen.store(true, Ordering::Release);
+    }
+
+    /// Reads `page` while the state is loaded from now on, as KVM does with those that a guest shares with it.
+    pub fn touch_on_load(&self, page: PageIndex) {
+        assert!(page.0 < self.ram.pages().0);
+        self.inner.touched_on_load.store(page.0 + 1, Ordering::Release);
     }
 
     /// Visits made so far: each read one page, checked it, and wrote it.
@@ -286,6 +295,11 @@ impl Machine for FakeMachine {
     }
 
     fn load_state(&self, state: &[u8]) -> Result<(), MachineError> {
+        if let Some(page) = self.inner.touched_on_load.load(Ordering::Acquire).checked_sub(1) {
+            let offset = usize::try_from(PageIndex(page).offset()).unwrap_or(0);
+            // SAFETY: a page of the guest mapping, which `ram` keeps mapped; nobody writes it but the pager, before this can read it.
+            unsafe { self.ram.guest_base().wrapping_add(offset).read_volatile() };
+        }
         let bytes = state.try_into().map_err(|_| {
             MachineError::new("load the state", format!("it has {} bytes where 8 were expected", state.len()))
         })?;

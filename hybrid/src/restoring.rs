@@ -200,15 +200,30 @@ impl Shared {
         let recorder = &self.books.recorder;
         self.note_sections();
         let before = |error: LazyError| (in_image(kind_of(&error)), error.to_string());
-        let faults = FaultThread::start(memory).map_err(LazyError::Thread).map_err(before)?;
-        let started = recorder.timed("head-start", || memory.head_start()).map_err(before);
-        if let Err(failed) = started.and_then(|()| self.load_state()).and_then(|()| self.let_run()) {
-            // It never ran, so nobody can be given zeros; without this the descriptor would stay for ever.
-            match memory.watch().unregister() {
-                Ok(()) => faults.end(),
-                Err(error) => tracing::warn!(%error, "userfaultfd stays registered"),
+        let faults = match FaultThread::start(memory).map_err(LazyError::Thread).map_err(before) {
+            Ok(faults) => faults,
+            Err(failed) => {
+                let_go(memory);
+                return Err(failed);
             }
-            return Err(failed);
+        };
+        let started = recorder.timed("head-start", || memory.head_start()).map_err(before).and_then(|()| {
+            let loaded = self.load_state();
+            // What could not be had comes first: the state may have been loaded from zeros then.
+            memory.let_run().map_err(before)?;
+            loaded?;
+            self.let_run()
+        });
+        if let Err((failure, reason)) = started {
+            // An ending machine may have been told to run its guest by somebody else, too.
+            if self.books.machine.first_entry().is_some() {
+                return Err((FailureView { guest: GuestAfter::Lost, ..failure }, reason));
+            }
+            // It never ran, so nobody can be given zeros.
+            if let_go(memory) {
+                faults.end();
+            }
+            return Err((failure, reason));
         }
         recorder.set_status(MigrationStatus::PostcopyActive);
         memory.push().map_err(|error| {
@@ -245,6 +260,12 @@ impl Shared {
         }
         Ok(())
     }
+}
+
+/// Ends a watch under which nothing ran; without this its descriptor would stay for ever.
+fn let_go(memory: &LazyMemory) -> bool {
+    let ended = memory.watch().unregister();
+    ended.inspect_err(|error| tracing::warn!(%error, "userfaultfd stays registered")).is_ok()
 }
 
 fn in_image(kind: FailureKind) -> FailureView {

@@ -136,9 +136,7 @@ fn a_damaged_chunk_stops_the_guest_with_a_reason() {
     let first = FakeMachine::incoming(PAGES).unwrap();
     assert_eq!(lazily(&first, &path, Lazily::default()).wait(), MigrationStatus::Completed);
     let hurt = recorded(&path).unwrap().pages()[0].page;
-    let mut bytes = fs::read(&path).unwrap();
-    bytes[usize::try_from(hurt.0).unwrap() * PAGE_SIZE + PAGE_SIZE + 8] ^= 1;
-    fs::write(&path, &bytes).unwrap();
+    damage(&path, hurt);
     for how in [ALONE, Lazily::default()] {
         let there = FakeMachine::incoming(PAGES).unwrap();
         let restoring = lazily(&there, &path, how);
@@ -153,6 +151,32 @@ fn a_damaged_chunk_stops_the_guest_with_a_reason() {
         assert_eq!(there.corrupt_visits(), 0, "it was given a wrong page");
         assert!(page(&there, hurt.0) == [0; PAGE_SIZE], "the damaged page came into its memory");
     }
+}
+
+/// Alters a byte of `page`, which is not zero.
+fn damage(path: &Path, page: PageIndex) {
+    let mut bytes = fs::read(path).unwrap();
+    bytes[usize::try_from(page.0).unwrap() * PAGE_SIZE + PAGE_SIZE + 8] ^= 1;
+    fs::write(path, &bytes).unwrap();
+}
+
+#[test]
+fn a_damaged_chunk_that_the_state_needs_fails_before_the_guest_runs() {
+    if !userfaultfd_or_skip("a_damaged_chunk_that_the_state_needs_fails_before_the_guest_runs") {
+        return;
+    }
+    let (_folder, path, here) = saved(false);
+    let hurt = PageIndex((0..PAGES.0).find(|index| page(&here, *index) != [0; PAGE_SIZE]).unwrap());
+    damage(&path, hurt);
+    let there = FakeMachine::incoming(PAGES).unwrap();
+    there.touch_on_load(hurt);
+    let restoring = lazily(&there, &path, ALONE);
+    until("it has failed", || restoring.progress().failure.is_some());
+    assert_eq!(restoring.wait(), MigrationStatus::Failed);
+    let failure = restoring.progress().failure.unwrap();
+    assert_eq!((failure.kind, failure.guest), (FailureKind::Image, GuestAfter::InImage));
+    assert!(restoring.progress().error.unwrap().contains("chunk"));
+    assert_eq!((there.first_entry(), there.stopped()), (None, None));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Reads an image: its tables when it is opened, its memory chunk by chunk.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt as _;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use lz4_flex::block::decompress_into;
@@ -90,7 +90,9 @@ impl Image {
         if layers == 0 {
             return Err(ImageError::TooManyLayers { path: path.to_owned(), most: MOST_LAYERS });
         }
-        let file = File::open(path).map_err(ImageError::io("open the image", path))?;
+        // Whoever opens a pipe otherwise waits for its writer.
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+        let file = file.map_err(ImageError::io("open the image", path))?;
         let known = file.metadata().map_err(ImageError::io("look at the image", path))?;
         if !known.is_file() {
             return Err(ImageError::Foreign { path: path.to_owned() });

@@ -169,6 +169,11 @@ impl Ram {
         never.is_ok()
     }
 
+    /// It could not be watched after all, and nothing has come into it: the next one may.
+    pub(crate) fn was_not_watched(&self) {
+        self.inner.watch.store(NEVER_WATCHED, Ordering::Release);
+    }
+
     /// Nobody watches it any more.
     pub(crate) fn end_of_watch(&self) {
         self.inner.watch.store(WATCH_OVER, Ordering::Release);
@@ -322,6 +327,8 @@ mod tests {
         let (guest, alias) = (ram.guest_base().cast_const(), ram.alias_base().cast_const());
         let page = |base: *const u8| Some(base.wrapping_add(PAGE_SIZE));
         assert_eq!(ram.readable(PageIndex(1)), page(guest));
+        assert!(ram.take_for_watching());
+        ram.was_not_watched();
         assert!(ram.take_for_watching() && !ram.take_for_watching());
         assert_eq!(ram.readable(PageIndex(1)), page(alias));
         ram.end_of_watch();

@@ -149,25 +149,23 @@ impl Watch {
     /// # Errors
     /// When the kernel has no userfaultfd for this process, or lacks minor faults on shared memory.
     pub fn register_sharded(ram: Ram, shards: u8) -> Result<Self, WatchError> {
+        let stripes = Stripes::new(ram.pages(), shards);
+        let uffds = (0..stripes.shards()).map(|_| open()).collect::<Result<Box<[_]>, _>>();
+        let uffds = uffds.map_err(WatchError::Open)?;
         if !ram.take_for_watching() {
             return Err(WatchError::UsedBefore);
         }
-        let stripes = Stripes::new(ram.pages(), shards);
-        let uffds = (0..stripes.shards()).map(|_| open()).collect::<Result<Box<[_]>, _>>();
-        let watch = Self {
-            uffds: ManuallyDrop::new(uffds.map_err(WatchError::Open)?),
-            stripes,
-            ram,
-            ended: AtomicU64::new(0),
-            ending: Mutex::new(()),
-        };
+        let watch =
+            Self { uffds: ManuallyDrop::new(uffds), stripes, ram, ended: AtomicU64::new(0), ending: Mutex::new(()) };
         for index in 0..stripes.count() {
             let (uffd, start, length) = watch.stripe(index);
             if let Err(source) = uffd.register_with_mode(start, length, RegisterMode::MISSING | RegisterMode::MINOR) {
-                // Nobody runs on it yet: it may be let go of.
+                // Nobody runs on it yet, and no page was placed: it may be let go of, and tried again.
                 watch.ended.store(stripes.count(), Ordering::Release);
-                watch.ram.end_of_watch();
-                return Err(WatchError::Register { pages: watch.ram.pages(), source });
+                let ram = watch.ram.clone();
+                drop(watch);
+                ram.was_not_watched();
+                return Err(WatchError::Register { pages: ram.pages(), source });
             }
         }
         Ok(watch)

@@ -178,9 +178,16 @@ impl VmController {
     /// A restore has begun.
     fn watch_over(&self, migration: &mut Migration, restoring: Restoring) -> Result<(), ControlError> {
         let (vm, watched) = (Arc::clone(&self.vm), restoring.clone());
-        at_the_end("restore-end", move || fail_without_restoring(&vm, &watched))?;
+        // It goes on, whoever watches it: there must be no other one beside it.
         *migration = Migration::Restoring(restoring);
-        Ok(())
+        self.at_the_end("restore-end", move || fail_without_restoring(&vm, &watched))
+    }
+
+    /// Starts a thread that waits for the end of what brings the guest. Without it the machine is of no use.
+    fn at_the_end(&self, name: &str, wait: impl FnOnce() + Send + 'static) -> Result<(), ControlError> {
+        let started = thread::Builder::new().name(name.to_owned()).spawn(wait).map(drop);
+        let started = started.map_err(MigrationError::Thread);
+        Ok(started.inspect_err(|error| self.vm.fail(format!("nobody could see to the guest's arrival: {error}")))?)
     }
 
     /// The machine's book of written pages is wanted for something else than the next checkpoint, or for nothing.
@@ -288,9 +295,8 @@ impl Controller for VmController {
         let settings = Settings { lazy_memory: self.lazy_memory, ..settings };
         let incoming = Incoming::listen(self.machine(), at, settings, security, self.observer("in"))?;
         let (vm, watched) = (Arc::clone(&self.vm), incoming.clone());
-        at_the_end("incoming-end", move || fail_without_a_guest(&vm, &watched))?;
         *migration = Migration::Incoming(incoming);
-        Ok(())
+        self.at_the_end("incoming-end", move || fail_without_a_guest(&vm, &watched))
     }
 
     fn start_postcopy(&self) -> Result<(), ControlError> {
@@ -510,11 +516,6 @@ fn base_at(migration: &Migration, path: &Path, to: &Path) -> Result<Base, Contro
         return Err(none(format!("{} is not this machine's last checkpoint, which was {}", path.display(), last.name)));
     }
     Base::at(path, last.moment).map_err(|error| none(error.to_string()))
-}
-
-/// Starts a thread that waits for the end of what brings the guest.
-fn at_the_end(name: &str, wait: impl FnOnce() + Send + 'static) -> Result<(), MigrationError> {
-    thread::Builder::new().name(name.to_owned()).spawn(wait).map(drop).map_err(MigrationError::Thread)
 }
 
 /// A machine whose guest could not be restored has none.

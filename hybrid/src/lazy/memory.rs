@@ -62,6 +62,8 @@ pub struct LazyMemory {
     stats: Mutex<FaultStats>,
     failed: AtomicBool,
     failure: Mutex<Option<LazyError>>,
+    /// The guest may run.
+    started: AtomicBool,
 }
 
 /// What one thread needs to bring pages.
@@ -92,6 +94,7 @@ impl LazyMemory {
             stats: Mutex::new(FaultStats::new()),
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
+            started: AtomicBool::new(false),
         })
     }
 
@@ -131,14 +134,30 @@ impl LazyMemory {
         }
     }
 
-    /// Memory cannot be completed. The first reason stays.
+    /// Memory cannot be completed. The first reason stays. Before the guest [may run](Self::let_run) whoever waits for a page is let
+    /// go, with zeros: it is the host, which loads a state that nobody will use.
     pub fn fail(&self, error: LazyError) {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-        self.failed.store(true, Ordering::Release);
+        // Told before it is asked, and the other way round in `let_run`: one of the two sees the other.
+        self.failed.store(true, Ordering::SeqCst);
+        if !self.started.load(Ordering::SeqCst)
+            && let Err(error) = self.watch.unregister()
+        {
+            tracing::error!(%error, "whoever loads the guest's state may wait for ever");
+        }
+    }
+
+    /// From here on the guest may run: nobody gets zeros any more for a page that cannot be had.
+    ///
+    /// # Errors
+    /// When one could not be had before. The guest must not run then.
+    pub fn let_run(&self) -> Result<(), LazyError> {
+        self.started.store(true, Ordering::SeqCst);
+        self.check()
     }
 
     fn check(&self) -> Result<(), LazyError> {
-        if !self.failed.load(Ordering::Acquire) {
+        if !self.failed.load(Ordering::SeqCst) {
             return Ok(());
         }
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
