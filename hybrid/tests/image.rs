@@ -15,6 +15,7 @@ use switchover_hybrid::saving::{How, Saving};
 use switchover_hybrid::settings::{Notice, no_observer};
 use switchover_hybrid::status::MigrationStatus;
 use switchover_image::Tally;
+use switchover_image::folder::FolderLock;
 use switchover_image::merge::prune;
 use switchover_wire::types::{PAGE_SIZE, PageCount, PageIndex};
 
@@ -128,7 +129,7 @@ fn each_checkpoint_of_a_series_holds_one_moment_and_no_more_than_was_written_sin
     assert!(visits.is_sorted_by(|a, b| a < b), "{visits:?}");
     // All of them still, and when some are gone.
     paths.iter().zip(&visits).for_each(|(path, visits)| assert_eq!(holds_one_moment(path), *visits));
-    prune(&mut paths, 3, &Tally::default()).unwrap();
+    prune(&FolderLock::exclusive(&paths[0]).unwrap(), &mut paths, 3, &Tally::default()).unwrap();
     paths.iter().zip(&visits[3..]).for_each(|(path, visits)| assert_eq!(holds_one_moment(path), *visits));
     assert_eq!(here.corrupt_visits(), 0);
 }

@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::ImageError;
+use crate::reader::Image;
 
 /// The hash that a moment of a guest is known by.
 pub type Moment = [u8; blake3::OUT_LEN];
@@ -35,6 +36,21 @@ impl Base {
         let why = "an image cannot be based on one whose name is no text of at most 255 bytes";
         let name = name.ok_or_else(|| ImageError::Place { path: path.to_owned(), why })?;
         Ok(Self { moment, name: name.to_owned() })
+    }
+
+    /// `image` as the base of one that is to be written to `to`, in the same folder.
+    ///
+    /// # Errors
+    /// When `to` is its file or one that it is based on, when it is made of too many already, and as [`at`](Self::at).
+    pub fn of(image: &Image, to: &Path) -> Result<Self, ImageError> {
+        if image.stands_on(to) {
+            let why = "it would take the place of an image that it is based on";
+            return Err(ImageError::Place { path: to.to_owned(), why });
+        }
+        if image.layers().count() >= MOST_LAYERS {
+            return Err(ImageError::TooManyLayers { path: to.to_owned(), most: MOST_LAYERS });
+        }
+        Self::at(image.path(), image.sections().moment()?)
     }
 
     /// Where it is, of the image `path`.

@@ -27,6 +27,14 @@ pub enum ImageError {
         /// Why not.
         why: &'static str,
     },
+    /// Images that are no series.
+    #[error("{} cannot be taken out of the series: {why}", path.display())]
+    Series {
+        /// The image that was to be taken out.
+        path: PathBuf,
+        /// Why not.
+        why: &'static str,
+    },
     /// Guest memory could not be read or written.
     #[error("cannot {attempted} guest memory at {page}: {source}{}", advice(source))]
     Memory {

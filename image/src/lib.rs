@@ -31,6 +31,7 @@ mod chunk;
 mod compare;
 mod crew;
 pub mod error;
+pub mod folder;
 pub mod layout;
 pub mod merge;
 mod partial;

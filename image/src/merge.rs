@@ -13,6 +13,7 @@ use switchover_wire::types::{PAGE_SIZE, PageIndex};
 use crate::base::Base;
 use crate::crew::Tally;
 use crate::error::ImageError;
+use crate::folder::{FolderLock, is_one_file};
 use crate::layout::CHUNK_PAGES;
 use crate::partial::{folder_of, sync};
 use crate::reader::{ChunkReader, Image};
@@ -21,8 +22,13 @@ use crate::writer::{ImageWriter, Options, Written};
 /// Writes all of the guest of `top` into the image `to`, which needs no other one then. It may be the file of `top` itself.
 ///
 /// # Errors
-/// When something of it is damaged or cannot be read, or the image not be written. What was there before stays then.
+/// When something of it is damaged or cannot be read, or the image not be written; or when `to` is an image that it is based on, as
+/// others may be. What was there before stays then.
 pub fn flatten(top: &Image, to: &Path, tally: &Tally) -> Result<Written, ImageError> {
+    if top.layers().skip(1).any(|layer| is_one_file(layer.path(), to)) {
+        let why = "it would take the place of an image that it, and others perhaps, are based on";
+        return Err(ImageError::Place { path: to.to_owned(), why });
+    }
     let mut which = vec![0_u64; words(top)];
     for page in (0..top.pages().0).filter(|page| top.holds(PageIndex(*page))) {
         which[place(page / 64)] |= 1 << (page % 64);
@@ -32,11 +38,11 @@ pub fn flatten(top: &Image, to: &Path, tally: &Tally) -> Result<Written, ImageEr
 }
 
 /// Writes the differences of `top` to the image that its base is based on, in the place of `top`: nothing needs the base any more. Where
-/// the base is complete, so is `top` then.
+/// the base is complete, so is `top` then. `top` was opened after its folder was locked.
 ///
 /// # Errors
 /// As [`flatten`].
-pub fn merge_with_base(top: &Image, tally: &Tally) -> Result<Written, ImageError> {
+pub fn merge_with_base(_lock: &FolderLock, top: &Image, tally: &Tally) -> Result<Written, ImageError> {
     let mut layers = top.layers().skip(1);
     let (Some(base), Some(below)) = (layers.next(), layers.next()) else {
         return flatten(top, top.path(), tally);
@@ -48,20 +54,26 @@ pub fn merge_with_base(top: &Image, tally: &Tally) -> Result<Written, ImageError
     write(top, writer, &which, tally)
 }
 
-/// Takes the oldest images of a series out, until `keep` are left, one at least: each is merged into those that
-/// are based on it before it goes. `series`
-/// is in order, and becomes what is left. Only the first may have been made by somebody else.
+/// Takes the oldest images of a series out, until `keep` are left, one at least: each is merged into those that are based on it before
+/// it goes. `series` is in order, and becomes what is left. Only the first may have been made by somebody else. All of them lie in the
+/// folder of `lock`.
 ///
 /// # Errors
-/// As [`merge_with_base`], and when an image cannot be removed. What `series` is then can be restored, all of it.
-pub fn prune(series: &mut Vec<PathBuf>, keep: usize, tally: &Tally) -> Result<(), ImageError> {
+/// As [`merge_with_base`], when an image cannot be removed, and when the series is not in order. What `series` is then can be restored,
+/// all of it.
+pub fn prune(lock: &FolderLock, series: &mut Vec<PathBuf>, keep: usize, tally: &Tally) -> Result<(), ImageError> {
     while series.len() > keep.max(1) {
-        let oldest = &series[0];
+        let (oldest, later) = (&series[0], &series[1..]);
+        let based_on_later = |image: Image| image.layers().skip(1).any(|layer| has(later, layer.path()));
+        if has(later, oldest) || Image::open(oldest).is_ok_and(based_on_later) {
+            let why = "it is there twice, or based on a later one of the series: name the oldest first";
+            return Err(ImageError::Series { path: oldest.clone(), why });
+        }
         // Several, where one of them was merged before.
-        for path in &series[1..] {
+        for path in later {
             let image = Image::open(path)?;
-            if image.base().is_some_and(|base| base.beside(path) == *oldest) {
-                merge_with_base(&image, tally)?;
+            if image.base().is_some_and(|base| is_one_file(&base.beside(path), oldest)) {
+                merge_with_base(lock, &image, tally)?;
             }
         }
         fs::remove_file(oldest).map_err(ImageError::io("remove", oldest))?;
@@ -70,6 +82,10 @@ pub fn prune(series: &mut Vec<PathBuf>, keep: usize, tally: &Tally) -> Result<()
         series.remove(0);
     }
     Ok(())
+}
+
+fn has(series: &[PathBuf], path: &Path) -> bool {
+    series.iter().any(|other| is_one_file(other, path))
 }
 
 /// Writes those pages of `top` that have a bit in `which`.

@@ -13,6 +13,7 @@ use crate::buffer::ChunkBuffer;
 use crate::chunk::{Encoding, Entry, Present, count_of, first_of, pages_of};
 use crate::crew::{Tally, share_out, threads_for};
 use crate::error::ImageError;
+use crate::folder::is_one_file;
 use crate::layout::{CHUNK_LEN, CHUNK_PAGES, HEADER_LEN, Header, INDEX_ENTRY, MEMORY_OFFSET, place_of};
 use crate::sections::Sections;
 
@@ -143,6 +144,12 @@ impl Image {
     /// It and all images that it is made of, the last one being complete by itself.
     pub fn layers(&self) -> impl Iterator<Item = &Self> {
         std::iter::successors(Some(self), |image| image.layer.as_ref().map(|layer| &layer.below))
+    }
+
+    /// Whether `path` is the file of one of the images that it is made of, itself among them.
+    #[must_use]
+    pub fn stands_on(&self, path: &Path) -> bool {
+        self.layers().any(|layer| is_one_file(&layer.path, path))
     }
 
     /// The pages that this file itself says what they are: bit `i` of word `w` is page `64 w + i`.

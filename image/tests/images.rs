@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use proptest::prelude::*;
 use switchover_image::base::Base;
 use switchover_image::error::ImageError;
+use switchover_image::folder::FolderLock;
 use switchover_image::merge::{flatten, merge_with_base, prune};
 use switchover_image::reader::Image;
 use switchover_image::sections::{Origin, Sections};
@@ -273,6 +274,10 @@ impl Series {
         Self { folder: folder(), ram: Ram::new(PageCount(pages)).unwrap(), paths: Vec::new(), moments: Vec::new() }
     }
 
+    fn lock(&self) -> FolderLock {
+        FolderLock::exclusive(&self.folder.path().join("any")).unwrap()
+    }
+
     /// Writes these pages, each full of a byte, and takes a checkpoint: of everything, or of them alone.
     fn take(&mut self, writes: &[(u64, u8)], whole: bool) {
         let pages = self.ram.pages().0;
@@ -348,7 +353,7 @@ fn images_are_merged_and_those_above_them_stay_what_they_were() {
         series.take(&[(5, step), (u64::from(step) * 20, step), (0, step % 2), (300, 0)], false);
     }
     // In the middle: number 3 says what 2 said, and is based on 1.
-    merge_with_base(&Image::open(&series.paths[3]).unwrap(), &Tally::default()).unwrap();
+    merge_with_base(&series.lock(), &Image::open(&series.paths[3]).unwrap(), &Tally::default()).unwrap();
     assert_eq!(Image::open(&series.paths[3]).unwrap().base().unwrap().name, "1.image");
     series.check_from(0);
     fs::remove_file(&series.paths[2]).unwrap();
@@ -361,13 +366,84 @@ fn images_are_merged_and_those_above_them_stay_what_they_were() {
     assert_eq!(same.unwrap().pages(), PageCount(0));
     // The oldest go.
     let mut left: Vec<_> = [0, 1, 3, 4, 5].map(|number| series.paths[number].clone()).into();
-    prune(&mut left, 2, &Tally::default()).unwrap();
+    prune(&series.lock(), &mut left, 2, &Tally::default()).unwrap();
     assert_eq!(left, series.paths[4..]);
     assert!(!series.paths[3].exists() && Image::open(&series.paths[4]).unwrap().base().is_none());
     series.check_from(4);
-    prune(&mut left, 0, &Tally::default()).unwrap();
+    prune(&series.lock(), &mut left, 0, &Tally::default()).unwrap();
     assert_eq!(left.len(), 1, "one stays");
     series.check_from(5);
+}
+
+#[test]
+fn nothing_takes_the_place_of_what_it_stands_on() {
+    let mut series = Series::new(64);
+    series.take(&[(0, 1)], true);
+    (1..4).for_each(|page| series.take(&[(page, 1)], false));
+    let image = |number: usize| Image::open(&series.paths[number]).unwrap();
+    let link = series.folder.path().join("link.image");
+    std::os::unix::fs::symlink(&series.paths[1], &link).unwrap();
+    for to in [&series.paths[3], &series.paths[0], &series.folder.path().join("./1.image"), &link] {
+        let told = Base::of(&image(3), to).unwrap_err().to_string();
+        assert!(told.contains("based on"), "{told}");
+    }
+    assert_eq!(Base::of(&image(3), &series.folder.path().join("4.image")).unwrap().name, "3.image");
+    let told = flatten(&image(3), &series.paths[1], &Tally::default()).unwrap_err().to_string();
+    assert!(told.contains("based on"), "{told}");
+    series.check_from(0);
+    flatten(&image(3), &series.paths[3], &Tally::default()).unwrap();
+    series.check_from(0);
+}
+
+#[test]
+fn a_chain_ends_before_it_could_not_be_opened() {
+    let mut series = Series::new(1);
+    series.take(&[(0, 1)], true);
+    (1..64).for_each(|_| series.take(&[(0, 1)], false));
+    series.check_from(63);
+    let last = Image::open(&series.paths[63]).unwrap();
+    let told = Base::of(&last, &series.folder.path().join("64.image")).unwrap_err().to_string();
+    assert!(told.contains("64"), "{told}");
+}
+
+#[test]
+fn a_series_is_known_by_its_files_and_taken_in_its_order() {
+    let mut series = Series::new(64);
+    series.take(&[(0, 1)], true);
+    (1..4).for_each(|page| series.take(&[(page, 1)], false));
+    // The other way round, and one of them twice.
+    let mut wrong: Vec<_> = series.paths.iter().rev().cloned().collect();
+    let told = prune(&series.lock(), &mut wrong, 1, &Tally::default()).unwrap_err().to_string();
+    assert!(told.contains("3.image") && told.contains("oldest first"), "{told}");
+    let mut twice = vec![series.paths[0].clone(), series.paths[0].clone()];
+    assert!(prune(&series.lock(), &mut twice, 1, &Tally::default()).is_err());
+    series.check_from(0);
+    // One name is spelt in another way than the others.
+    let mut left = series.paths.clone();
+    left[0] = series.folder.path().join("..").join(series.folder.path().file_name().unwrap()).join("0.image");
+    prune(&series.lock(), &mut left, 2, &Tally::default()).unwrap();
+    assert_eq!(left, series.paths[2..]);
+    series.check_from(2);
+}
+
+#[test]
+fn a_pipe_is_not_waited_for() {
+    let folder = folder();
+    let pipe = folder.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    assert!(matches!(Image::open(&pipe), Err(ImageError::Foreign { .. })));
+}
+
+#[test]
+fn a_locked_folder_is_waited_for() {
+    let folder = folder();
+    let image = folder.path().join("any");
+    let all = [FolderLock::shared(&image).unwrap(), FolderLock::shared(&image).unwrap()];
+    let waiting = std::thread::spawn(move || FolderLock::exclusive(&image).unwrap().folder().to_owned());
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert!(!waiting.is_finished());
+    drop(all);
+    assert_eq!(waiting.join().unwrap(), folder.path());
 }
 
 #[test]
@@ -413,11 +489,11 @@ proptest! {
         }
         series.check_from(0);
         if let Some(path) = series.paths.get(merged) {
-            merge_with_base(&Image::open(path).unwrap(), &Tally::default()).unwrap();
+            merge_with_base(&series.lock(), &Image::open(path).unwrap(), &Tally::default()).unwrap();
             series.check_from(0);
         }
         let mut left = series.paths.clone();
-        prune(&mut left, keep, &Tally::default()).unwrap();
+        prune(&series.lock(), &mut left, keep, &Tally::default()).unwrap();
         let first = series.paths.len() - left.len();
         prop_assert_eq!(left.len(), keep.min(series.paths.len()));
         prop_assert!(series.paths[..first].iter().all(|path| !path.exists()));

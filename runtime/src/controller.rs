@@ -515,7 +515,7 @@ fn base_at(migration: &Migration, path: &Path, to: &Path) -> Result<Base, Contro
     if image.sections().moment().ok() != Some(last.moment) {
         return Err(none(format!("{} is not this machine's last checkpoint, which was {}", path.display(), last.name)));
     }
-    Base::at(path, last.moment).map_err(|error| none(error.to_string()))
+    Base::of(&image, to).map_err(|error| none(error.to_string()))
 }
 
 /// A machine whose guest could not be restored has none.

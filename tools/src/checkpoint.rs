@@ -11,11 +11,12 @@ use clap::Args;
 use indicatif::{BinaryBytes, HumanCount};
 use serde_json::{Value, json};
 use switchover_image::Tally;
+use switchover_image::folder::FolderLock;
 use switchover_image::merge::prune;
 use switchover_runtime::qmp::endpoint::Endpoint;
 
 use crate::failure::{Failure, say};
-use crate::migrate::{connect, error_of, watch};
+use crate::migrate::{connect, error_of, has_come_to_rest, watch};
 use crate::qmp_client::{QmpClient, QmpError};
 use crate::signals::EndRequests;
 
@@ -108,16 +109,19 @@ pub fn main(args: &CheckpointArgs) -> Result<(), Failure> {
     while ends.count() == 0 && args.count.is_none_or(|count| tried < count) {
         let begun = Instant::now();
         tried += 1;
+        // Whoever merges by hand, or returns to one of these, has the folder for itself meanwhile; and so has this.
+        let lock = FolderLock::exclusive(&folder.join(PREFIX)).map_err(Failure::failed)?;
         match take(&mut machine, &folder, &ends) {
             Ok(line) => {
                 taken += 1;
                 let _ = std::io::stdout().lock().write_all(line.as_bytes());
-                last = thin_out(&folder, args.keep);
+                last = thin_out(&lock, args.keep);
             }
             // The machine has gone: there is nothing to go on with.
             Err(Trouble::Gone(failure)) => return Err(failure),
             Err(Trouble::Once(failure)) => last = Err(failure),
         }
+        drop(lock);
         let more = args.count.is_none_or(|count| tried < count);
         if let (Err(failure), true) = (&last, more && ends.count() == 0) {
             say(format_args!("{}; the next one is tried in time", failure.sentence));
@@ -142,24 +146,21 @@ enum Trouble {
 
 /// Takes the next one, and tells of it in a line.
 fn take(machine: &mut QmpClient, folder: &Path, ends: &EndRequests) -> Result<String, Trouble> {
-    let series = series(folder).map_err(Trouble::Once)?;
-    let number = series.last().map_or(1, |(number, _)| number + 1);
-    let path = folder.join(format!("{PREFIX}{number:06}{SUFFIX}"));
     let text = |path: &Path| {
         let name = path.to_str().map(str::to_owned);
         name.ok_or_else(|| Trouble::Gone(Failure::usage("--to has a name that is no text, which QMP cannot tell")))
     };
     let trouble = |error: QmpError| {
         let gone = !matches!(error, QmpError::Refused { .. });
-        let failure = Failure::failed(format_args!("cannot take the checkpoint {}: {error}", path.display()));
+        let failure = Failure::failed(format_args!("cannot take a checkpoint in {}: {error}", folder.display()));
         if gone { Trouble::Gone(failure) } else { Trouble::Once(failure) }
     };
+    // One that another command had begun, which was killed, goes on without it, and is one of the series when it is done.
+    wait_for_others(machine, ends).map_err(trouble)?;
+    let series = series(folder).map_err(Trouble::Once)?;
+    let number = series.last().map_or(1, |(number, _)| number + 1);
+    let path = folder.join(format!("{PREFIX}{number:06}{SUFFIX}"));
     let to = text(&path)?;
-    // One that another command had begun, which was killed, goes on without it.
-    let under_way = machine.execute("query-migrate", json!({})).map_err(trouble)?;
-    if under_way.get("status").is_some() {
-        watch(machine, ends).map_err(trouble)?;
-    }
     let base = series.last().map(|(_, path)| text(path)).transpose()?;
     let mut full = true;
     if let Some(base) = base {
@@ -179,6 +180,17 @@ fn take(machine: &mut QmpClient, folder: &Path, ends: &EndRequests) -> Result<St
             Err(Trouble::Once(Failure::failed("called off: the guest runs, and there is no new checkpoint")))
         }
         _ => Err(Trouble::Once(Failure::failed(error_of(&look)))),
+    }
+}
+
+/// Waits until nothing of the guest's is under way, or until this is to end. It is somebody else's, and not called off.
+fn wait_for_others(machine: &mut QmpClient, ends: &EndRequests) -> Result<(), QmpError> {
+    loop {
+        let look = machine.execute("query-migrate", json!({}))?;
+        if look.get("status").and_then(Value::as_str).is_none_or(has_come_to_rest) || ends.count() > 0 {
+            return Ok(());
+        }
+        thread::sleep(LOOK);
     }
 }
 
@@ -211,9 +223,9 @@ fn series(folder: &Path) -> Result<Vec<(u64, PathBuf)>, Failure> {
 }
 
 /// Keeps the newest ones.
-fn thin_out(folder: &Path, keep: u8) -> Result<(), Failure> {
-    let mut series: Vec<_> = series(folder)?.into_iter().map(|(_, path)| path).collect();
-    prune(&mut series, keep.into(), &Tally::default())
+fn thin_out(lock: &FolderLock, keep: u8) -> Result<(), Failure> {
+    let mut series: Vec<_> = series(lock.folder())?.into_iter().map(|(_, path)| path).collect();
+    prune(lock, &mut series, keep.into(), &Tally::default())
         .map_err(|error| Failure::failed(format_args!("older checkpoints stay: {error}")))
 }
 

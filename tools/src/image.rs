@@ -7,6 +7,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use switchover_image::folder::FolderLock;
 use switchover_image::reader::Image;
 use switchover_image::{Tally, merge};
 
@@ -106,16 +107,20 @@ pub fn main(args: &ImageArgs) -> Result<(), Failure> {
         }
         ImageCommand::Verify { files } => verify(files),
         ImageCommand::Merge { file, to } => {
+            let lock = FolderLock::exclusive(file).map_err(Failure::failed)?;
             let image = open(file)?;
             let merged = match to {
                 Some(to) => merge::flatten(&image, to, &Tally::default()),
-                None => merge::merge_with_base(&image, &Tally::default()),
+                None => merge::merge_with_base(&lock, &image, &Tally::default()),
             };
             merged.map(drop).map_err(Failure::failed)
         }
         ImageCommand::Prune { files, keep } => {
             let keep = usize::from(keep.get());
-            merge::prune(&mut files.clone(), keep, &Tally::default()).map_err(Failure::failed)
+            // The command line wants one at least.
+            let Some(first) = files.first() else { return Ok(()) };
+            let lock = FolderLock::exclusive(first).map_err(Failure::failed)?;
+            merge::prune(&lock, &mut files.clone(), keep, &Tally::default()).map_err(Failure::failed)
         }
         ImageCommand::Diff { one, other } => {
             let found = diff::diff(&open(one)?, &open(other)?).map_err(Failure::failed)?;

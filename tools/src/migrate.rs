@@ -326,6 +326,11 @@ pub(crate) fn connect(path: &Path) -> Result<QmpClient, Failure> {
     QmpClient::connect(path, CONNECT_TIMEOUT).map_err(Failure::failed)
 }
 
+/// Whether a migration of this status does nothing more by itself.
+pub(crate) fn has_come_to_rest(status: &str) -> bool {
+    matches!(status, "completed" | "failed" | "cancelled" | "postcopy-paused")
+}
+
 /// Watches the migration to its end, or until its link is lost, and returns the last look at it.
 pub(crate) fn watch(source: &mut QmpClient, ends: &EndRequests) -> Result<Value, QmpError> {
     let bar = ProgressBar::new(0);
@@ -337,7 +342,7 @@ pub(crate) fn watch(source: &mut QmpClient, ends: &EndRequests) -> Result<Value,
     loop {
         let look = source.execute("query-migrate", json!({}))?;
         let status = text(&look, "/status");
-        if matches!(status, "completed" | "failed" | "cancelled" | "postcopy-paused") {
+        if has_come_to_rest(status) {
             bar.finish_and_clear();
             return Ok(look);
         }
