@@ -10,20 +10,25 @@
 //! begun. So whoever is killed, this command or the host, runs the same command again. There is never a second guest, because
 //! nothing is restored before the machines that had it have ended, and it runs in one new machine only.
 
+mod held;
 mod journal;
 
+use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde_json::{Value, json};
 use switchover_image::Tally;
+use switchover_image::folder::FolderLock;
 use switchover_image::reader::Image;
 use switchover_runtime::audit::Audit;
 use switchover_runtime::qmp::endpoint::Endpoint;
 
+use self::held::Held;
 use self::journal::{Journal, Stage, Step, Subject};
 use crate::failure::{Failure, say};
 use crate::image::inspect;
@@ -102,6 +107,8 @@ struct Machine {
 /// A rollback.
 struct Rollback {
     checkpoint: PathBuf,
+    /// What the machine that loads it is told.
+    uri: String,
     image: Image,
     root: String,
     /// The destination first: it is the one that runs the guest, as a rule.
@@ -110,6 +117,10 @@ struct Rollback {
     fenced: bool,
     record: PathBuf,
     journal: Journal,
+    /// Nobody takes the checkpoint out of its series meanwhile.
+    _folder: FolderLock,
+    /// No other rollback has one of the machines.
+    _held: Held,
 }
 
 /// Returns a guest to its checkpoint.
@@ -122,11 +133,21 @@ pub fn main(args: &RollbackArgs) -> Result<(), Failure> {
     if sockets[0] == sockets[1] || sockets[2] == sockets[0] || sockets[2] == sockets[1] {
         return Err(Failure::usage("--source, --destination and --into are three machines, with three sockets"));
     }
+    let uri = checkpoint.to_str().filter(|path| !path.contains(",offset="));
+    let uri = uri.map(|path| format!("file:{path}")).ok_or_else(|| {
+        Failure::usage("--checkpoint has a name that QMP cannot tell: it is no text, or has `,offset=` in it")
+    })?;
+    // By names that do not depend on where this is run.
+    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let [source, destination, into] = sockets.map(absolute);
+    let held = Held::take([&source, &destination, &into])?;
+    let folder = FolderLock::shared(&checkpoint).map_err(Failure::failed)?;
     // Before anything is touched: most of what can be wrong with an image is found here.
     let image = Image::open(&checkpoint).map_err(Failure::failed)?;
     let root = inspect::root(&image);
-    let [source, destination, into] = sockets.map(|path| path.display().to_string());
-    let subject = Subject { root: root.clone(), source, destination, into };
+    let moment = inspect::moment(&image).map_err(Failure::failed)?;
+    let [source, destination, into] = [source, destination, into].map(|path| path.display().to_string());
+    let subject = Subject { moment, source, destination, into };
     let beside = |suffix: &str| {
         let mut name = checkpoint.clone().into_os_string();
         name.push(suffix);
@@ -144,11 +165,20 @@ pub fn main(args: &RollbackArgs) -> Result<(), Failure> {
     let journal = Journal::open(&path, &subject).map_err(Failure::failed)?;
     let record = args.record.clone().unwrap_or_else(|| beside(".rollbacks"));
     let (into, fenced) = (args.into.path().to_owned(), args.fenced);
-    Rollback { checkpoint, image, root, old, into, fenced, record, journal }.run()
+    let (_folder, _held) = (folder, held);
+    Rollback { checkpoint, uri, image, root, old, into, fenced, record, journal, _folder, _held }.run()
 }
 
 impl Rollback {
     fn run(mut self) -> Result<(), Failure> {
+        if let Err(failure) = self.look_at_the_new_machine() {
+            let untouched = self.journal.stage(Step::Fence).is_none();
+            if untouched {
+                self.journal.discard().map_err(Failure::failed)?;
+            }
+            let where_it_is = if untouched { "nothing was touched" } else { "the guest stands still where it was" };
+            return Err(Failure::failed(format_args!("{}; {where_it_is}", failure.sentence)));
+        }
         self.fence()?;
         if let Err(failure) = self.verify() {
             let told = self.let_go_on();
@@ -161,6 +191,26 @@ impl Rollback {
         self.resume(&mut machine)?;
         self.record()?;
         self.clean_up()
+    }
+
+    /// Whether it can take the guest: before there is no other place for it.
+    fn look_at_the_new_machine(&self) -> Result<(), Failure> {
+        if self.journal.stage(Step::Stop).is_some() {
+            return Ok(());
+        }
+        let into = self.into.display();
+        let start = "start one with --incoming defer and the memory and vCPUs that the guest had, and run this again";
+        let failed = |error: QmpError| {
+            Failure::failed(format_args!("{error}: no machine waits for the guest at {into}; {start}"))
+        };
+        let mut machine = QmpClient::connect(&self.into, KNOCK).map_err(failed)?;
+        let status = status_of(&mut machine).map_err(failed)?;
+        if status != "inmigrate" {
+            return Err(Failure::failed(format_args!(
+                "the machine at {into} does not wait for a guest, it is `{status}`; {start}"
+            )));
+        }
+        Ok(())
     }
 
     /// Makes the guest stand still wherever it may be. The journal says which machines it ran on until then.
@@ -195,18 +245,25 @@ impl Rollback {
         self.done(Step::Fence, "the guest runs neither at the source nor at the destination")
     }
 
-    /// Undoes the fence.
+    /// Undoes the fence: the guest goes on if it ran before, wherever it is by now.
     fn let_go_on(&self) -> String {
-        let mut told = Vec::new();
-        for machine in self.journal.ran().iter().filter_map(|index| self.old.get(*index)) {
-            let there = machine.knock().ok().flatten();
-            let gone_on = there.is_some_and(|mut client| client.execute("cont", json!({})).is_ok());
-            told.push(match gone_on {
-                true => format!("the guest goes on at the {}", machine.name),
-                false => format!("the guest stands still at the {}, where `cont` lets it go on", machine.name),
-            });
+        let ran: Vec<_> = self.journal.ran().iter().filter_map(|index| self.old.get(*index)).collect();
+        if ran.is_empty() {
+            return "the guest is where it was".to_owned();
         }
-        if told.is_empty() { "the guest is where it was".to_owned() } else { told.join(", and ") }
+        let mut running = Vec::new();
+        // Both: it may have come over while it was fenced, or have to come still; and who has no right to run it refuses.
+        for machine in &self.old {
+            let Some(mut client) = machine.knock().ok().flatten() else { continue };
+            let _ = client.execute("cont", json!({}));
+            if machine.runs(&mut client).unwrap_or(false) {
+                running.push(machine.name);
+            }
+        }
+        match &running[..] {
+            [] => format!("the guest stands still at the {}, where `cont` lets it go on", ran[0].name),
+            names => format!("the guest goes on at the {}", names.join(" and the ")),
+        }
     }
 
     fn verify(&mut self) -> Result<(), Failure> {
@@ -231,29 +288,31 @@ impl Rollback {
     /// Has the new machine load the guest, and keep it paused.
     fn restore(&mut self) -> Result<QmpClient, Failure> {
         let into = self.into.display().to_string();
-        let mut machine = QmpClient::connect(&self.into, PATIENCE).map_err(|error| {
-            Failure::failed(format_args!(
+        let ran_on = self.journal.stage(Step::Resume).is_some();
+        let mut machine = QmpClient::connect(&self.into, PATIENCE).map_err(|error| match ran_on {
+            true => self.went_on("does not answer"),
+            false => Failure::failed(format_args!(
                 "{error}. The guest runs nowhere now and is in its checkpoint: start a machine for it, `switchover run --incoming defer \
                  --qmp unix:{into}`, and run this again"
-            ))
+            )),
         })?;
         let lost = |error: QmpError| lost(&into, &error);
         let status = status_of(&mut machine).map_err(lost)?;
         let begun = self.journal.stage(Step::Restore).is_some();
         match &*status {
-            "inmigrate" => {
+            "inmigrate" if !ran_on => {
                 self.begin(Step::Restore)?;
                 // So that it stands still when it is here: it is not to run before all of this is confirmed.
                 machine.execute("stop", json!({})).map_err(lost)?;
                 let under_way = machine.execute("query-migrate", json!({})).map_err(lost)?.get("status").is_some();
                 if !under_way {
-                    let uri = format!("file:{}", self.checkpoint.display());
-                    machine.execute("migrate-incoming", json!({ "uri": uri })).map_err(lost)?;
+                    machine.execute("migrate-incoming", json!({ "uri": self.uri })).map_err(lost)?;
                 }
                 wait_until_restored(&mut machine).map_err(lost)?;
             }
             "paused" if begun => wait_until_restored(&mut machine).map_err(lost)?,
-            "running" if self.journal.stage(Step::Resume).is_some() => {}
+            "running" if ran_on => {}
+            other if ran_on => return Err(self.went_on(&format!("is `{other}` now"))),
             other => {
                 return Err(Failure::failed(format_args!(
                     "the machine at {into} does not wait for a guest, it is `{other}`: the guest runs nowhere now and is in its \
@@ -263,6 +322,16 @@ impl Rollback {
         }
         self.done(Step::Restore, &format!("the guest is in the machine at {into}, and stands still"))?;
         Ok(machine)
+    }
+
+    /// The new machine has, or had, the guest running, and is something else now.
+    fn went_on(&self, how: &str) -> Failure {
+        Failure::failed(format_args!(
+            "the guest ran, or was about to, in the machine at {}, which {how}: it may have moved on, and then there would be two. If you \
+             know that it runs nowhere, remove {} and run this again with --fenced",
+            self.into.display(),
+            self.journal.path().display()
+        ))
     }
 
     /// Whether it is all of that guest.
@@ -327,10 +396,7 @@ impl Rollback {
     fn clean_up(&mut self) -> Result<(), Failure> {
         self.begin(Step::CleanUp)?;
         for machine in &self.old {
-            if matches!(machine.knock(), Ok(None)) {
-                // One that was killed leaves it.
-                let _ = std::fs::remove_file(&machine.socket);
-            }
+            machine.clear_away();
         }
         self.done(Step::CleanUp, "nothing is left of the machines that ended")
     }
@@ -374,6 +440,18 @@ impl Machine {
                 Err(error) => Err(silent(error)),
             },
             Err(error) => Err(silent(error)),
+        }
+    }
+
+    /// Removes the socket that one leaves which was killed; nothing that somebody listens at, or that is no socket.
+    fn clear_away(&self) {
+        let known = || {
+            let known = fs::symlink_metadata(&self.socket).ok()?;
+            known.file_type().is_socket().then(|| (known.dev(), known.ino()))
+        };
+        let before = known();
+        if before.is_some() && matches!(self.knock(), Ok(None)) && known() == before {
+            let _ = fs::remove_file(&self.socket);
         }
     }
 

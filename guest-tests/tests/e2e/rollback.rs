@@ -194,13 +194,7 @@ fn who_hangs_is_not_taken_for_ended_even_when_a_rollback_has_begun() {
     let mut scene = Scene::moved(&lab);
     scene.there.signal(Signal::SIGSTOP);
     // As if it had begun before that machine hung.
-    let root = switchover(&["image", "inspect", "--json", scene.checkpoint.to_str().unwrap()]).stdout;
-    let root = serde_json::from_str::<serde_json::Value>(&root).unwrap()["root"].take();
-    let [source, destination, into] =
-        [&scene.source, &scene.there, &scene.again].map(|machine| machine.qmp_path().to_str().unwrap().to_owned());
-    let subject = json!({ "root": root, "source": source, "destination": destination, "into": into });
-    let begun = [json!({ "rollback": subject, "at": 0 }), json!({ "step": "fence", "stage": "begun", "at": 0 })];
-    fs::write(scene.beside(".rollback"), begun.map(|line| format!("{line}\n")).concat()).unwrap();
+    leave_journal(&scene, [&scene.source, &scene.there, &scene.again], &[("fence", "begun")]);
     let refused = scene.roll_back();
     assert_eq!(refused.status, Some(1), "{refused:?}");
     assert!(refused.stderr.contains("the destination at") && refused.stderr.contains("does not answer"), "{refused:?}");
@@ -240,18 +234,127 @@ fn a_machine_that_has_a_guest_is_given_no_other() {
     let lab = lab!("a_machine_that_has_a_guest_is_given_no_other");
     let mut scene = Scene::moved(&lab);
     scene.again.quit();
+    let refused = scene.roll_back();
+    assert_eq!(refused.status, Some(1), "{refused:?}");
+    assert!(
+        refused.stderr.contains("no machine waits") && refused.stderr.contains("nothing was touched"),
+        "{refused:?}"
+    );
     scene.again = Machine::start(&lab, &scene.spec);
     let refused = scene.roll_back();
     assert_eq!(refused.status, Some(1), "{refused:?}");
-    assert!(refused.stderr.contains("does not wait for a guest") && refused.stderr.contains("in its checkpoint"));
-    assert_eq!(scene.again.run_state(), "running");
-    // Another rollback to the same checkpoint has to wait for the end of this one.
+    assert!(refused.stderr.contains("does not wait for a guest") && refused.stderr.contains("nothing was touched"));
+    assert_eq!((&*scene.again.run_state(), &*scene.there.run_state()), ("running", "running"));
+    assert!(!scene.beside(".rollback").exists());
+    [scene.source, scene.there, scene.again].iter_mut().for_each(Machine::quit);
+    lab.close();
+}
+
+/// What a rollback of this scene that was killed has left, by its steps and stages.
+fn leave_journal(scene: &Scene, sockets: [&Machine; 3], steps: &[(&str, &str)]) {
+    let known = switchover(&["image", "inspect", "--json", scene.checkpoint.to_str().unwrap()]).stdout;
+    let moment = serde_json::from_str::<serde_json::Value>(&known).unwrap()["moment"].take();
+    let [source, destination, into] = sockets.map(|machine| machine.qmp_path().to_str().unwrap().to_owned());
+    let subject = json!({ "moment": moment, "source": source, "destination": destination, "into": into });
+    let steps = steps.iter().map(|(step, stage)| json!({ "step": step, "stage": stage, "at": 0 }));
+    let lines = std::iter::once(json!({ "rollback": subject, "at": 0 })).chain(steps);
+    fs::write(scene.beside(".rollback"), lines.map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+}
+
+#[test]
+fn another_rollback_to_the_checkpoint_waits_for_the_end_of_the_first() {
+    let lab = lab!("another_rollback_to_the_checkpoint_waits_for_the_end_of_the_first");
+    let mut scene = Scene::moved(&lab);
     let other = Machine::start(&lab, &scene.spec.incoming("defer"));
-    let mine = std::mem::replace(&mut scene.again, other);
+    leave_journal(&scene, [&scene.source, &scene.there, &other], &[("fence", "begun")]);
     let refused = scene.roll_back();
+    assert_eq!(refused.status, Some(1), "{refused:?}");
     assert!(refused.stderr.contains("did not come to its end"), "{refused:?}");
-    [mine, scene.again].iter_mut().for_each(Machine::quit);
-    assert_eq!((scene.source.wait_end(), scene.there.wait_end()), (0, 0));
+    assert_eq!(scene.there.run_state(), "running");
+    [scene.source, scene.there, scene.again, other].iter_mut().for_each(Machine::quit);
+    lab.close();
+}
+
+#[test]
+fn a_guest_that_may_have_gone_on_from_where_it_came_back_to_is_not_restored_again() {
+    let lab = lab!("a_guest_that_may_have_gone_on_from_where_it_came_back_to_is_not_restored_again");
+    let mut scene = Scene::moved(&lab);
+    let all = ["fence", "verify", "stop", "restore", "confirm"].map(|step| (step, "done"));
+    leave_journal(&scene, [&scene.source, &scene.there, &scene.again], &[&all[..], &[("resume", "begun")]].concat());
+    [&mut scene.source, &mut scene.there].into_iter().for_each(Machine::quit);
+    let refused = scene.roll_back();
+    assert_eq!(refused.status, Some(1), "{refused:?}");
+    assert!(refused.stderr.contains("it may have moved on") && refused.stderr.contains(".rollback"), "{refused:?}");
+    assert_eq!(scene.again.run_state(), "inmigrate");
+    scene.again.quit();
+    let refused = scene.roll_back();
+    assert!(refused.stderr.contains("it may have moved on"), "{refused:?}");
+    fs::remove_file(scene.beside(".rollback")).unwrap();
+    scene.again = Machine::start(&lab, &scene.spec.incoming("defer"));
+    let ended = switchover(&[scene.arguments(), vec!["--fenced".to_owned()]].concat());
+    assert_eq!(ended.status, Some(0), "{ended:?}");
+    works_on(&scene.again);
+    scene.again.quit();
+    lab.close();
+}
+
+#[test]
+fn what_is_no_socket_is_not_cleared_away() {
+    let lab = lab!("what_is_no_socket_is_not_cleared_away");
+    let mut scene = Scene::moved(&lab);
+    [&mut scene.source, &mut scene.there].into_iter().for_each(Machine::quit);
+    let precious = lab.path("precious");
+    fs::write(&precious, "letters").unwrap();
+    let mut arguments = scene.arguments();
+    arguments[6] = format!("unix:{}", precious.display());
+    let ended = switchover(&[arguments, vec!["--fenced".to_owned()]].concat());
+    assert_eq!(ended.status, Some(0), "{ended:?}");
+    assert_eq!(fs::read_to_string(&precious).unwrap(), "letters");
+    works_on(&scene.again);
+    scene.again.quit();
+    lab.close();
+}
+
+#[test]
+fn a_rollback_is_known_from_whichever_folder_it_is_run() {
+    let lab = lab!("a_rollback_is_known_from_whichever_folder_it_is_run");
+    let mut scene = Scene::moved(&lab);
+    leave_journal(&scene, [&scene.source, &scene.there, &scene.again], &[("fence", "begun")]);
+    // The same words in another folder, where nobody listens: that is not to have ended.
+    let elsewhere = lab.path("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    let name = |machine: &Machine| format!("unix:{}", machine.qmp_path().file_name().unwrap().to_str().unwrap());
+    let mut arguments = scene.arguments();
+    for (place, machine) in [(4, &scene.source), (6, &scene.there), (8, &scene.again)] {
+        arguments[place] = name(machine);
+    }
+    let run = |folder: &Path| Command::new(binary()).args(&arguments).current_dir(folder).output().unwrap();
+    let refused = run(&elsewhere);
+    let told = String::from_utf8(refused.stderr).unwrap();
+    assert!(told.contains("did not come to its end"), "{told}");
+    assert_eq!(scene.there.run_state(), "running");
+    let ended = run(scene.source.qmp_path().parent().unwrap());
+    assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
+    scene.is_back();
+    scene.again.quit();
+    lab.close();
+}
+
+#[test]
+fn a_machine_that_waits_for_the_guest_starts_it_again_when_nothing_was_rolled_back() {
+    let lab = lab!("a_machine_that_waits_for_the_guest_starts_it_again_when_nothing_was_rolled_back");
+    let mut scene = Scene::moved(&lab);
+    scene.damage();
+    // The guest is where it has moved to, and would move on.
+    let (third, to) = destination(&lab, &scene.spec, Transport::Unix);
+    scene.source.quit();
+    scene.source = std::mem::replace(&mut scene.there, third);
+    let ended = scene.roll_back();
+    assert!(ended.stderr.contains("the guest goes on at the source"), "{ended:?}");
+    scene.source.execute("migrate", json!({ "uri": to }));
+    until("it runs there", || (scene.there.run_state() == "running").then_some(()));
+    works_on(&scene.there);
+    [scene.source, scene.there, scene.again].iter_mut().for_each(Machine::quit);
     lab.close();
 }
 

@@ -5,6 +5,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use indicatif::{BinaryBytes, HumanCount};
 use serde_json::{Value, json};
+use switchover_image::error::ImageError;
 use switchover_image::reader::Image;
 use switchover_runtime::state;
 use switchover_wire::types::PageCount;
@@ -13,7 +14,19 @@ use crate::calendar::utc;
 
 /// The root hash, in hexadecimal.
 pub(crate) fn root(image: &Image) -> String {
-    image.header().root.iter().fold(String::new(), |mut text, byte| {
+    hex(&image.header().root)
+}
+
+/// The moment of the guest that it holds, in hexadecimal: what increments know their base by.
+///
+/// # Errors
+/// When its sections cannot be encoded.
+pub(crate) fn moment(image: &Image) -> Result<String, ImageError> {
+    image.sections().moment().map(|moment| hex(&moment))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");
         text
     })
@@ -90,6 +103,7 @@ pub(super) fn json(image: &Image) -> String {
         "base": image.base().map(|base| &base.name),
         "layers": image.layers().count(),
         "root": root(image),
+        "moment": moment(image).ok(),
         "saved-at": saved_at(image),
         "saved-by": sections.origin.version,
         "was-running": sections.was_running,

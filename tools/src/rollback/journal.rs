@@ -103,8 +103,8 @@ pub enum Stage {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Subject {
-    /// The root hash of the checkpoint, in hexadecimal.
-    pub root: String,
+    /// The moment that the checkpoint is of, in hexadecimal: it stays when the checkpoint is merged with those that it is based on.
+    pub moment: String,
     /// The machines' QMP sockets.
     pub source: String,
     /// As above.
@@ -197,6 +197,12 @@ impl Journal {
         }
     }
 
+    /// Its file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// How far a step has come; `None` where it has not begun.
     #[must_use]
     pub fn stage(&self, step: Step) -> Option<Stage> {
@@ -266,8 +272,8 @@ mod tests {
     use super::*;
 
     fn subject(into: &str) -> Subject {
-        let [root, source, destination] = ["00ff", "/s", "/d"].map(str::to_owned);
-        Subject { root, source, destination, into: into.to_owned() }
+        let [moment, source, destination] = ["00ff", "/s", "/d"].map(str::to_owned);
+        Subject { moment, source, destination, into: into.to_owned() }
     }
 
     #[test]
