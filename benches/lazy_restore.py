@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """What restoring a guest costs it: all of memory first, lazily, and lazily with a working set.
 
-    benches/lazy_restore.py BINARY GUEST FOLDER [MEMORY [APPEND]]
+    benches/lazy_restore.py BINARY GUEST FOLDER [MEMORY [APPEND [cold]]]
 
 BINARY is a release build of `switchover`, GUEST the ELF file of a built-in guest, FOLDER has room for the image. The guest is booted,
-saved, and restored from the warm page cache, in turn: without --lazy; with --lazy --no-working-set; with --lazy and no working set yet,
+saved, and restored from the warm page cache (with `cold`, from the disk), in turn: without --lazy; with --lazy --no-working-set; with --lazy and no working set yet,
 which records one; with --lazy and what was recorded, three times, each adding to it. All times are CLOCK_MONOTONIC of this host: from
 just before the process is started to the first entry of a vCPU (as the machine reports it), and from that entry to the end of the
 first of two periods in a row, as they are read from the guest's serial port, whose visits come to 75 % of what they were before.
@@ -68,6 +68,7 @@ def main():
     binary, guest, folder = sys.argv[1:4]
     memory = sys.argv[4] if len(sys.argv) > 4 else "8G"
     append = sys.argv[5] if len(sys.argv) > 5 else "ws=4G"
+    cold = sys.argv[6:] == ["cold"]
     image = os.path.join(folder, "lazy.image")
     here = Machine(binary, folder, ["--kernel", guest, "--append", f"{append} period={PERIOD_MS}", "--memory", memory])
     while len(here.lines) < 150:
@@ -81,12 +82,16 @@ def main():
     with open(image, "rb") as file:
         while file.read(1 << 24):
             pass
-    print(f"{memory}, {append}: {steady} visits in {PERIOD_MS} ms before, image {os.stat(image).st_blocks * 512 >> 20} MiB")
+    print(f"{memory}, {append}: {steady} visits in {PERIOD_MS} ms before, image {os.stat(image).st_blocks * 512 >> 20} MiB"
+          f"{', not in the page cache' if cold else ''}")
     lazily = ["--lazy"]
     ways = [("whole", []), ("lazy, alone", ["--lazy", "--no-working-set"]), ("lazy, records", lazily)]
     ways += [("lazy, recorded", lazily)] * 3
     print(f"{'':16}{'first instruction':>20}{'faults':>9}{'remote':>9}{'back at rate':>14}{'all here':>10}{'set':>10}")
     for name, arguments in ways:
+        if cold:
+            with open(image, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         there = Machine(binary, folder, ["--restore", image, "--memory", memory] + arguments)
         there.completed()
         report = there.execute("x-switchover-report")

@@ -5,6 +5,7 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use lz4_flex::block::decompress_into;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use switchover_pager::zero::{Holes, is_zero};
 use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 
@@ -303,6 +304,37 @@ impl Image {
         }
         let read = self.file.read_exact_at(bytes, place_of(page));
         read.map(|()| true).map_err(ImageError::io("read", &self.path))
+    }
+
+    /// Says that `page` is going to be read by itself, so that the kernel fetches it from the disk meanwhile, beside others. Of those
+    /// that are in the page cache already it costs some 0.1 µs.
+    pub fn announce(&self, page: PageIndex) {
+        let (number, within) = (page.0 / CHUNK_PAGES as u64, usize::try_from(page.0 % CHUNK_PAGES as u64).unwrap_or(0));
+        let Some(own) = self.layers().find(|layer| layer.own(number).contains(within)) else { return };
+        if !own.header.is_packed() && own.chunk(number).0.contains(within) {
+            own.fetch(place_of(page), PAGE_SIZE_U64);
+        }
+    }
+
+    /// The same of all of chunk `number`.
+    pub fn announce_chunk(&self, number: u64) {
+        for layer in self.layers() {
+            let (present, entry) = layer.chunk(number);
+            match entry.encoding {
+                Encoding::None => {}
+                // Holes would be fetched, too.
+                Encoding::InPlace => present
+                    .byte_runs(GAP)
+                    .for_each(|run| layer.fetch(entry.offset + run.start as u64, run.len() as u64)),
+                Encoding::Raw | Encoding::Lz4 => layer.fetch(entry.offset, entry.length.into()),
+            }
+        }
+    }
+
+    fn fetch(&self, at: u64, length: u64) {
+        // Advice: where it is not taken, reading takes longer.
+        let will_need = PosixFadviseAdvice::POSIX_FADV_WILLNEED;
+        let _ = posix_fadvise(&self.file, at.cast_signed(), length.cast_signed(), will_need);
     }
 
     pub(crate) fn chunk(&self, number: u64) -> (Present, Entry) {
