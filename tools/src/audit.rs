@@ -33,8 +33,8 @@ struct VerifyArgs {
 }
 
 const LIMITS: &str = "\
-Each line has the hash (BLAKE3) of the line before, so that a line cannot be changed, taken out or moved without a trace.
-No secret goes into the hashes: whoever may write the file may make all of it anew, or take whole lines from its end.
+Each line has the hash (BLAKE3) of the line before, so that a line cannot be changed, taken out or moved without a trace. \
+No secret goes into the hashes: whoever may write the file may make all of it anew, or take whole lines from its end. \
 Keep the last line's hash elsewhere, and give it with --known, to find that out too.
 
 Exit status: 0 when it is as it was written, 1 when it is not, 2 when it cannot be read.";

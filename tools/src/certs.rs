@@ -45,7 +45,7 @@ Files, by the names that QEMU and GnuTLS's tools use; private keys can be read b
   server-cert.pem, server-key.pem    for destinations, which are TLS's servers
   client-cert.pem, client-key.pem    for sources, which are its clients
 
-The CA's private key is not kept, so there is no further certificate of it: for another name, make a new set for all hosts.
+The CA's private key is not kept, so there is no further certificate of it: for another name, make a new set for all hosts. \
 A folder of credentials may also hold ca-crl.pem, a revocation list.
 
 Examples:

@@ -59,9 +59,9 @@ Examples:
   One by itself, needing no other:
     switchover image merge checkpoints/checkpoint-000004.image --to guest.image
 
-The guest runs meanwhile, and stands still for a millisecond or less at each. The first one holds all of its memory, the others what it
-wrote since the one before; each can be restored as long as those that it is based on are there (`switchover image inspect` says which,
-and whose names they have). When the machine does not know what was written since the last one, because it is another process or its
+The guest runs meanwhile, and stands still for a millisecond or less at each. The first one holds all of its memory, the others what it \
+wrote since the one before; each can be restored as long as those that it is based on are there (`switchover image inspect` says which, \
+and whose names they have). When the machine does not know what was written since the last one, because it is another process or its \
 guest was moved, saved or measured since, the next one is a full one again. So is one after another that failed.
 
 The machine notes what its guest writes until it is saved or moved otherwise, also when this command has ended.

@@ -112,6 +112,21 @@ mod tests {
     }
 
     #[test]
+    fn help_is_broken_where_the_terminal_ends_and_nowhere_else() {
+        // Broken at 100 columns already, a longer line leaves the rest of it on a line of its own.
+        fn look_at(command: &clap::Command) {
+            let text = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            for (line, next) in text.lines().zip(text.lines().skip(1)) {
+                let goes_on = next.starts_with(|first: char| first.is_ascii_lowercase());
+                let is_example = line.starts_with(' ') && !line.contains(": ");
+                assert!(line.len() <= 100 || !(goes_on || is_example), "{}: {line}\n{next}", command.get_name());
+            }
+            command.get_subcommands().for_each(look_at);
+        }
+        look_at(&Cli::command());
+    }
+
+    #[test]
     fn bad_usage_is_told_apart_from_failure() {
         for arguments in [
             &["switchover"][..],

@@ -72,19 +72,19 @@ enum ImageCommand {
 }
 
 const VERIFY: &str = "\
-Everything in an image has a hash (BLAKE3), and those a root hash, which is printed. No secret goes into it: this finds damage,
+Everything in an image has a hash (BLAKE3), and those a root hash, which is printed. No secret goes into it: this finds damage, \
 not an image that somebody has made anew. Keep the root hash elsewhere to find that out too.
 
 Exit status: 0 when all are as they were written, 1 when one is not or cannot be read.";
 
 const MERGE: &str = "\
-Merged in its own place, the increment is based on what its base was based on, or on nothing; the base is needed for it no more, and
+Merged in its own place, the increment is based on what its base was based on, or on nothing; the base is needed for it no more, and \
 left where it is. Images that are based on the increment find it as before. What was there is replaced when the new one is whole.
 
 Exit status: 0 when it is merged, 1 when one of them is damaged or the image cannot be written.";
 
 const PRUNE: &str = "\
-Each of the oldest is merged into those that are based on it, and removed then. Whoever is killed in between leaves a series in which
+Each of the oldest is merged into those that are based on it, and removed then. Whoever is killed in between leaves a series in which \
 every checkpoint can be restored.
 
 Exit status: 0 when so many are left, 1 when one is damaged, or an image cannot be written or removed.";

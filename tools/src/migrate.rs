@@ -118,28 +118,30 @@ const EXAMPLES: &str = "\
 Examples:
   A guest here, a destination there, and the move:
     switchover run --kernel guest.elf --memory 512M --qmp unix:/tmp/source.qmp
-    switchover run --incoming tcp:0.0.0.0:4444 --memory 512M --qmp unix:/tmp/destination.qmp --tls-creds there/
-    switchover migrate --qmp unix:/tmp/source.qmp --to tcp:10.0.0.2:4444 --tls-creds here/ --tls-hostname there.example
-  Once the source has its --tls-creds it keeps them. Over a link that others use too, by pre-copy alone, standing still for
-  50 ms at most:
+    switchover run --incoming tcp:0.0.0.0:4444 --memory 512M \\
+      --qmp unix:/tmp/destination.qmp --tls-creds there/
+    switchover migrate --qmp unix:/tmp/source.qmp --to tcp:10.0.0.2:4444 \\
+      --tls-creds here/ --tls-hostname there.example
+  (Once the source has its --tls-creds it keeps them.)
+  Over a link that others use too, by pre-copy alone, standing still for 50 ms at most:
     switchover migrate --qmp unix:/tmp/source.qmp --to tcp:10.0.0.2:4444 \\
       --mode precopy --max-bandwidth 2Gbit --downtime-limit 50
   With a way back, by `switchover rollback`:
     switchover migrate --qmp unix:/tmp/source.qmp --to tcp:10.0.0.2:4444 --checkpoint before.image
   Over a fast link, on four connections:
     switchover migrate --qmp unix:/tmp/source.qmp --to tcp:10.0.0.2:4444 --channels 4
-  After a link was lost with the guest at the destination already, join it again; over another network, let the
-  destination listen there first:
+  After a link was lost with the guest at the destination already, join it again; over another
+  network, let the destination listen there first:
     switchover migrate --qmp unix:/tmp/destination.qmp --recover tcp:192.168.7.2:4445
     switchover migrate --qmp unix:/tmp/source.qmp --to tcp:192.168.7.2:4445 --resume
 
-A RATE is in bytes (500M: MiB a second) or in bits (10Gbit). What is not given stays as the machine has it; the defaults
+A RATE is in bytes (500M: MiB a second) or in bits (10Gbit). What is not given stays as the machine has it; the defaults \
 are no limits on bandwidth, --downtime-limit 300, --blackout 5, --time-budget 120, one channel, --compression adaptive.
 
-Ctrl-C cancels as long as the guest has not been handed over, and the guest goes on where it was. After that the
+Ctrl-C cancels as long as the guest has not been handed over, and the guest goes on where it was. After that the \
 guest is on the destination and only its memory is still following: Ctrl-C says so, and the move goes on.
 
-A link that is lost after that is told, with what to do next, and ends this command with status 1: the guest runs on at the
+A link that is lost after that is told, with what to do next, and ends this command with status 1: the guest runs on at the \
 destination with what has arrived, and both machines wait to be joined again.
 
 Exit status: 0 when all of the guest has arrived, 1 when not (stderr says why, and where the guest is), 2 for bad usage.";

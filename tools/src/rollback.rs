@@ -78,14 +78,14 @@ const EXAMPLES: &str = "\
 Examples:
   A move with a checkpoint before it:
     switchover migrate --qmp unix:/tmp/source.qmp --to tcp:10.0.0.2:4444 --checkpoint before.image
-  The guest does not get on with its new host: back to where it was before the move, in a new machine:
+  The guest does not get on with its new host: back to where it was, in a new machine:
     switchover run --incoming defer --memory 512M --qmp unix:/tmp/again.qmp
-    switchover rollback --checkpoint before.image --source unix:/tmp/source.qmp --destination unix:/tmp/destination.qmp \\
-      --into unix:/tmp/again.qmp
+    switchover rollback --checkpoint before.image --source unix:/tmp/source.qmp \\
+      --destination unix:/tmp/destination.qmp --into unix:/tmp/again.qmp
 
 The steps, each of them printed:
-  fence      the guest stands still on source and destination, and a migration between them is called off
-  verify     all of the checkpoint is read and compared with its hashes; if it is damaged, the guest goes on where it was
+  fence      the guest stands still at both, and a migration between them is called off
+  verify     the checkpoint is compared with its hashes; if it is damaged, the guest goes on
   stop       source and destination end
   restore    the guest of the checkpoint is loaded into the new machine, paused
   confirm    that machine has all of it, and the checkpoint is still the same
@@ -93,7 +93,7 @@ The steps, each of them printed:
   record     that this happened is recorded
   clean up   sockets that nobody listens on any more are removed, and the journal is closed
 
-What the guest did after the checkpoint is lost. If this command is killed, or fails, run it again: it goes on where it was. A machine that
+What the guest did after the checkpoint is lost. If this command is killed, or fails, run it again: it goes on where it was. A machine that \
 cannot be reached at first may still run the guest: see to it that it does not, then say --fenced.
 
 Exit status: 0 when the guest is back, 1 when not (stderr says why, and where it is), 2 for bad usage.";

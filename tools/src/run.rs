@@ -144,26 +144,29 @@ Examples:
     switchover run --kernel guest.elf --qmp unix:/tmp/source.qmp
     switchover run --incoming tcp:127.0.0.1:4444 --qmp unix:/tmp/destination.qmp
   The same for a guest that comes from another host, over TLS:
-    switchover run --incoming tcp:0.0.0.0:4444 --tls-creds /etc/switchover --qmp unix:/tmp/destination.qmp
-  Save a guest (see `switchover save --help`), and restore it later, here or on another host, with the same memory and vCPUs:
+    switchover run --incoming tcp:0.0.0.0:4444 --tls-creds /etc/switchover \\
+      --qmp unix:/tmp/destination.qmp
+  A guest that was saved (see `switchover save --help`), here or on another host:
     switchover run --restore guest.image --memory 512M --qmp unix:/tmp/source.qmp
   The same, running at once while its memory follows:
     switchover run --restore guest.image --lazy --memory 512M --qmp unix:/tmp/source.qmp
   A machine with the rights of a user that owns nothing else:
-    switchover run --incoming tcp:0.0.0.0:4444 --tls-creds /etc/switchover --qmp unix:/run/guest/qmp --user guest
+    switchover run --incoming tcp:0.0.0.0:4444 --tls-creds /etc/switchover \\
+      --qmp unix:/run/guest/qmp --user guest
   Talk to one by hand:
-    printf '%s\\n' '{\"execute\":\"qmp_capabilities\"}' '{\"execute\":\"query-status\"}' | nc -U -q1 /tmp/source.qmp
+    printf '%s\\n' '{\"execute\":\"qmp_capabilities\"}' '{\"execute\":\"query-status\"}' |
+      nc -U -q1 /tmp/source.qmp
 
-The machine ends when its guest ends it (port 0xf4, as QEMU's isa-debug-exit; the keyboard controller's reset; a triple
-fault), by QMP `quit`, or by Ctrl-C. A source whose guest has moved away stays, paused, until one of the last two. A guest that was
+The machine ends when its guest ends it (port 0xf4, as QEMU's isa-debug-exit; the keyboard controller's reset; a triple \
+fault), by QMP `quit`, or by Ctrl-C. A source whose guest has moved away stays, paused, until one of the last two. A guest that was \
 saved stays too, and QMP `cont` lets it go on.
 
-A restored guest goes on where it was when it was saved, and its clocks have gone on meanwhile, as if it had stood still. All of its
-memory is loaded and verified before it runs. An image that is damaged, or of a machine that does not match this one, is refused.
-With --lazy each part of its memory is verified before it is used; where one is damaged, the guest is stopped, and this process ends
+A restored guest goes on where it was when it was saved, and its clocks have gone on meanwhile, as if it had stood still. All of its \
+memory is loaded and verified before it runs. An image that is damaged, or of a machine that does not match this one, is refused. \
+With --lazy each part of its memory is verified before it is used; where one is damaged, the guest is stopped, and this process ends \
 with status 1. The image stays as it is, and must stay until all of it is loaded (`query-migrate` says `completed`).
 
-Exit status: 0 when the guest wrote 0 to port 0xf4 (QEMU would exit with 1), by `quit` and by Ctrl-C; 1 when the guest
+Exit status: 0 when the guest wrote 0 to port 0xf4 (QEMU would exit with 1), by `quit` and by Ctrl-C; 1 when the guest \
 wrote anything else, reset itself, or could not be run or received; 2 for bad usage.";
 
 /// Where a machine without a guest waits for one.

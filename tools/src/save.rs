@@ -41,9 +41,9 @@ Examples:
     printf '%s\\n' '{\"execute\":\"qmp_capabilities\"}' '{\"execute\":\"quit\"}' | nc -U -q1 /tmp/guest.qmp
     switchover run --restore guest.image --memory 512M --qmp unix:/tmp/guest.qmp
 
-The guest is paused, and stands still when it is saved: QMP `cont` lets it go on where it is. With --live it runs meanwhile: what it
-writes is written again, and it stands still for a moment only, mostly less than a millisecond; what it overwrites after that is put
-aside first, which slows it down until all is written. Of a guest that goes on here and is restored elsewhere there are two; see to it
+The guest is paused, and stands still when it is saved: QMP `cont` lets it go on where it is. With --live it runs meanwhile: what it \
+writes is written again, and it stands still for a moment only, mostly less than a millisecond; what it overwrites after that is put \
+aside first, which slows it down until all is written. Of a guest that goes on here and is restored elsewhere there are two; see to it \
 that they do not meet.
 
 The image holds all of the guest's memory, passwords and keys too, and is readable for its owner alone. `switchover image` looks at it.

@@ -130,7 +130,7 @@ pub struct SimulateArgs {
 }
 
 const EXAMPLES: &str = "\
-The cost of a migration is the guest-seconds lost and a tenth of the seconds in all. The oracle tries each end at every
+The cost of a migration is the guest-seconds lost and a tenth of the seconds in all. The oracle tries each end at every \
 sample (10 ms apart, and at each round's end) and knows what follows; the regret is how much dearer the monitor's end was.
 
 Examples:

@@ -116,37 +116,37 @@ pub struct BenchArgs {
 }
 
 const EXAMPLES: &str = "\
-Each run starts a source and a destination of this same program as processes of their own, lets the guest work, moves
-it, and checks every line that it printed: it is verified when no visit to any page found anything but what the guest
+Each run starts a source and a destination of this same program as processes of their own, lets the guest work, moves \
+it, and checks every line that it printed: it is verified when no visit to any page found anything but what the guest \
 had written there, on both sides, and no report is missing.
 
-Guests: random (writes pages chosen uniformly), sequential (writes them in order), hotset (90 % of the visits go to
+Guests: random (writes pages chosen uniformly), sequential (writes them in order), hotset (90 % of the visits go to \
 10 % of the pages), reader (reads, and writes 5 %), idle (sleeps between two writes), once (writes each page once).
 
 Examples:
-  A first look:                        switchover bench --quick
-  The reference case, ten times:       switchover bench --guest random --memory 512M --runs 10
-  Two vCPUs over a unix socket:        switchover bench --vcpus 2 --link unix
-  A small working set, paced:          switchover bench --append 'ws=32M pace=2000'
-  All modes over a slow link:          switchover bench --modes precopy,postcopy,hybrid --bandwidth 1G
-  The same, shaped by the kernel:      switchover bench --modes postcopy,hybrid --bandwidth 1G --link veth
-  Remote faults as the guest feels them: switchover bench --guest once --warmup 1 --hold-push 1.5 --append \
-                                           'gaps=fine pace=50000'
-  What TLS costs:                      switchover bench --tls --modes postcopy,hybrid
-  Is the hybrid the best of both:      switchover bench --matrix
-  Beside QEMU, ten runs of each mode:  switchover bench --peer qemu
-  Only what one asks about:            switchover bench --peer qemu --modes postcopy,postcopy-preempt
+  A first look:                    switchover bench --quick
+  The reference case, ten times:   switchover bench --guest random --memory 512M --runs 10
+  Two vCPUs over a unix socket:    switchover bench --vcpus 2 --link unix
+  A small working set, paced:      switchover bench --append 'ws=32M pace=2000'
+  All modes over a slow link:      switchover bench --modes precopy,postcopy,hybrid --bandwidth 1G
+  The same, shaped by the kernel:  switchover bench --bandwidth 1G --link veth
+  Remote faults as they are felt:  switchover bench --guest once --warmup 1 --hold-push 1.5 \\
+                                     --append 'gaps=fine pace=50000'
+  What TLS costs:                  switchover bench --tls --modes postcopy,hybrid
+  Is the hybrid the best of both:  switchover bench --matrix
+  Beside QEMU, ten runs a mode:    switchover bench --peer qemu
+  Only what one asks about:        switchover bench --peer qemu --modes postcopy,postcopy-preempt
 
-A bandwidth is held by the source (max-bandwidth before the handoff, max-postcopy-bandwidth after it, which does not bound
-the answers to faults); over --link veth by the kernel instead, for everything that either side sends.
+A bandwidth is held by the source (max-bandwidth before the handoff, max-postcopy-bandwidth after it, which does not bound \
+the answers to faults); over --link veth by the kernel instead, for everything that either side sends. \
 A pre-copy that cannot keep up with the guest ends without moving it: it did not converge, and its cost is infinite.
 
---peer qemu moves the same guest with the same memory and vCPUs over the same link between two processes of QEMU (8.0 or
-later) by its modes precopy, multifd, postcopy, postcopy-preempt and precopy-postcopy (0.6 s of pre-copy, then post-copy).
-The guest itself says how it fared, alike for both. All runs of one round are made in random order. It takes a quarter of an
+--peer qemu moves the same guest with the same memory and vCPUs over the same link between two processes of QEMU (8.0 or \
+later) by its modes precopy, multifd, postcopy, postcopy-preempt and precopy-postcopy (0.6 s of pre-copy, then post-copy). \
+The guest itself says how it fared, alike for both. All runs of one round are made in random order. It takes a quarter of an \
 hour.
 
-It writes report.html to look at, report.json (switchover.report/v1) with everything in it, and the fault latencies as
+It writes report.html to look at, report.json (switchover.report/v1) with everything in it, and the fault latencies as \
 *.hgrm and *.hlog for HdrHistogram's tools.
 
 Exit status: 0 when every run's guest memory was verified, 1 when not or when a run failed, 2 for bad usage.";

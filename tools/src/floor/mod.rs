@@ -74,11 +74,11 @@ pub struct FloorArgs {
 }
 
 const EXAMPLES: &str = "\
-Measure on an idle machine. F, a guest's fault plus a 4 KiB request and response, is the least that a guest can feel of a
-remote fault with that way of waiting; a pager's own figures leave out the way out of the guest and back. `switchover
+Measure on an idle machine. F, a guest's fault plus a 4 KiB request and response, is the least that a guest can feel of a \
+remote fault with that way of waiting; a pager's own figures leave out the way out of the guest and back. `switchover \
 bench` measures F before its runs and draws it into its latency plot.
 
-The loaded floor is the same beside a TCP stream of 64-page frames and a vCPU that works: what a fault can meet at best while
+The loaded floor is the same beside a TCP stream of 64-page frames and a vCPU that works: what a fault can meet at best while \
 memory is drained. The stream's own rate beside a busy vCPU is the yardstick for a drain.
 
 Examples:
