@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 
 use switchover_wire::types::{PAGE_SIZE, PageIndex};
 
-use crate::base::Base;
+use crate::base::{Base, MOST_LAYERS};
 use crate::crew::Tally;
 use crate::error::ImageError;
 use crate::folder::{FolderLock, is_one_file};
@@ -34,7 +34,7 @@ pub fn flatten(top: &Image, to: &Path, tally: &Tally) -> Result<Written, ImageEr
         which[place(page / 64)] |= 1 << (page % 64);
     }
     let writer = ImageWriter::create(to, top.pages(), Options::default())?;
-    write(top, writer, &which, tally)
+    write(top, MOST_LAYERS, writer, &which, tally)
 }
 
 /// Writes the differences of `top` to the image that its base is based on, in the place of `top`: nothing needs the base any more. Where
@@ -51,7 +51,7 @@ pub fn merge_with_base(_lock: &FolderLock, top: &Image, tally: &Tally) -> Result
     which.iter_mut().zip(base.own_words()).for_each(|(own, of_base)| *own |= of_base);
     let below = Base::at(below.path(), below.sections().moment()?)?;
     let writer = ImageWriter::create_on(below, top.path(), top.pages())?;
-    write(top, writer, &which, tally)
+    write(top, 2, writer, &which, tally)
 }
 
 /// Takes the oldest images of a series out, until `keep` are left, one at least: each is merged into those that are based on it before
@@ -63,24 +63,54 @@ pub fn merge_with_base(_lock: &FolderLock, top: &Image, tally: &Tally) -> Result
 /// all of it.
 pub fn prune(lock: &FolderLock, series: &mut Vec<PathBuf>, keep: usize, tally: &Tally) -> Result<(), ImageError> {
     while series.len() > keep.max(1) {
-        let (oldest, later) = (&series[0], &series[1..]);
-        let based_on_later = |image: Image| image.layers().skip(1).any(|layer| has(later, layer.path()));
-        if has(later, oldest) || Image::open(oldest).is_ok_and(based_on_later) {
-            let why = "it is there twice, or based on a later one of the series: name the oldest first";
-            return Err(ImageError::Series { path: oldest.clone(), why });
-        }
-        // Several, where one of them was merged before.
-        for path in later {
-            let image = Image::open(path)?;
-            if image.base().is_some_and(|base| is_one_file(&base.beside(path), oldest)) {
-                merge_with_base(lock, &image, tally)?;
-            }
-        }
-        fs::remove_file(oldest).map_err(ImageError::io("remove", oldest))?;
-        let folder = folder_of(oldest);
-        sync(folder).map_err(ImageError::io("make durable what was removed from", folder))?;
-        series.remove(0);
+        take_out(lock, series, 0, tally)?;
     }
+    Ok(())
+}
+
+/// The same for a series that grows, at less cost: the complete image that the others are based on may stay below the `keep` newest.
+/// Those above it are merged with each other, which writes what they hold and no more, until that has come to half of it; then it is
+/// merged, too, and goes.
+///
+/// # Errors
+/// As [`prune`].
+pub fn thin_out(lock: &FolderLock, series: &mut Vec<PathBuf>, keep: usize, tally: &Tally) -> Result<(), ImageError> {
+    let keep = keep.max(1);
+    while series.len() > keep {
+        let (oldest, second) = (&series[0], Image::open(&series[1])?);
+        let below = second.base().map(|base| base.beside(&series[1])).filter(|base| is_one_file(base, oldest));
+        let small = below.is_some_and(|_| {
+            let full = Image::open(oldest).map_or(0, |image| image.stored_bytes());
+            second.stored_bytes() < full / 2
+        });
+        match (small, series.len() > keep + 1) {
+            (true, true) => take_out(lock, series, 1, tally)?,
+            (true, false) => break,
+            (false, _) => take_out(lock, series, 0, tally)?,
+        }
+    }
+    Ok(())
+}
+
+/// Takes an image out of a series: merges it into those that are based on it, and removes it.
+fn take_out(lock: &FolderLock, series: &mut Vec<PathBuf>, at: usize, tally: &Tally) -> Result<(), ImageError> {
+    let (gone, later) = (&series[at], &series[at + 1..]);
+    let based_on_later = |image: Image| image.layers().skip(1).any(|layer| has(later, layer.path()));
+    if has(later, gone) || Image::open(gone).is_ok_and(based_on_later) {
+        let why = "it is there twice, or based on a later one of the series: name the oldest first";
+        return Err(ImageError::Series { path: gone.clone(), why });
+    }
+    // Several, where one of them was merged before.
+    for path in later {
+        let image = Image::open(path)?;
+        if image.base().is_some_and(|base| is_one_file(&base.beside(path), gone)) {
+            merge_with_base(lock, &image, tally)?;
+        }
+    }
+    fs::remove_file(gone).map_err(ImageError::io("remove", gone))?;
+    let folder = folder_of(gone);
+    sync(folder).map_err(ImageError::io("make durable what was removed from", folder))?;
+    series.remove(at);
     Ok(())
 }
 
@@ -88,24 +118,34 @@ fn has(series: &[PathBuf], path: &Path) -> bool {
     series.iter().any(|other| is_one_file(other, path))
 }
 
-/// Writes those pages of `top` that have a bit in `which`.
-fn write(top: &Image, writer: ImageWriter, which: &[u64], tally: &Tally) -> Result<Written, ImageError> {
-    // A thread takes one, or makes one, and puts it back.
-    let readers: Mutex<Vec<ChunkReader<'_>>> = Mutex::default();
-    let taken = || readers.lock().unwrap_or_else(PoisonError::into_inner).pop();
+/// Writes those pages of `top` that have a bit in `which`, all of which its topmost `layers` say what they are.
+fn write(top: &Image, layers: usize, writer: ImageWriter, which: &[u64], tally: &Tally) -> Result<Written, ImageError> {
+    // A thread takes one, or makes one, and puts it back: that which has read the chunk already, as its pages are asked for stretch by
+    // stretch.
+    let readers: Mutex<Vec<(u64, ChunkReader<'_>)>> = Mutex::default();
+    let held = || readers.lock().unwrap_or_else(PoisonError::into_inner);
+    let read_by = |number: u64| -> Result<ChunkReader<'_>, ImageError> {
+        let mut idle = held();
+        if let Some(at) = idle.iter().position(|(has, _)| *has == number) {
+            return Ok(idle.swap_remove(at).1);
+        }
+        let other = idle.pop();
+        drop(idle);
+        let mut reader = other.map_or_else(|| top.reader_of(layers), |(_, reader)| Ok(reader))?;
+        reader.read(number)?;
+        Ok(reader)
+    };
     let read = |first: PageIndex, bytes: &mut [u8]| {
-        let mut reader = match taken() {
-            Some(reader) => reader,
-            None => top.reader().map_err(io::Error::other)?,
-        };
-        let chunk = reader.read(first.0 / CHUNK_PAGES as u64).map_err(io::Error::other)?;
+        let number = first.0 / CHUNK_PAGES as u64;
+        let reader = read_by(number).map_err(io::Error::other)?;
+        let chunk = reader.again(number);
         for (page, bytes) in (first.0..).map(PageIndex).zip(bytes.chunks_exact_mut(PAGE_SIZE)) {
             match chunk.page(page) {
                 Some(page) => bytes.copy_from_slice(page),
                 None => bytes.fill(0),
             }
         }
-        readers.lock().unwrap_or_else(PoisonError::into_inner).push(reader);
+        held().push((number, reader));
         Ok(())
     };
     let nothing = |_: PageIndex, _: &[u64]| Ok(());

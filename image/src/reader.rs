@@ -281,8 +281,14 @@ impl Image {
     /// # Errors
     /// When there is no memory for it.
     pub fn reader(&self) -> Result<ChunkReader<'_>, ImageError> {
+        self.reader_of(MOST_LAYERS)
+    }
+
+    /// The same for the topmost `layers` alone: of pages that none of them says what they are, it reads nothing, and gives out anything.
+    pub(crate) fn reader_of(&self, layers: usize) -> Result<ChunkReader<'_>, ImageError> {
         let chunk = ChunkBuffer::new().map_err(ImageError::io("get memory to read", &self.path))?;
-        let below = self.layer.as_ref().map(|layer| layer.below.reader().map(Box::new)).transpose()?;
+        let below = self.layer.as_ref().filter(|_| layers > 1);
+        let below = below.map(|layer| layer.below.reader_of(layers - 1).map(Box::new)).transpose()?;
         Ok(ChunkReader { image: self, chunk, stored: Vec::new(), unpacked: Vec::new(), below })
     }
 
@@ -419,8 +425,14 @@ impl ChunkReader<'_> {
                 self.chunk.bytes_mut()[run.clone()].copy_from_slice(&lower.bytes[run]);
             }
         }
+        Ok(self.again(number))
+    }
+
+    /// Chunk `number`, which is the one that was [read](Self::read) last.
+    pub(crate) fn again(&self, number: u64) -> ReadChunk<'_> {
+        let image = self.image;
         let first = first_of(number, image.header.pages);
-        Ok(ReadChunk { first, present: image.present(number), bytes: self.chunk.bytes() })
+        ReadChunk { first, present: image.present(number), bytes: self.chunk.bytes() }
     }
 
     /// Reads what the file itself has of chunk `number`, and compares it with its hash.

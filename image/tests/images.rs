@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use switchover_image::base::Base;
 use switchover_image::error::ImageError;
 use switchover_image::folder::FolderLock;
-use switchover_image::merge::{flatten, merge_with_base, prune};
+use switchover_image::merge::{flatten, merge_with_base, prune, thin_out};
 use switchover_image::reader::Image;
 use switchover_image::sections::{Origin, Sections};
 use switchover_image::working_set::{WorkingSet, WorkingSetError, page_hash};
@@ -312,8 +312,13 @@ impl Series {
 
     /// Every image from number `first` on is whole, and holds what memory was.
     fn check_from(&self, first: usize) {
+        self.check_all(&self.paths[first..]);
+    }
+
+    /// Whether each of these is what it was when it was taken.
+    fn check_all(&self, paths: &[PathBuf]) {
         let pages = self.ram.pages();
-        for (path, moment) in self.paths.iter().zip(&self.moments).skip(first) {
+        for (path, moment) in self.paths.iter().zip(&self.moments).filter(|(path, _)| paths.contains(path)) {
             check(path).unwrap();
             let (image, there) = (Image::open(path).unwrap(), Ram::new(pages).unwrap());
             image.load(there.file(), &Tally::default()).unwrap();
@@ -407,6 +412,45 @@ fn a_chain_ends_before_it_could_not_be_opened() {
 }
 
 #[test]
+fn a_series_that_grows_is_thinned_out_without_writing_its_base_again() {
+    let mut series = Series::new(64);
+    let all: Vec<_> = (0..40).map(|page| (page, 1)).collect();
+    series.take(&all, true);
+    let base = |path: &Path| Image::open(path).unwrap().base().map(|base| base.name.clone());
+    let mut left = series.paths.clone();
+    for step in 1..12_u64 {
+        series.take(&[(step % 4, 2 + u8::try_from(step).unwrap())], false);
+        left.push(series.paths.last().unwrap().clone());
+        thin_out(&series.lock(), &mut left, 3, &Tally::default()).unwrap();
+        // The base, and the newest above it.
+        let newest = series.paths.len().saturating_sub(3).max(1);
+        let expected: Vec<_> = [&series.paths[..1], &series.paths[newest..]].concat();
+        assert_eq!(left, expected, "step {step}");
+        assert_eq!(base(&left[1]).as_deref(), Some("0.image"));
+        series.check_all(&left);
+    }
+    // What is above it has come to half of it: it goes.
+    let many: Vec<_> = (0..30).map(|page| (page, 99)).collect();
+    for (step, writes) in [&many[..], &[(1, 7)], &[(2, 7)], &[(3, 7)]].into_iter().enumerate() {
+        series.take(writes, false);
+        left.push(series.paths.last().unwrap().clone());
+        thin_out(&series.lock(), &mut left, 3, &Tally::default()).unwrap();
+        series.check_all(&left);
+        assert_eq!(left.len(), if step == 2 { 3 } else { 4 }, "step {step}");
+    }
+    assert_eq!((base(&left[0]), series.paths[0].exists()), (None, false));
+    // A full one comes, as from another process: what it is not based on goes in its time.
+    series.take(&[(5, 5)], true);
+    for page in 0..3 {
+        series.take(&[(page, 6)], false);
+    }
+    left.extend_from_slice(&series.paths[series.paths.len() - 4..]);
+    thin_out(&series.lock(), &mut left, 3, &Tally::default()).unwrap();
+    assert_eq!(left, series.paths[series.paths.len() - 4..]);
+    series.check_all(&left);
+}
+
+#[test]
 fn a_series_is_known_by_its_files_and_taken_in_its_order() {
     let mut series = Series::new(64);
     series.take(&[(0, 1)], true);
@@ -481,6 +525,7 @@ proptest! {
         steps in prop::collection::vec((prop::collection::vec((0..600_u64, 0..3_u8), 0..12), prop::bool::weighted(0.2)), 1..8),
         keep in 1..5_usize,
         merged in 0..8_usize,
+        thinly: bool,
     ) {
         let mut series = Series::new(pages);
         for (writes, whole) in steps {
@@ -493,6 +538,12 @@ proptest! {
             series.check_from(0);
         }
         let mut left = series.paths.clone();
+        if thinly {
+            thin_out(&series.lock(), &mut left, keep, &Tally::default()).unwrap();
+            prop_assert!(left.len() <= keep.min(series.paths.len()) + 1);
+            prop_assert_eq!(series.paths.iter().filter(|path| path.exists()).count(), left.len());
+            series.check_all(&left);
+        }
         prune(&series.lock(), &mut left, keep, &Tally::default()).unwrap();
         let first = series.paths.len() - left.len();
         prop_assert_eq!(left.len(), keep.min(series.paths.len()));

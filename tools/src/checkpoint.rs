@@ -12,7 +12,7 @@ use indicatif::{BinaryBytes, HumanCount};
 use serde_json::{Value, json};
 use switchover_image::Tally;
 use switchover_image::folder::FolderLock;
-use switchover_image::merge::prune;
+use switchover_image::merge;
 use switchover_runtime::qmp::endpoint::Endpoint;
 
 use crate::failure::{Failure, say};
@@ -41,7 +41,7 @@ pub struct CheckpointArgs {
     #[arg(long, value_name = "TIME", default_value = "10s")]
     every: Interval,
 
-    /// So many are kept, the newest; older ones are merged into them
+    /// So many are kept, the newest; older ones are merged into them. The complete one that they are based on may stay below them
     #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u8).range(1..=48))]
     keep: u8,
 
@@ -115,7 +115,7 @@ pub fn main(args: &CheckpointArgs) -> Result<(), Failure> {
             Ok(line) => {
                 taken += 1;
                 let _ = std::io::stdout().lock().write_all(line.as_bytes());
-                last = thin_out(&lock, args.keep);
+                last = keep_newest(&lock, args.keep);
             }
             // The machine has gone: there is nothing to go on with.
             Err(Trouble::Gone(failure)) => return Err(failure),
@@ -222,10 +222,10 @@ fn series(folder: &Path) -> Result<Vec<(u64, PathBuf)>, Failure> {
     Ok(found)
 }
 
-/// Keeps the newest ones.
-fn thin_out(lock: &FolderLock, keep: u8) -> Result<(), Failure> {
+/// Keeps the newest ones, and perhaps the one that they are based on.
+fn keep_newest(lock: &FolderLock, keep: u8) -> Result<(), Failure> {
     let mut series: Vec<_> = series(lock.folder())?.into_iter().map(|(_, path)| path).collect();
-    prune(lock, &mut series, keep.into(), &Tally::default())
+    merge::thin_out(lock, &mut series, keep.into(), &Tally::default())
         .map_err(|error| Failure::failed(format_args!("older checkpoints stay: {error}")))
 }
 

@@ -82,21 +82,25 @@ fn a_guest_goes_on_from_each_checkpoint_of_a_series() {
     let told = take(&machine, &folder, 4, 6);
     assert!(told[0].contains(": all of the guest"), "{told:?}");
     assert!(told[1..].iter().all(|line| line.contains(": what was written since the last one")), "{told:?}");
-    // The next command goes on with it, and lets the oldest go.
-    let more = take(&machine, &folder, 1, 4);
+    // The next command goes on with it, and lets older ones go, but perhaps for the one that all are based on.
+    let more = take(&machine, &folder, 1, 3);
     assert!(more[0].contains("checkpoint-000005.image: what was written since"), "{more:?}");
     let names: Vec<_> =
         images(&folder).iter().map(|path| path.file_name().unwrap().to_str().unwrap().to_owned()).collect();
-    assert_eq!(names, [2, 3, 4, 5].map(|number| format!("checkpoint-{number:06}.image")));
+    let newest = [3, 4, 5].map(|number| format!("checkpoint-{number:06}.image"));
+    assert!(names == newest || names == [&["checkpoint-000001.image".to_owned()], &newest[..]].concat(), "{names:?}");
+    let pruned = images(&folder).iter().map(|path| path.to_str().unwrap().to_owned()).collect::<Vec<_>>();
+    let pruned = switchover(&[vec!["image".to_owned(), "prune".to_owned(), "--keep=3".to_owned()], pruned].concat());
+    assert_eq!((pruned.status, images(&folder).len()), (Some(0), 3), "{pruned:?}");
     journey.works_on(1);
     for image in images(&folder) {
         restore(&lab, &spec, &image).quit();
     }
     let inspected = switchover(&["image", "inspect", images(&folder)[1].to_str().unwrap()]).stdout;
-    assert!(inspected.contains("checkpoint-000002.image, whose differences it holds"), "{inspected}");
+    assert!(inspected.contains("checkpoint-000003.image, whose differences it holds"), "{inspected}");
     // One by itself.
     let flat = lab.path("flat.image");
-    let merged = switchover(&["image", "merge", images(&folder)[3].to_str().unwrap(), "--to", flat.to_str().unwrap()]);
+    let merged = switchover(&["image", "merge", images(&folder)[2].to_str().unwrap(), "--to", flat.to_str().unwrap()]);
     assert_eq!(merged.status, Some(0), "{merged:?}");
     fs::remove_dir_all(&folder).unwrap();
     restore(&lab, &spec, &flat).quit();
@@ -198,7 +202,7 @@ fn whoever_is_killed_while_there_are_checkpoints_leaves_them_whole() {
     }
     take(&machine, &folder, 1, 2);
     let left: Vec<_> = images(&folder).into_iter().filter(|path| whole(path)).collect();
-    assert_eq!(left.len(), 2);
+    assert!(left.len() == 2 || left.len() == 3, "two, and perhaps what they are based on: {left:?}");
     left.iter().for_each(|image| restore(&lab, &spec, image).quit());
     machine.quit();
     lab.close();
