@@ -33,6 +33,7 @@ mod crew;
 pub mod error;
 pub mod folder;
 pub mod layout;
+mod leaves;
 pub mod merge;
 mod partial;
 pub mod reader;

@@ -13,10 +13,11 @@ use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64, PageCount, PageIndex};
 
 use crate::base::Base;
 use crate::buffer::ChunkBuffer;
-use crate::chunk::{Encoding, Entry, Present, count_of, first_of, place_of};
+use crate::chunk::{Encoding, Entry, Hash, Present, count_of, first_of, place_of};
 use crate::crew::{Tally, share_out, threads_for};
 use crate::error::ImageError;
 use crate::layout::{CHUNK_LEN, CHUNK_PAGES, Header, INCREMENT, MEMORY_OFFSET, MOST_PAGES, PACKED};
+use crate::leaves::Leaves;
 use crate::partial::Partial;
 use crate::sections::Sections;
 
@@ -50,7 +51,7 @@ pub struct ImageWriter {
 }
 
 /// What has been written of a chunk.
-#[derive(Clone, Copy, Default)]
+#[derive(Default)]
 struct Slot {
     present: Present,
     /// Pages that were written, as zeros or otherwise.
@@ -60,6 +61,8 @@ struct Slot {
     entry: Entry,
     /// Pages of it were written again, and the entry is of those before.
     stale: bool,
+    /// Where pages of it may be written again: what its hash is made of, unless they have moved since.
+    leaves: Option<Box<Leaves>>,
 }
 
 /// Called with the first page of a chunk and bits for some of its pages, before these are read.
@@ -137,7 +140,7 @@ impl ImageWriter {
     /// # Errors
     /// When memory cannot be read or the file not be written, or it is called off.
     pub fn write_memory(&self, memory: &File, tally: &Tally) -> Result<(), ImageError> {
-        self.write_moving(memory, &|_, _| Ok(()), tally)
+        self.write_all(memory, &|_, _| Ok(()), false, tally)
     }
 
     /// The same of memory that changes meanwhile. What is written to a page after `before` was called for it has to be written
@@ -146,10 +149,14 @@ impl ImageWriter {
     /// # Errors
     /// As [`write_memory`](Self::write_memory), and those of `before`.
     pub fn write_moving(&self, memory: &File, before: BeforeRead<'_>, tally: &Tally) -> Result<(), ImageError> {
+        self.write_all(memory, before, true, tally)
+    }
+
+    fn write_all(&self, memory: &File, before: BeforeRead<'_>, moving: bool, tally: &Tally) -> Result<(), ImageError> {
         let chunks = self.slots.len() as u64;
         let work = |tool: &mut Tool<'_>, number| {
             before(first_of(number, self.pages), &[u64::MAX; CHUNK_PAGES / 64])?;
-            self.write_chunk(tool, number, tally)
+            self.write_chunk(tool, number, moving, tally)
         };
         share_out(threads_for(chunks), chunks, tally, || self.tool(memory), work)
     }
@@ -179,29 +186,42 @@ impl ImageWriter {
         share_out(threads_for(chunks), chunks, tally, || self.tool(self.partial.file()), work)
     }
 
-    /// Hashes the chunks anew in which pages were written again. To be called when nothing will be any more.
+    /// Hashes the chunks anew in which pages were written again, reading those whose pages have moved. To be called when nothing will be
+    /// written any more.
     ///
     /// # Errors
     /// When the file cannot be read.
     pub fn settle(&self, tally: &Tally) -> Result<(), ImageError> {
         let chunks = self.slots.len() as u64;
         let work = |tool: &mut Tool<'_>, number| {
-            let Some(mut slot) = self.slot(number).filter(|slot| slot.stale) else { return Ok(()) };
-            let (file, at) = (self.partial.file(), place_of(number, self.pages));
-            let bytes = tool.chunk.bytes_mut();
-            for run in slot.present.byte_runs(1) {
-                let read = file.read_exact_at(&mut bytes[run.clone()], at + run.start as u64);
-                read.map_err(ImageError::io("read back", self.partial.path()))?;
+            let Some(slot) = self.slot(number) else { return Ok(()) };
+            let mut slot = lock(slot);
+            if !slot.stale {
+                return Ok(());
             }
+            let hash = match slot.leaves.take().and_then(|leaves| leaves.hash()) {
+                Some(hash) => hash,
+                None => self.hash_written(tool, number, slot.present)?,
+            };
             slot.stale = false;
             slot.entry = match slot.present.is_empty() {
                 true => Entry::default(),
-                false => Entry::in_place(number, self.pages, slot.present.hash(bytes)),
+                false => Entry::in_place(number, self.pages, hash),
             };
-            self.set_slot(number, slot);
             Ok(())
         };
         share_out(threads_for(chunks), chunks, tally, || self.tool(self.partial.file()), work)
+    }
+
+    /// The hash of a chunk's pages as they are in the file.
+    fn hash_written(&self, tool: &mut Tool<'_>, number: u64, present: Present) -> Result<Hash, ImageError> {
+        let (file, at) = (self.partial.file(), place_of(number, self.pages));
+        let bytes = tool.chunk.bytes_mut();
+        for run in present.byte_runs(1) {
+            let read = file.read_exact_at(&mut bytes[run.clone()], at + run.start as u64);
+            read.map_err(ImageError::io("read back", self.partial.path()))?;
+        }
+        Ok(present.hash(bytes))
     }
 
     /// Writes the tables and the header, makes all of it durable and gives it its name.
@@ -214,7 +234,8 @@ impl ImageWriter {
             if self.packed { self.end.load(Ordering::SeqCst) - MEMORY_OFFSET } else { self.pages * PAGE_SIZE_U64 };
         let (mut bitmap, mut owned, mut index, mut present, mut stored) = (Vec::new(), Vec::new(), Vec::new(), 0, 0);
         for slot in &self.slots {
-            let Slot { present: pages, own, entry, .. } = *lock(slot);
+            let slot = lock(slot);
+            let (pages, own, entry) = (slot.present, slot.own, &slot.entry);
             bitmap.extend(pages.0.into_iter().flat_map(u64::to_le_bytes));
             owned.extend(own.0.into_iter().flat_map(u64::to_le_bytes));
             index.extend(entry.encode());
@@ -262,7 +283,7 @@ impl ImageWriter {
         self.partial.path().to_owned()
     }
 
-    fn write_chunk(&self, tool: &mut Tool<'_>, number: u64, tally: &Tally) -> Result<(), ImageError> {
+    fn write_chunk(&self, tool: &mut Tool<'_>, number: u64, moving: bool, tally: &Tally) -> Result<(), ImageError> {
         let (first, count) = (first_of(number, self.pages), count_of(number, self.pages));
         let present = if tool.holes.run_from(first).0 >= count as u64 {
             Present::default()
@@ -272,15 +293,19 @@ impl ImageWriter {
             read.map_err(|source| ImageError::Memory { attempted: "read", page: first, source })?;
             Present::of(bytes, 0..count)
         };
+        let mut leaves = None;
         let (entry, bytes) = if present.is_empty() {
             (Entry::default(), 0)
         } else if self.packed {
             self.pack(tool, present)?
         } else {
-            self.write_in_place(tool.chunk.bytes(), number, present)?
+            let chunk = tool.chunk.bytes();
+            leaves = moving.then(|| Leaves::of(present, chunk));
+            let hash = leaves.as_ref().and_then(|leaves| leaves.hash()).unwrap_or_else(|| present.hash(chunk));
+            self.write_in_place(chunk, number, present, hash)?
         };
         let own = Present::first(count);
-        self.set_slot(number, Slot { present, own, touched: present, entry, stale: false });
+        self.set_slot(number, Slot { present, own, touched: present, entry, stale: false, leaves });
         tally.note(count - present.count(), present.count(), bytes);
         Ok(())
     }
@@ -293,7 +318,9 @@ impl ImageWriter {
         read: ReadPages<'_>,
         tally: &Tally,
     ) -> Result<(), ImageError> {
-        let Some(mut slot) = self.slot(number) else { return Ok(()) };
+        // One thread at a time has a chunk.
+        let Some(slot) = self.slot(number) else { return Ok(()) };
+        let mut slot = lock(slot);
         let chunk_first = first_of(number, self.pages);
         let bytes = tool.chunk.bytes_mut();
         let mut to_write = Present::default();
@@ -327,23 +354,30 @@ impl ImageWriter {
             written += run.len();
         }
         slot.stale = true;
-        self.set_slot(number, slot);
+        slot.leaves = Leaves::rewritten(slot.leaves.take(), slot.present, asked, bytes);
+        drop(slot);
         tally.note(0, 0, written);
         Ok(())
     }
 
-    fn slot(&self, number: u64) -> Option<Slot> {
-        usize::try_from(number).ok().and_then(|number| self.slots.get(number)).map(|slot| *lock(slot))
+    fn slot(&self, number: u64) -> Option<&Mutex<Slot>> {
+        usize::try_from(number).ok().and_then(|number| self.slots.get(number))
     }
 
     fn set_slot(&self, number: u64, slot: Slot) {
-        if let Some(place) = usize::try_from(number).ok().and_then(|number| self.slots.get(number)) {
+        if let Some(place) = self.slot(number) {
             *lock(place) = slot;
         }
     }
 
-    fn write_in_place(&self, chunk: &[u8], number: u64, present: Present) -> Result<(Entry, usize), ImageError> {
-        let entry = Entry::in_place(number, self.pages, present.hash(chunk));
+    fn write_in_place(
+        &self,
+        chunk: &[u8],
+        number: u64,
+        present: Present,
+        hash: Hash,
+    ) -> Result<(Entry, usize), ImageError> {
+        let entry = Entry::in_place(number, self.pages, hash);
         let mut written = 0;
         for run in present.byte_runs(GAP) {
             self.write_run(&chunk[run.clone()], entry.offset + run.start as u64)?;
