@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::error::ImageError;
@@ -25,7 +26,19 @@ impl FolderLock {
     /// # Errors
     /// When there is no such folder, or it cannot be locked.
     pub fn exclusive(image: &Path) -> Result<Self, ImageError> {
-        Self::take(image, FlockArg::LockExclusive)
+        Self::take(image, FlockArg::LockExclusive).map_err(|(error, _)| error)
+    }
+
+    /// The same at once, or `None` while somebody else has it.
+    ///
+    /// # Errors
+    /// As [`exclusive`](Self::exclusive).
+    pub fn try_exclusive(image: &Path) -> Result<Option<Self>, ImageError> {
+        match Self::take(image, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(lock)),
+            Err((_, Some(Errno::EWOULDBLOCK))) => Ok(None),
+            Err((error, _)) => Err(error),
+        }
     }
 
     /// Waits until nobody changes what is in the folder of `image`: it stays so, for everybody who only wants that.
@@ -33,7 +46,7 @@ impl FolderLock {
     /// # Errors
     /// As [`exclusive`](Self::exclusive).
     pub fn shared(image: &Path) -> Result<Self, ImageError> {
-        Self::take(image, FlockArg::LockShared)
+        Self::take(image, FlockArg::LockShared).map_err(|(error, _)| error)
     }
 
     /// The folder.
@@ -42,10 +55,12 @@ impl FolderLock {
         &self.folder
     }
 
-    fn take(image: &Path, how: FlockArg) -> Result<Self, ImageError> {
+    /// On failure with what the lock itself was refused for.
+    fn take(image: &Path, how: FlockArg) -> Result<Self, (ImageError, Option<Errno>)> {
         let folder = folder_of(image);
-        let locked = File::open(folder).map_err(ImageError::io("open the folder", folder))?;
-        let file = Flock::lock(locked, how).map_err(|(_, errno)| ImageError::io("lock", folder)(errno.into()))?;
+        let opened = File::open(folder).map_err(|error| (ImageError::io("open the folder", folder)(error), None))?;
+        let file = Flock::lock(opened, how)
+            .map_err(|(_, errno)| (ImageError::io("lock", folder)(errno.into()), Some(errno)))?;
         Ok(Self { _file: file, folder: folder.to_owned() })
     }
 }

@@ -483,6 +483,7 @@ fn a_locked_folder_is_waited_for() {
     let folder = folder();
     let image = folder.path().join("any");
     let all = [FolderLock::shared(&image).unwrap(), FolderLock::shared(&image).unwrap()];
+    assert!(FolderLock::try_exclusive(&image).unwrap().is_none());
     let waiting = std::thread::spawn(move || FolderLock::exclusive(&image).unwrap().folder().to_owned());
     std::thread::sleep(std::time::Duration::from_millis(50));
     assert!(!waiting.is_finished());

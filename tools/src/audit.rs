@@ -64,6 +64,12 @@ pub fn main(args: &AuditArgs) -> Result<(), Failure> {
         ))
     })?;
     let verdict = verify(&log, known.as_deref());
+    if verdict.records == 0 {
+        return Err(Failure::failed(format_args!(
+            "there is no record in {} that could be read: is it the file of `run --audit`?",
+            file.display()
+        )));
+    }
     for Finding { line, reason } in &verdict.problems {
         println!("line {line} {reason}");
     }
@@ -74,9 +80,6 @@ pub fn main(args: &AuditArgs) -> Result<(), Failure> {
         println!("{} records, the last is {seq}, its hash {hash}", verdict.records);
     }
     match verdict.problems.len() {
-        0 if verdict.records == 0 => {
-            Err(Failure::failed(format_args!("the audit log {} holds no record", file.display())))
-        }
         0 => Ok(()),
         count => Err(Failure::failed(format_args!(
             "the audit log {} is not as it was written: {count} {}; keep it as it is for whoever looks into it",

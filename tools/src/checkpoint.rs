@@ -17,6 +17,7 @@ use switchover_runtime::qmp::endpoint::Endpoint;
 
 use crate::failure::{Failure, say};
 use crate::migrate::{connect, error_of, has_come_to_rest, watch};
+use crate::paths::absolute;
 use crate::qmp_client::{QmpClient, QmpError};
 use crate::signals::EndRequests;
 
@@ -101,7 +102,7 @@ impl FromStr for Interval {
 /// When the machine cannot be reached, or none could be taken.
 pub fn main(args: &CheckpointArgs) -> Result<(), Failure> {
     let ends = EndRequests::take(|_| ())?;
-    let folder = std::path::absolute(&args.to).unwrap_or_else(|_| args.to.clone());
+    let folder = absolute(&args.to);
     fs::create_dir_all(&folder)
         .map_err(|error| Failure::failed(format_args!("cannot make the folder {}: {error}", folder.display())))?;
     let mut machine = connect(args.qmp.path())?;
@@ -110,7 +111,7 @@ pub fn main(args: &CheckpointArgs) -> Result<(), Failure> {
         let begun = Instant::now();
         tried += 1;
         // Whoever merges by hand, or returns to one of these, has the folder for itself meanwhile; and so has this.
-        let lock = FolderLock::exclusive(&folder.join(PREFIX)).map_err(Failure::failed)?;
+        let Some(lock) = lock(&folder, &ends)? else { break };
         match take(&mut machine, &folder, &ends) {
             Ok(line) => {
                 taken += 1;
@@ -135,6 +136,22 @@ pub fn main(args: &CheckpointArgs) -> Result<(), Failure> {
         _ if taken == 0 => Err(Failure::failed("it was ended before there was a checkpoint")),
         _ => Ok(()),
     }
+}
+
+/// The folder for this command alone; `None` where it was to end before somebody else let it go.
+fn lock(folder: &Path, ends: &EndRequests) -> Result<Option<FolderLock>, Failure> {
+    let mut told = false;
+    while ends.count() == 0 {
+        if let Some(lock) = FolderLock::try_exclusive(&folder.join(PREFIX)).map_err(Failure::failed)? {
+            return Ok(Some(lock));
+        }
+        if !told {
+            say(format_args!("somebody else is at the images in {}: waiting", folder.display()));
+        }
+        told = true;
+        thread::sleep(LOOK);
+    }
+    Ok(None)
 }
 
 /// Why there is no checkpoint.

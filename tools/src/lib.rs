@@ -31,6 +31,7 @@ pub mod floor;
 pub mod guests;
 pub mod image;
 pub mod migrate;
+mod paths;
 pub mod qmp_client;
 pub mod rng;
 pub mod rollback;

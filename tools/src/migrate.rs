@@ -15,6 +15,7 @@ use switchover_runtime::qmp::endpoint::Endpoint;
 use switchover_wire::address::Address;
 
 use crate::failure::{Failure, say};
+use crate::paths::absolute;
 use crate::qmp_client::{QmpClient, QmpError};
 use crate::save;
 use crate::signals::EndRequests;
@@ -194,7 +195,7 @@ impl MigrateArgs {
             ("multifd-channels", self.channels.map(Value::from)),
             ("x-switchover-compression", name(self.compression.and_then(|value| value.to_possible_value()))),
         ];
-        let folder = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        let folder = |path: &PathBuf| absolute(path);
         let all = all.into_iter().chain([
             ("tls-creds", self.tls_creds.as_ref().map(|path| json!(folder(path)))),
             ("tls-hostname", self.tls_hostname.as_ref().map(|name| json!(name))),

@@ -16,7 +16,7 @@ mod journal;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -32,10 +32,13 @@ use self::held::Held;
 use self::journal::{Journal, Stage, Step, Subject};
 use crate::failure::{Failure, say};
 use crate::image::inspect;
+use crate::paths::absolute;
 use crate::qmp_client::{QmpClient, QmpError};
 
 /// How long a machine has to answer, to stand still, or to end.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the new machine may still take to start.
+const START: Duration = Duration::from_secs(2);
 /// How long a socket is tried where nobody may be any more.
 const KNOCK: Duration = Duration::from_millis(100);
 const LOOK: Duration = Duration::from_millis(10);
@@ -128,7 +131,7 @@ struct Rollback {
 /// # Errors
 /// When it is not back.
 pub fn main(args: &RollbackArgs) -> Result<(), Failure> {
-    let checkpoint = std::path::absolute(&args.checkpoint).unwrap_or_else(|_| args.checkpoint.clone());
+    let checkpoint = absolute(&args.checkpoint);
     let sockets = [args.source.path(), args.destination.path(), args.into.path()];
     if sockets[0] == sockets[1] || sockets[2] == sockets[0] || sockets[2] == sockets[1] {
         return Err(Failure::usage("--source, --destination and --into are three machines, with three sockets"));
@@ -138,7 +141,6 @@ pub fn main(args: &RollbackArgs) -> Result<(), Failure> {
         Failure::usage("--checkpoint has a name that QMP cannot tell: it is no text, or has `,offset=` in it")
     })?;
     // By names that do not depend on where this is run.
-    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     let [source, destination, into] = sockets.map(absolute);
     let held = Held::take([&source, &destination, &into])?;
     let folder = FolderLock::shared(&checkpoint).map_err(Failure::failed)?;
@@ -203,7 +205,7 @@ impl Rollback {
         let failed = |error: QmpError| {
             Failure::failed(format_args!("{error}: no machine waits for the guest at {into}; {start}"))
         };
-        let mut machine = QmpClient::connect(&self.into, KNOCK).map_err(failed)?;
+        let mut machine = QmpClient::connect(&self.into, START).map_err(failed)?;
         let status = status_of(&mut machine).map_err(failed)?;
         if status != "inmigrate" {
             return Err(Failure::failed(format_args!(

@@ -10,6 +10,7 @@ use switchover_runtime::qmp::endpoint::Endpoint;
 
 use crate::failure::Failure;
 use crate::migrate::{connect, error_of, watch};
+use crate::paths::absolute;
 use crate::qmp_client::{QmpClient, QmpError};
 use crate::signals::EndRequests;
 
@@ -70,7 +71,7 @@ pub(crate) fn save(
     compress: bool,
     live: bool,
 ) -> Result<(), Failure> {
-    let path = std::path::absolute(to).unwrap_or_else(|_| to.to_owned());
+    let path = absolute(to);
     let name = path.to_str().ok_or_else(|| {
         Failure::usage(format_args!("{} is a name that is no text, which QMP cannot tell", path.display()))
     })?;

@@ -1,11 +1,13 @@
 //! Checkpoints of guests that run, and guests that go on from them.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
@@ -157,6 +159,30 @@ fn a_series_goes_on_until_it_is_ended() {
     assert!(child.wait().unwrap().success());
     assert!(images(&folder).iter().all(|path| whole(path)), "{:?}", images(&folder));
     restore(&lab, &spec, images(&folder).last().unwrap()).quit();
+    machine.quit();
+    lab.close();
+}
+
+#[test]
+fn a_folder_that_somebody_else_is_at_is_waited_for() {
+    let lab = lab!("a_folder_that_somebody_else_is_at_is_waited_for");
+    let (spec, folder) = (guest(&lab), lab.path("checkpoints"));
+    let mut machine = Machine::start(&lab, &spec);
+    Journey::from(&machine).works_on(1);
+    fs::create_dir(&folder).unwrap();
+    let lock = Flock::lock(File::open(&folder).unwrap(), FlockArg::LockExclusive).unwrap();
+    let mut child = series(&machine, &folder).stderr(Stdio::piped()).spawn().unwrap();
+    let mut told = String::new();
+    BufReader::new(child.stderr.take().unwrap()).read_line(&mut told).unwrap();
+    assert!(told.contains("somebody else"), "{told}");
+    assert!(images(&folder).is_empty() && child.try_wait().unwrap().is_none());
+    kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), Signal::SIGINT).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(1), "there is no checkpoint");
+    let mut child = series(&machine, &folder).spawn().unwrap();
+    drop(lock);
+    until("there is one", || images(&folder).iter().any(|path| whole(path)).then_some(()));
+    kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), Signal::SIGINT).unwrap();
+    assert!(child.wait().unwrap().success());
     machine.quit();
     lab.close();
 }
