@@ -34,11 +34,7 @@ impl FolderLock {
     /// # Errors
     /// As [`exclusive`](Self::exclusive).
     pub fn try_exclusive(image: &Path) -> Result<Option<Self>, ImageError> {
-        match Self::take(image, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Some(lock)),
-            Err((_, Some(Errno::EWOULDBLOCK))) => Ok(None),
-            Err((error, _)) => Err(error),
-        }
+        Self::at_once(image, FlockArg::LockExclusiveNonblock)
     }
 
     /// Waits until nobody changes what is in the folder of `image`: it stays so, for everybody who only wants that.
@@ -49,10 +45,26 @@ impl FolderLock {
         Self::take(image, FlockArg::LockShared).map_err(|(error, _)| error)
     }
 
+    /// The same at once, or `None` while somebody changes something there.
+    ///
+    /// # Errors
+    /// As [`exclusive`](Self::exclusive).
+    pub fn try_shared(image: &Path) -> Result<Option<Self>, ImageError> {
+        Self::at_once(image, FlockArg::LockSharedNonblock)
+    }
+
     /// The folder.
     #[must_use]
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    fn at_once(image: &Path, how: FlockArg) -> Result<Option<Self>, ImageError> {
+        match Self::take(image, how) {
+            Ok(lock) => Ok(Some(lock)),
+            Err((_, Some(Errno::EWOULDBLOCK))) => Ok(None),
+            Err((error, _)) => Err(error),
+        }
     }
 
     /// On failure with what the lock itself was refused for.

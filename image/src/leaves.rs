@@ -12,39 +12,33 @@ use switchover_wire::types::{PAGE_SIZE, PAGE_SIZE_U64};
 use crate::chunk::{Hash, Present};
 use crate::layout::CHUNK_PAGES;
 
-/// The subtrees of a chunk's present pages. 8 KiB.
+/// The subtrees of a chunk's present pages, two at least: a page alone is the whole tree. 32 bytes for each.
 #[derive(Clone, Debug)]
 pub(crate) struct Leaves {
     present: Present,
     /// As many as there are present pages, in their order.
-    values: [ChainingValue; CHUNK_PAGES],
+    values: Box<[ChainingValue]>,
 }
 
 impl Leaves {
-    /// Those of `present`, all of which are in `bytes`, at their places in the chunk.
-    pub(crate) fn of(present: Present, bytes: &[u8]) -> Box<Self> {
-        let mut leaves = Box::new(Self { present, values: [ChainingValue::default(); CHUNK_PAGES] });
+    /// Those of `present`, all of which are in `bytes`, at their places in the chunk; `None` for fewer than two.
+    pub(crate) fn of(present: Present, bytes: &[u8]) -> Option<Self> {
+        let count = Some(present.count()).filter(|count| *count > 1)?;
+        let mut leaves = Self { present, values: vec![ChainingValue::default(); count].into() };
         leaves.renew(present, bytes);
-        leaves
+        Some(leaves)
     }
 
     /// The same after the pages `written` were written, which are in `bytes`; `present` are all that the chunk has now. `None` where the
     /// others are in other places than before.
-    pub(crate) fn rewritten(
-        this: Option<Box<Self>>,
-        present: Present,
-        written: Present,
-        bytes: &[u8],
-    ) -> Option<Box<Self>> {
+    pub(crate) fn rewritten(this: Option<Self>, present: Present, written: Present, bytes: &[u8]) -> Option<Self> {
         let all_here = (0..CHUNK_PAGES).all(|page| !present.contains(page) || written.contains(page));
-        match this {
-            _ if all_here => Some(Self::of(present, bytes)),
-            Some(mut leaves) if leaves.present == present => {
-                leaves.renew(written, bytes);
-                Some(leaves)
-            }
-            _ => None,
+        if all_here {
+            return Self::of(present, bytes);
         }
+        let mut leaves = this.filter(|leaves| leaves.present == present)?;
+        leaves.renew(written, bytes);
+        Some(leaves)
     }
 
     fn renew(&mut self, which: Present, bytes: &[u8]) {
@@ -56,14 +50,10 @@ impl Leaves {
         }
     }
 
-    /// The chunk's hash, if it can be had without its bytes: of a single page it cannot.
-    pub(crate) fn hash(&self) -> Option<Hash> {
-        let values = &self.values[..self.present.count()];
-        if values.len() < 2 {
-            return None;
-        }
-        let (left, right) = halves(values);
-        Some(*merge_subtrees_root(&subtree(left), &subtree(right), Mode::Hash).as_bytes())
+    /// The chunk's hash.
+    pub(crate) fn hash(&self) -> Hash {
+        let (left, right) = halves(&self.values);
+        *merge_subtrees_root(&subtree(left), &subtree(right), Mode::Hash).as_bytes()
     }
 }
 
@@ -108,7 +98,7 @@ mod tests {
         for count in 1..=CHUNK_PAGES {
             let which = Present::first(count);
             let expected = (count > 1).then(|| which.hash(&bytes));
-            assert_eq!(Leaves::of(which, &bytes).hash(), expected, "{count}");
+            assert_eq!(Leaves::of(which, &bytes).map(|leaves| leaves.hash()), expected, "{count}");
         }
     }
 
@@ -117,15 +107,12 @@ mod tests {
         let (before, bytes) = (present(&[1, 5, 9]), filled(1));
         let leaves = Leaves::of(before, &bytes);
         for (now, written) in [(&[1, 9][..], &[5][..]), (&[1, 2, 5, 9], &[2]), (&[1, 5, 9, 200], &[200])] {
-            assert!(
-                Leaves::rewritten(Some(leaves.clone()), present(now), present(written), &bytes).is_none(),
-                "{now:?}"
-            );
+            assert!(Leaves::rewritten(leaves.clone(), present(now), present(written), &bytes).is_none(), "{now:?}");
         }
         assert!(Leaves::rewritten(None, before, present(&[1]), &bytes).is_none());
         // All of it is at hand.
         let all = Leaves::rewritten(None, before, present(&[0, 1, 5, 9]), &bytes).unwrap();
-        assert_eq!(all.hash(), Some(before.hash(&bytes)));
+        assert_eq!(all.hash(), before.hash(&bytes));
     }
 
     proptest! {
@@ -139,11 +126,11 @@ mod tests {
             let (which, mut bytes, other) = (present(&pages), filled(seed), filled(!seed));
             let leaves = Leaves::of(which, &bytes);
             let written: Vec<_> = again.iter().filter_map(|at| pages.get(*at).copied()).collect();
-            let new = Leaves::rewritten(Some(leaves), which, present(&written), &other).unwrap();
+            let new = Leaves::rewritten(leaves, which, present(&written), &other).unwrap();
             for page in written {
                 bytes[page * PAGE_SIZE..][..PAGE_SIZE].copy_from_slice(&other[page * PAGE_SIZE..][..PAGE_SIZE]);
             }
-            prop_assert_eq!(new.hash(), Some(which.hash(&bytes)));
+            prop_assert_eq!(new.hash(), which.hash(&bytes));
         }
     }
 }

@@ -95,6 +95,10 @@ pub fn thin_out(lock: &FolderLock, series: &mut Vec<PathBuf>, keep: usize, tally
 /// Takes an image out of a series: merges it into those that are based on it, and removes it.
 fn take_out(lock: &FolderLock, series: &mut Vec<PathBuf>, at: usize, tally: &Tally) -> Result<(), ImageError> {
     let (gone, later) = (&series[at], &series[at + 1..]);
+    if let Some(path) = series.iter().find(|path| !is_one_file(folder_of(path), lock.folder())) {
+        let why = "all of it lies in one folder, which is locked meanwhile";
+        return Err(ImageError::Series { path: path.clone(), why });
+    }
     let based_on_later = |image: Image| image.layers().skip(1).any(|layer| has(later, layer.path()));
     if has(later, gone) || Image::open(gone).is_ok_and(based_on_later) {
         let why = "it is there twice, or based on a later one of the series: name the oldest first";

@@ -62,7 +62,7 @@ struct Slot {
     /// Pages of it were written again, and the entry is of those before.
     stale: bool,
     /// Where pages of it may be written again: what its hash is made of, unless they have moved since.
-    leaves: Option<Box<Leaves>>,
+    leaves: Option<Leaves>,
 }
 
 /// Called with the first page of a chunk and bits for some of its pages, before these are read.
@@ -199,7 +199,7 @@ impl ImageWriter {
             if !slot.stale {
                 return Ok(());
             }
-            let hash = match slot.leaves.take().and_then(|leaves| leaves.hash()) {
+            let hash = match slot.leaves.take().map(|leaves| leaves.hash()) {
                 Some(hash) => hash,
                 None => self.hash_written(tool, number, slot.present)?,
             };
@@ -300,8 +300,8 @@ impl ImageWriter {
             self.pack(tool, present)?
         } else {
             let chunk = tool.chunk.bytes();
-            leaves = moving.then(|| Leaves::of(present, chunk));
-            let hash = leaves.as_ref().and_then(|leaves| leaves.hash()).unwrap_or_else(|| present.hash(chunk));
+            leaves = Some(present).filter(|_| moving).and_then(|present| Leaves::of(present, chunk));
+            let hash = leaves.as_ref().map_or_else(|| present.hash(chunk), Leaves::hash);
             self.write_in_place(chunk, number, present, hash)?
         };
         let own = Present::first(count);

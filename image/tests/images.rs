@@ -462,6 +462,13 @@ fn a_series_is_known_by_its_files_and_taken_in_its_order() {
     let mut twice = vec![series.paths[0].clone(), series.paths[0].clone()];
     assert!(prune(&series.lock(), &mut twice, 1, &Tally::default()).is_err());
     series.check_from(0);
+    // Of another folder.
+    let elsewhere = folder();
+    let other = elsewhere.path().join("9.image");
+    fs::copy(&series.paths[0], &other).unwrap();
+    let mut two = vec![series.paths[0].clone(), other];
+    let told = prune(&series.lock(), &mut two, 1, &Tally::default()).unwrap_err().to_string();
+    assert!(told.contains("9.image") && told.contains("one folder"), "{told}");
     // One name is spelt in another way than the others.
     let mut left = series.paths.clone();
     left[0] = series.folder.path().join("..").join(series.folder.path().file_name().unwrap()).join("0.image");

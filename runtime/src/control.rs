@@ -153,8 +153,10 @@ impl Control {
         if let Some(vcpu) = state.vcpus.iter().position(|vcpu| vcpu.place == Place::Gone) {
             return Err(VmError::VcpuGone { vcpu });
         }
+        self.apply(&mut state, RunFlags::resume)?;
+        // Nobody enters before the lock is let go of. Where it may not resume, who entered before has entered.
         self.first_entry.store(NOT_ENTERED, Ordering::SeqCst);
-        Ok(self.apply(&mut state, RunFlags::resume)?)
+        Ok(())
     }
 
     /// When the first vCPU entered the guest after the last [`Self::resume`].

@@ -110,25 +110,26 @@ pub fn main(args: &CheckpointArgs) -> Result<(), Failure> {
     while ends.count() == 0 && args.count.is_none_or(|count| tried < count) {
         let begun = Instant::now();
         tried += 1;
-        // Whoever merges by hand, or returns to one of these, has the folder for itself meanwhile; and so has this.
-        let Some(lock) = lock(&folder, &ends)? else { break };
-        match take(&mut machine, &folder, &ends) {
-            Ok(line) => {
+        match round(&mut machine, &folder, args.keep, &ends) {
+            Ok((line, kept)) => {
                 taken += 1;
                 let _ = std::io::stdout().lock().write_all(line.as_bytes());
-                last = keep_newest(&lock, args.keep);
+                last = kept;
             }
             // The machine has gone: there is nothing to go on with.
             Err(Trouble::Gone(failure)) => return Err(failure),
             Err(Trouble::Once(failure)) => last = Err(failure),
         }
-        drop(lock);
         let more = args.count.is_none_or(|count| tried < count);
         if let (Err(failure), true) = (&last, more && ends.count() == 0) {
             say(format_args!("{}; the next one is tried in time", failure.sentence));
         }
-        while more && ends.count() == 0 && begun.elapsed() < args.every.0 {
+        // Once at least: others may wait for the folder, and nobody hands it to them.
+        while more && ends.count() == 0 {
             thread::sleep(LOOK);
+            if begun.elapsed() >= args.every.0 {
+                break;
+            }
         }
     }
     match last {
@@ -138,20 +139,39 @@ pub fn main(args: &CheckpointArgs) -> Result<(), Failure> {
     }
 }
 
-/// The folder for this command alone; `None` where it was to end before somebody else let it go.
-fn lock(folder: &Path, ends: &EndRequests) -> Result<Option<FolderLock>, Failure> {
+/// Takes the next one, and lets older ones go, which is a matter of its own. Says what to tell of it.
+fn round(
+    machine: &mut QmpClient,
+    folder: &Path,
+    keep: u8,
+    ends: &EndRequests,
+) -> Result<(String, Result<(), Failure>), Trouble> {
+    let lock = lock(machine, folder, ends)?;
+    let line = take(machine, folder, ends)?;
+    Ok((line, keep_newest(&lock, keep)))
+}
+
+/// The folder for this command alone, where nothing else of the guest's is under way: whoever merges by hand, or returns to one of
+/// these, has it for itself meanwhile; and is not kept from it for longer than a checkpoint takes.
+fn lock(machine: &mut QmpClient, folder: &Path, ends: &EndRequests) -> Result<FolderLock, Trouble> {
+    let gone = |error: QmpError| Trouble::Gone(Failure::failed(error));
     let mut told = false;
     while ends.count() == 0 {
-        if let Some(lock) = FolderLock::try_exclusive(&folder.join(PREFIX)).map_err(Failure::failed)? {
-            return Ok(Some(lock));
+        // What another command had begun that was killed goes on without it.
+        wait_for_others(machine, ends).map_err(gone)?;
+        let lock = FolderLock::try_exclusive(&folder.join(PREFIX));
+        match lock.map_err(|error| Trouble::Once(Failure::failed(error)))? {
+            Some(lock) if !is_busy(machine).map_err(gone)? => return Ok(lock),
+            Some(_) => {}
+            None if told => {}
+            None => {
+                told = true;
+                say(format_args!("somebody else is at the images in {}: waiting", folder.display()));
+            }
         }
-        if !told {
-            say(format_args!("somebody else is at the images in {}: waiting", folder.display()));
-        }
-        told = true;
         thread::sleep(LOOK);
     }
-    Ok(None)
+    Err(Trouble::Once(Failure::failed("ended before the next checkpoint was begun")))
 }
 
 /// Why there is no checkpoint.
@@ -172,8 +192,6 @@ fn take(machine: &mut QmpClient, folder: &Path, ends: &EndRequests) -> Result<St
         let failure = Failure::failed(format_args!("cannot take a checkpoint in {}: {error}", folder.display()));
         if gone { Trouble::Gone(failure) } else { Trouble::Once(failure) }
     };
-    // One that another command had begun, which was killed, goes on without it, and is one of the series when it is done.
-    wait_for_others(machine, ends).map_err(trouble)?;
     let series = series(folder).map_err(Trouble::Once)?;
     let number = series.last().map_or(1, |(number, _)| number + 1);
     let path = folder.join(format!("{PREFIX}{number:06}{SUFFIX}"));
@@ -202,13 +220,15 @@ fn take(machine: &mut QmpClient, folder: &Path, ends: &EndRequests) -> Result<St
 
 /// Waits until nothing of the guest's is under way, or until this is to end. It is somebody else's, and not called off.
 fn wait_for_others(machine: &mut QmpClient, ends: &EndRequests) -> Result<(), QmpError> {
-    loop {
-        let look = machine.execute("query-migrate", json!({}))?;
-        if look.get("status").and_then(Value::as_str).is_none_or(has_come_to_rest) || ends.count() > 0 {
-            return Ok(());
-        }
+    while is_busy(machine)? && ends.count() == 0 {
         thread::sleep(LOOK);
     }
+    Ok(())
+}
+
+fn is_busy(machine: &mut QmpClient) -> Result<bool, QmpError> {
+    let look = machine.execute("query-migrate", json!({}))?;
+    Ok(look.get("status").and_then(Value::as_str).is_some_and(|status| !has_come_to_rest(status)))
 }
 
 fn summary(path: &Path, full: bool, look: &Value) -> String {

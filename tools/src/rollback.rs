@@ -143,7 +143,13 @@ pub fn main(args: &RollbackArgs) -> Result<(), Failure> {
     // By names that do not depend on where this is run.
     let [source, destination, into] = sockets.map(absolute);
     let held = Held::take([&source, &destination, &into])?;
-    let folder = FolderLock::shared(&checkpoint).map_err(Failure::failed)?;
+    let folder = match FolderLock::try_shared(&checkpoint).map_err(Failure::failed)? {
+        Some(lock) => lock,
+        None => {
+            tell("somebody is at the images in the checkpoint's folder: waiting for that to be done");
+            FolderLock::shared(&checkpoint).map_err(Failure::failed)?
+        }
+    };
     // Before anything is touched: most of what can be wrong with an image is found here.
     let image = Image::open(&checkpoint).map_err(Failure::failed)?;
     let root = inspect::root(&image);
@@ -253,23 +259,27 @@ impl Rollback {
         if ran.is_empty() {
             return "the guest is where it was".to_owned();
         }
-        let mut running = Vec::new();
-        // Both: it may have come over while it was fenced, or have to come still; and who has no right to run it refuses.
-        for machine in &self.old {
+        // Where it ran; else where it has come to while it was fenced. One that waits for it has to start it again, too.
+        let others = self.old.iter().filter(|machine| !ran.iter().any(|one| one.socket == machine.socket));
+        let mut running = None;
+        for machine in ran.iter().copied().chain(others) {
             let Some(mut client) = machine.knock().ok().flatten() else { continue };
-            let _ = client.execute("cont", json!({}));
-            if machine.runs(&mut client).unwrap_or(false) {
-                running.push(machine.name);
+            if running.is_none() || status_of(&mut client).is_ok_and(|status| status == "inmigrate") {
+                let _ = client.execute("cont", json!({}));
+            }
+            if running.is_none() && machine.runs(&mut client).unwrap_or(false) {
+                running = Some(machine.name);
             }
         }
-        match &running[..] {
-            [] => format!("the guest stands still at the {}, where `cont` lets it go on", ran[0].name),
-            names => format!("the guest goes on at the {}", names.join(" and the ")),
+        match running {
+            None => format!("the guest stands still at the {}, where `cont` lets it go on", ran[0].name),
+            Some(name) => format!("the guest goes on at the {name}"),
         }
     }
 
     fn verify(&mut self) -> Result<(), Failure> {
-        if self.journal.is_done(Step::Verify) {
+        // As long as there is a guest to go on instead, it is looked at again: it may have been merged since.
+        if self.journal.is_done(Step::Verify) && self.journal.stage(Step::Stop).is_some() {
             return Ok(());
         }
         self.begin(Step::Verify)?;

@@ -358,6 +358,27 @@ fn a_machine_that_waits_for_the_guest_starts_it_again_when_nothing_was_rolled_ba
     lab.close();
 }
 
+#[test]
+fn of_a_guest_that_was_saved_and_restored_elsewhere_none_runs_twice() {
+    let lab = lab!("of_a_guest_that_was_saved_and_restored_elsewhere_none_runs_twice");
+    let mut scene = Scene::moved(&lab);
+    // From where it has moved to, into another machine; where it was saved it could go on.
+    let image = lab.path("saved.image");
+    let saved = switchover(&["save", "--qmp", &scene.there.qmp_endpoint(), "--to", image.to_str().unwrap()]);
+    assert_eq!(saved.status, Some(0), "{saved:?}");
+    let more = vec!["--restore".to_owned(), image.display().to_string()];
+    let restored = Spec { kernel: None, append: String::new(), more, ..scene.spec.clone() };
+    scene.source.quit();
+    scene.source = std::mem::replace(&mut scene.there, Machine::start(&lab, &restored));
+    until("it runs there", || (scene.there.run_state() == "running").then_some(()));
+    scene.damage();
+    let ended = scene.roll_back();
+    assert!(ended.stderr.contains("the guest goes on at the destination"), "{ended:?}");
+    assert_eq!((&*scene.there.run_state(), &*scene.source.run_state()), ("running", "postmigrate"));
+    [scene.source, scene.there, scene.again].iter_mut().for_each(Machine::quit);
+    lab.close();
+}
+
 /// How often a rollback is killed in the suite. `SWITCHOVER_ROLLBACK_KILLS` says otherwise.
 const KILLS: u64 = 12;
 
