@@ -78,11 +78,10 @@ pub fn thin_out(lock: &FolderLock, series: &mut Vec<PathBuf>, keep: usize, tally
     let keep = keep.max(1);
     while series.len() > keep {
         let (oldest, second) = (&series[0], Image::open(&series[1])?);
-        let below = second.base().map(|base| base.beside(&series[1])).filter(|base| is_one_file(base, oldest));
-        let small = below.is_some_and(|_| {
+        let small = is_based_on(&second, oldest) && {
             let full = Image::open(oldest).map_or(0, |image| image.stored_bytes());
             second.stored_bytes() < full / 2
-        });
+        };
         match (small, series.len() > keep + 1) {
             (true, true) => take_out(lock, series, 1, tally)?,
             (true, false) => break,
@@ -107,7 +106,7 @@ fn take_out(lock: &FolderLock, series: &mut Vec<PathBuf>, at: usize, tally: &Tal
     // Several, where one of them was merged before.
     for path in later {
         let image = Image::open(path)?;
-        if image.base().is_some_and(|base| is_one_file(&base.beside(path), gone)) {
+        if is_based_on(&image, gone) {
             merge_with_base(lock, &image, tally)?;
         }
     }
@@ -116,6 +115,11 @@ fn take_out(lock: &FolderLock, series: &mut Vec<PathBuf>, at: usize, tally: &Tal
     sync(folder).map_err(ImageError::io("make durable what was removed from", folder))?;
     series.remove(at);
     Ok(())
+}
+
+/// Whether `image` holds the differences to the file `base`.
+fn is_based_on(image: &Image, base: &Path) -> bool {
+    image.base().is_some_and(|known| is_one_file(&known.beside(image.path()), base))
 }
 
 fn has(series: &[PathBuf], path: &Path) -> bool {

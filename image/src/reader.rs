@@ -209,8 +209,8 @@ impl Image {
     /// Whether `page` is not zero.
     #[must_use]
     pub fn holds(&self, page: PageIndex) -> bool {
-        let within = usize::try_from(page.0 % CHUNK_PAGES as u64).unwrap_or(0);
-        self.present(page.0 / CHUNK_PAGES as u64).contains(within)
+        let (number, within) = within_chunk(page);
+        self.present(number).contains(within)
     }
 
     /// Bytes that its own pages take in the file.
@@ -298,27 +298,23 @@ impl Image {
     /// # Errors
     /// When the file cannot be read.
     pub fn read_unchecked(&self, page: PageIndex, bytes: &mut [u8; PAGE_SIZE]) -> Result<bool, ImageError> {
-        if let Some(layer) = &self.layer
-            && !self
-                .own(page.0 / CHUNK_PAGES as u64)
-                .contains(usize::try_from(page.0 % CHUNK_PAGES as u64).unwrap_or(0))
-        {
-            return layer.below.read_unchecked(page, bytes);
-        }
-        if self.header.is_packed() || !self.holds(page) {
-            return Ok(false);
-        }
-        let read = self.file.read_exact_at(bytes, place_of(page));
-        read.map(|()| true).map_err(ImageError::io("read", &self.path))
+        let Some(layer) = self.in_place(page) else { return Ok(false) };
+        let read = layer.file.read_exact_at(bytes, place_of(page));
+        read.map(|()| true).map_err(ImageError::io("read", &layer.path))
+    }
+
+    /// The layer that says what `page` is, if it has it in place.
+    fn in_place(&self, page: PageIndex) -> Option<&Self> {
+        let (number, within) = within_chunk(page);
+        let layer = self.layers().find(|layer| layer.own(number).contains(within))?;
+        (!layer.header.is_packed() && layer.chunk(number).0.contains(within)).then_some(layer)
     }
 
     /// Says that `page` is going to be read by itself, so that the kernel fetches it from the disk meanwhile, beside others. Of those
     /// that are in the page cache already it costs some 0.1 µs.
     pub fn announce(&self, page: PageIndex) {
-        let (number, within) = (page.0 / CHUNK_PAGES as u64, usize::try_from(page.0 % CHUNK_PAGES as u64).unwrap_or(0));
-        let Some(own) = self.layers().find(|layer| layer.own(number).contains(within)) else { return };
-        if !own.header.is_packed() && own.chunk(number).0.contains(within) {
-            own.fetch(place_of(page), PAGE_SIZE_U64);
+        if let Some(layer) = self.in_place(page) {
+            layer.fetch(place_of(page), PAGE_SIZE_U64);
         }
     }
 
@@ -561,6 +557,11 @@ fn chunks(header: &Header, bitmap: &[u8], index: &[u8], path: &Path) -> Result<B
         })?;
     }
     Ok(chunks.into())
+}
+
+/// The chunk that `page` is in, and which of its pages it is.
+fn within_chunk(page: PageIndex) -> (u64, usize) {
+    (page.0 / CHUNK_PAGES as u64, usize::try_from(page.0 % CHUNK_PAGES as u64).unwrap_or(0))
 }
 
 /// Whether packed chunks lie one behind the other, from the beginning of memory to its end. If not: which one, where it is, and

@@ -300,7 +300,7 @@ impl ImageWriter {
             self.pack(tool, present)?
         } else {
             let chunk = tool.chunk.bytes();
-            leaves = Some(present).filter(|_| moving).and_then(|present| Leaves::of(present, chunk));
+            leaves = moving.then(|| Leaves::of(present, chunk)).flatten();
             let hash = leaves.as_ref().map_or_else(|| present.hash(chunk), Leaves::hash);
             self.write_in_place(chunk, number, present, hash)?
         };

@@ -157,16 +157,16 @@ fn lock(machine: &mut QmpClient, folder: &Path, ends: &EndRequests) -> Result<Fo
     let gone = |error: QmpError| Trouble::Gone(Failure::failed(error));
     let mut told = false;
     while ends.count() == 0 {
-        // What another command had begun that was killed goes on without it.
-        wait_for_others(machine, ends).map_err(gone)?;
-        let lock = FolderLock::try_exclusive(&folder.join(PREFIX));
-        match lock.map_err(|error| Trouble::Once(Failure::failed(error)))? {
-            Some(lock) if !is_busy(machine).map_err(gone)? => return Ok(lock),
-            Some(_) => {}
-            None if told => {}
-            None => {
-                told = true;
-                say(format_args!("somebody else is at the images in {}: waiting", folder.display()));
+        // What another command had begun that was killed goes on without it. It is not called off, and keeps nobody from the folder.
+        if !is_busy(machine).map_err(gone)? {
+            let lock = FolderLock::try_exclusive(&folder.join(PREFIX));
+            match lock.map_err(|error| Trouble::Once(Failure::failed(error)))? {
+                Some(lock) if !is_busy(machine).map_err(gone)? => return Ok(lock),
+                None if !told => {
+                    told = true;
+                    say(format_args!("somebody else is at the images in {}: waiting", folder.display()));
+                }
+                _ => {}
             }
         }
         thread::sleep(LOOK);
@@ -218,14 +218,7 @@ fn take(machine: &mut QmpClient, folder: &Path, ends: &EndRequests) -> Result<St
     }
 }
 
-/// Waits until nothing of the guest's is under way, or until this is to end. It is somebody else's, and not called off.
-fn wait_for_others(machine: &mut QmpClient, ends: &EndRequests) -> Result<(), QmpError> {
-    while is_busy(machine)? && ends.count() == 0 {
-        thread::sleep(LOOK);
-    }
-    Ok(())
-}
-
+/// Whether something of the guest's is under way.
 fn is_busy(machine: &mut QmpClient) -> Result<bool, QmpError> {
     let look = machine.execute("query-migrate", json!({}))?;
     Ok(look.get("status").and_then(Value::as_str).is_some_and(|status| !has_come_to_rest(status)))

@@ -173,8 +173,7 @@ pub fn main(args: &RollbackArgs) -> Result<(), Failure> {
     let journal = Journal::open(&path, &subject).map_err(Failure::failed)?;
     let record = args.record.clone().unwrap_or_else(|| beside(".rollbacks"));
     let (into, fenced) = (args.into.path().to_owned(), args.fenced);
-    let (_folder, _held) = (folder, held);
-    Rollback { checkpoint, uri, image, root, old, into, fenced, record, journal, _folder, _held }.run()
+    Rollback { checkpoint, uri, image, root, old, into, fenced, record, journal, _folder: folder, _held: held }.run()
 }
 
 impl Rollback {

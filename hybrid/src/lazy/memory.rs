@@ -225,10 +225,7 @@ impl LazyMemory {
 
     /// Brings the chunks `numbers`, announcing each some time before it is read.
     fn bring_chunks(&self, numbers: impl Iterator<Item = u64>, hands: &mut Hands<'_>) -> Result<(), LazyError> {
-        let unread = |number: &u64| {
-            let chunk = usize::try_from(*number).ok().and_then(|number| self.chunks.get(number));
-            chunk.is_some_and(|chunk| chunk.load(Ordering::Relaxed) == UNREAD)
-        };
+        let unread = |number: &u64| self.chunk(*number).is_some_and(|chunk| chunk.load(Ordering::Relaxed) == UNREAD);
         let mut numbers = numbers.filter(unread).inspect(|number| self.image.announce_chunk(*number));
         let mut ahead: VecDeque<_> = numbers.by_ref().take(CHUNKS_AHEAD).collect();
         while let Some(number) = ahead.pop_front() {
@@ -364,11 +361,14 @@ impl LazyMemory {
         Ok(())
     }
 
+    /// Whether somebody has read chunk `number`; `None` where there is no such chunk.
+    fn chunk(&self, number: u64) -> Option<&AtomicU8> {
+        usize::try_from(number).ok().and_then(|number| self.chunks.get(number))
+    }
+
     /// Brings what is not here of a chunk, unless somebody did or does.
     fn bring_chunk(&self, number: u64, hands: &mut Hands<'_>) -> Result<(), LazyError> {
-        let Some(chunk) = usize::try_from(number).ok().and_then(|number| self.chunks.get(number)) else {
-            return Ok(());
-        };
+        let Some(chunk) = self.chunk(number) else { return Ok(()) };
         let taken = chunk.compare_exchange(UNREAD, BEING_READ, Ordering::AcqRel, Ordering::Acquire);
         if taken.is_err() {
             return Ok(());
